@@ -1,0 +1,5 @@
+"""Build script; everything static lives in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
