@@ -1,0 +1,26 @@
+"""Fused kernels for visual gradient steering (VGS), usable from any PyTorch trainer.
+
+Everything public is imported here; the design is in ARCHITECTURE.md.
+"""
+
+from .backend import BackendUnavailableError
+from .combine_gradients import combine_gradients
+from .decomposed_kl import decomposed_kl
+from .gradient_gramian import gradient_gramian
+from .linear_decomposed_kl import linear_decomposed_kl
+from .steering import VisualGradientSteering
+from .types import DecomposedKL, LinearDecomposedKL, LMHead
+from .version import __version__
+
+__all__ = [
+    "BackendUnavailableError",
+    "DecomposedKL",
+    "LMHead",
+    "LinearDecomposedKL",
+    "VisualGradientSteering",
+    "__version__",
+    "combine_gradients",
+    "decomposed_kl",
+    "gradient_gramian",
+    "linear_decomposed_kl",
+]

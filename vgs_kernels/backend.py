@@ -1,0 +1,156 @@
+"""Which implementation runs: the one place in the package that chooses.
+
+Every op has a plain-torch `reference` implementation and may have faster ones. An explicit choice that cannot run
+raises `BackendUnavailableError`; the automatic choice takes the first of the device's preference list that can, and says
+once per op when that is not the first. Kernels never choose and never read the environment.
+
+Order of precedence: the `backend=` argument of a call, then the environment variable `VGS_KERNELS_BACKEND`, then the
+automatic choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("vgs_kernels")
+
+ENVIRONMENT_VARIABLE = "VGS_KERNELS_BACKEND"
+BACKENDS = ("native", "triton", "reference")
+
+# op -> backend -> module. One op, one folder.
+_MODULES: dict[str, dict[str, str]] = {
+    "decomposed_kl": {
+        "reference": "vgs_kernels.decomposed_kl.reference",
+    },
+    "gradient_gramian": {
+        "reference": "vgs_kernels.gradient_gramian.reference",
+    },
+    "combine_gradients": {
+        "reference": "vgs_kernels.combine_gradients.reference",
+    },
+}
+
+# op -> device type -> backends, fastest first. "cuda" is also what PyTorch calls a ROCm device.
+_PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "decomposed_kl": {"cpu": ("reference",), "cuda": ("reference",)},
+    "gradient_gramian": {"cpu": ("reference",), "cuda": ("reference",)},
+    "combine_gradients": {"cpu": ("reference",), "cuda": ("reference",)},
+}
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run this op on this device."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One row of the report of `status`: an op on a device type, what runs it, and what would be faster."""
+
+    op: str
+    device: str
+    active: str
+    missing: tuple[tuple[str, str], ...]  # (backend, why it cannot run and how to get it), fastest first
+
+
+@cache
+def _native_problem() -> str | None:
+    if importlib.util.find_spec("vgs_kernels._C") is None:
+        return (
+            "the compiled extension is not in this install: install torch first, then "
+            "`pip install --no-build-isolation vgs-kernels` with a C++20 compiler on the PATH"
+        )
+    try:
+        importlib.import_module("vgs_kernels._C")
+    except ImportError as error:
+        return f"the compiled extension does not load ({error}): rebuild it against the installed torch"
+    return None
+
+
+@cache
+def _triton_problem(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton`"
+    if device_type == "cpu":
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            return "Triton kernels need a GPU tensor (or TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def _problem(op: str, backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run `op` on `device_type`; None when it can."""
+    if backend not in _MODULES[op]:
+        return f"{op} has no {backend} implementation"
+    if backend == "native":
+        problem = _native_problem()
+        if problem is not None:
+            return problem
+        module = importlib.import_module(_MODULES[op]["native"])
+        return module.problem(device_type)
+    if backend == "triton":
+        return _triton_problem(device_type)
+    return None
+
+
+@cache
+def _automatic(op: str, device_type: str) -> str:
+    preference = _PREFERENCE[op].get(device_type, ("reference",))
+    problems: list[tuple[str, str]] = []
+    for backend in preference:
+        problem = _problem(op, backend, device_type)
+        if problem is None:
+            for missing, why in problems:
+                logger.warning("%s on %s runs on %s, not on %s: %s.", op, device_type, backend, missing, why)
+            return backend
+        problems.append((backend, problem))
+    raise AssertionError("the reference backend is always available")
+
+
+def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
+    """Return the name of the backend that runs `op` on `device`.
+
+    Raises:
+        ValueError: `backend` (or `VGS_KERNELS_BACKEND`) is not a backend's name.
+        BackendUnavailableError: it is, but cannot run here; the message says why and what to do.
+    """
+    requested = backend or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if requested is None:
+        return _automatic(op, device.type)
+    if requested not in BACKENDS:
+        raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}, or None for automatic")
+    if backend is None and requested not in _MODULES[op]:
+        return _automatic(op, device.type)  # the variable speaks for the ops that have such a backend
+    problem = _problem(op, requested, device.type)
+    if problem is not None:
+        raise BackendUnavailableError(f"backend {requested!r} cannot run {op} on {device.type}: {problem}")
+    return requested
+
+
+def load(op: str, backend: str) -> ModuleType:
+    """Import and return the module of a backend name that `resolve` returned."""
+    return importlib.import_module(_MODULES[op][backend])
+
+
+def status() -> list[BackendStatus]:
+    """What runs every op on every device type of this machine, and why nothing faster does."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for op, preferences in _PREFERENCE.items():
+        for device in devices:
+            missing: list[tuple[str, str]] = []
+            for backend in preferences.get(device, ("reference",)):
+                problem = _problem(op, backend, device)
+                if problem is None:
+                    rows.append(BackendStatus(op, device, backend, tuple(missing)))
+                    break
+                missing.append((backend, problem))
+    return rows

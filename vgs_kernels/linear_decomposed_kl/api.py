@@ -1,0 +1,187 @@
+"""`linear_decomposed_kl`: the public function on hidden states and heads. Validates and puts the results together.
+
+Layer: public API. Calls `linear_decomposed_kl/op.py`; chooses through `vgs_kernels.backend`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backend as backends
+from ..decomposed_kl.api import (
+    check_decomposition,
+    check_positive,
+    check_softcap,
+    combine_parts,
+    resolve_vocab_size,
+)
+from ..types import DecomposedKL, LinearDecomposedKL, LMHead
+from . import op
+
+DEFAULT_MAX_CHUNK_BYTES = 96 * 2**20
+
+
+def linear_decomposed_kl(
+    student_hidden: Tensor,  # (tokens, student width)
+    student_head: LMHead,
+    teacher_hidden: Tensor,  # (tokens, teacher width)
+    teacher_head: LMHead,
+    *,
+    masked_teacher_hidden: Tensor,  # (tokens, teacher width)
+    masked_student_hidden: Tensor | None = None,  # (tokens, student width)
+    token_weights: Tensor | None = None,  # (tokens,)
+    decomposition: str = "matched",
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    steering_weights: Tensor | None = None,  # (2,)
+    max_chunk_bytes: int = DEFAULT_MAX_CHUNK_BYTES,
+    backend: str | None = None,
+) -> LinearDecomposedKL:
+    r"""Token-weighted decomposed reverse KL straight from hidden states; `(tokens, vocab)` logits never exist.
+
+    With :math:`\mathrm{lang}_t` and :math:`\mathrm{vis}_t` of :func:`vgs_kernels.decomposed_kl` on the logits
+    ``softcap(scale * (hidden @ weight.T + bias))`` of each stream,
+
+    .. math:: \mathrm{lang} = \sum_t w_t\,\mathrm{lang}_t \qquad \mathrm{vis} = \sum_t w_t\,\mathrm{vis}_t
+
+    Reverse KL: every expectation is under the student. The gradients are formed in the forward pass, chunk by chunk,
+    and only scaled in ``backward``, which may run more than once and gives the same answer each time.
+
+    Args:
+        student_hidden: Last hidden states of the student, in the head's dtype and on its device.
+        student_head: :class:`LMHead` of the student. Its weight and bias get gradients if they require them; a frozen
+            head costs no head gradient.
+        teacher_hidden: Last hidden states of the teacher that sees the image. Its width may differ.
+        teacher_head: :class:`LMHead` of the teacher. Both teacher contexts are projected in one product.
+        masked_teacher_hidden: Last hidden states of the teacher with the image masked.
+        masked_student_hidden: Last hidden states of the student with the image masked (``bayes`` and ``matched``).
+        token_weights: Weight of every token, default 1. A token of weight 0 takes no part: its hidden states and
+            logits may hold NaN.
+        decomposition, temperature, vocab_size, backend: As in :func:`vgs_kernels.decomposed_kl`.
+        steering_weights: Weights of lang and vis, shape (2,), on the device. Given, only
+            ``objective = weights[0] * lang + weights[1] * vis`` is differentiable, at the price of one component.
+        max_chunk_bytes: Upper bound on the logits held at a time, in bytes (at least one token's are held).
+
+    Returns:
+        :class:`LinearDecomposedKL`: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
+        the 2×2 Gramian of the token-weighted logit gradients of (lang, vis), detached. Its off-diagonal is 0 in
+        ``bayes`` and ``matched``, where the two live on different logits, and all of it is 0 when nothing requires a
+        gradient.
+
+    Numerics: as in ``decomposed_kl``. Deterministic. No host synchronisation on a GPU.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or options do not fit; the message says which and what to do.
+        vgs_kernels.BackendUnavailableError: The named backend cannot run here.
+
+    Source: arXiv 2606.00564 for the decomposition; gradients in the forward pass after "Cut Your Losses in
+    Large-Vocabulary Language Models", arXiv 2411.09009, and the Liger kernels, arXiv 2410.10989.
+
+    Example:
+        >>> import torch
+        >>> from vgs_kernels import LMHead, linear_decomposed_kl
+        >>> hidden, masked = torch.randn(2, 6, 8).unbind()
+        >>> head = LMHead(torch.randn(32, 8, requires_grad=True))
+        >>> teacher, masked_teacher = torch.randn(2, 6, 16).unbind()
+        >>> result = linear_decomposed_kl(
+        ...     hidden, head, teacher, LMHead(torch.randn(32, 16)),
+        ...     masked_teacher_hidden=masked_teacher, masked_student_hidden=masked,
+        ... )
+        >>> result.vis.backward()
+        >>> tuple(head.weight.grad.shape)
+        (32, 8)
+    """
+    check_decomposition(decomposition, masked_student_hidden is not None, "masked_student_hidden")
+    check_positive("temperature", temperature)
+    _check_stream("student", student_hidden, student_head, student_hidden)
+    _check_stream("teacher", teacher_hidden, teacher_head, student_hidden)
+    _check_like("masked_teacher_hidden", masked_teacher_hidden, "teacher_hidden", teacher_hidden)
+    if masked_student_hidden is not None:
+        _check_like("masked_student_hidden", masked_student_hidden, "student_hidden", student_hidden)
+    if max_chunk_bytes <= 0:
+        raise ValueError(f"max_chunk_bytes must be positive, got {max_chunk_bytes}")
+    sizes = {"student head": student_head.weight.shape[0], "teacher head": teacher_head.weight.shape[0]}
+    vocab_size = resolve_vocab_size(sizes, vocab_size)
+    tokens = student_hidden.shape[0]
+    if token_weights is None:
+        token_weights = torch.ones(tokens, device=student_hidden.device)
+    _check_vector("token_weights", token_weights, tokens, student_hidden)
+    if steering_weights is not None:
+        _check_vector("steering_weights", steering_weights, 2, student_hidden)
+
+    grad = torch.is_grad_enabled()
+    hidden_requires_grad = student_hidden.requires_grad or (
+        masked_student_hidden is not None and masked_student_hidden.requires_grad
+    )
+    lang, vis, objective, values, gramian, *_gradients = op.linear_decomposed_kl(
+        student_hidden,
+        masked_student_hidden,
+        teacher_hidden.detach(),
+        masked_teacher_hidden.detach(),
+        student_head.weight,
+        student_head.bias,
+        teacher_head.weight.detach(),
+        None if teacher_head.bias is None else teacher_head.bias.detach(),
+        token_weights.detach(),
+        None if steering_weights is None else steering_weights.detach(),
+        grad and hidden_requires_grad,
+        grad and student_head.weight.requires_grad,
+        grad and student_head.bias is not None and student_head.bias.requires_grad,
+        op.chunk_length(student_hidden, masked_student_hidden is not None, sizes.values(), max_chunk_bytes),
+        decomposition,
+        vocab_size,
+        float(temperature),
+        float(student_head.logit_scale),
+        float(teacher_head.logit_scale),
+        check_softcap("student_head.softcap", student_head.softcap),
+        check_softcap("teacher_head.softcap", teacher_head.softcap),
+        backends.resolve("decomposed_kl", student_hidden.device, backend),
+    )
+    tokens_parts = DecomposedKL(*(part.detach() for part in combine_parts(decomposition, values)))
+    if steering_weights is None:
+        return LinearDecomposedKL(lang, vis, None, tokens_parts, gramian)
+    return LinearDecomposedKL(lang.detach(), vis.detach(), objective, tokens_parts, gramian)
+
+
+def _check_stream(name: str, hidden: Tensor, head: LMHead, like: Tensor) -> None:
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"{name}_hidden must have shape (tokens, width), got {tuple(hidden.shape)}; "
+            "flatten batch and sequence first, for example with hidden.flatten(0, 1)"
+        )
+    if hidden.shape[0] != like.shape[0]:
+        raise ValueError(f"{name}_hidden has {hidden.shape[0]} tokens, but student_hidden has {like.shape[0]}")
+    if not isinstance(head, LMHead):
+        raise ValueError(f"{name}_head must be an LMHead(weight, bias, ...), got {type(head).__name__}")
+    if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{name}_head.weight must have shape (vocab, {hidden.shape[1]}) to fit {name}_hidden, "
+            f"got {tuple(head.weight.shape)}"
+        )
+    if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
+        raise ValueError(f"{name}_head.bias must have shape ({head.weight.shape[0]},), got {tuple(head.bias.shape)}")
+    for what, tensor in ((f"{name}_hidden", hidden), (f"{name}_head.weight", head.weight)):
+        if tensor.dtype != like.dtype:
+            raise ValueError(f"{what} is {tensor.dtype}, but student_hidden is {like.dtype}; convert one of them")
+        if tensor.device != like.device:
+            raise ValueError(f"{what} is on {tensor.device}, but student_hidden is on {like.device}; move one of them")
+    if not hidden.dtype.is_floating_point:
+        raise ValueError(f"{name}_hidden must be floating point, got {hidden.dtype}")
+
+
+def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    for what, a, b in (
+        ("shape", tuple(tensor.shape), tuple(other.shape)),
+        ("dtype", tensor.dtype, other.dtype),
+        ("device", tensor.device, other.device),
+    ):
+        if a != b:
+            raise ValueError(f"{name} has {what} {a}, but {other_name} has {b}; they must agree")
+
+
+def _check_vector(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
+    if tuple(tensor.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but student_hidden is on {like.device}; move it there")

@@ -1,0 +1,63 @@
+"""The values that the public functions take and return. No computation lives here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
+
+
+class DecomposedKL(NamedTuple):
+    """The per-token parts of the reverse KL divergence, in nats.
+
+    All have shape `(tokens,)` (or the leading shape of the logits) and dtype float32, float64 for float64 inputs.
+    Equations: `vgs_kernels.decomposed_kl`.
+    """
+
+    lang: Tensor  # language-prior part
+    vis: Tensor  # visual-grounding part
+    full: Tensor  # KL(student || teacher), the monolithic objective
+    entropy: Tensor  # of the student
+
+
+class LinearDecomposedKL(NamedTuple):
+    """What `vgs_kernels.linear_decomposed_kl` returns; sums over tokens, in nats."""
+
+    lang: Tensor  # (), token-weighted sum, differentiable unless `objective` is given
+    vis: Tensor  # (), token-weighted sum, differentiable unless `objective` is given
+    objective: Tensor | None  # (), steering_weights[0] * lang + steering_weights[1] * vis; None without them
+    tokens: DecomposedKL  # per token, unweighted, detached; 0 where the token weight is 0
+    logit_gramian: Tensor  # (2, 2), of the token-weighted logit gradients of lang and vis; detached
+
+
+class LMHead(NamedTuple):
+    """A language-model head: `softcap(logit_scale * (hidden @ weight.T + bias))`.
+
+    The scale is the multiplier some families put before the softmax (Cohere, Granite), the soft cap is Gemma's
+    `cap * tanh(logits / cap)`; both are applied before the temperature.
+    """
+
+    weight: Tensor  # (vocab, width)
+    bias: Tensor | None = None  # (vocab,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class LogitTransform(NamedTuple):
+    """How raw logits become log-probabilities: `log_softmax(softcap(scale * logits)[:vocab_size] / temperature)`."""
+
+    decomposition: str
+    vocab_size: int
+    temperature: float
+    student_scale: float
+    teacher_scale: float
+    student_softcap: float  # 0 means none
+    teacher_softcap: float  # 0 means none
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; every other floating dtype accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
