@@ -1,8 +1,8 @@
 """Which implementation runs: the one place in the package that chooses.
 
 Every op has a plain-torch `reference` implementation and may have faster ones. An explicit choice that cannot run
-raises `BackendUnavailableError`; the automatic choice takes the first of the device's preference list that can, and says
-once per op when that is not the first. Kernels never choose and never read the environment.
+raises `BackendUnavailableError`; the automatic choice takes the first of the device's preference list that can, and
+says once per op when that is not the first. Kernels never choose and never read the environment.
 
 Order of precedence: the `backend=` argument of a call, then the environment variable `VGS_KERNELS_BACKEND`, then the
 automatic choice.

@@ -205,10 +205,10 @@ class _Gradients:
             out_student=out_student, second_coefficients=lang if separate else None, out_second=out_second,
             row_gramian=row_gramian,
         )  # fmt: skip
-        for component, part in ((0, out_second), (1, out_student)):
-            if part is not None:
-                self._accumulate(component, part, student_rows)
-                self._write_hidden(component, rows, part)
+        for component, gradient in ((0, out_second), (1, out_student)):
+            if gradient is not None:
+                self._accumulate(component, gradient, student_rows)
+                self._write_hidden(component, rows, gradient)
 
     def _write_hidden(self, component: int, rows: slice, logit_gradient: Tensor) -> None:
         out = self.hidden[component]
