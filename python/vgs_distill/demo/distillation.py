@@ -1,0 +1,144 @@
+"""One student, one method: on-policy distillation through the engine, and the history it leaves.
+
+Layer: the only page of the demo that talks to the engine (`vgs_distill.VGSTrainer`). Called by `workers`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    PrinterCallback,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from vgs_distill.demo.methods import Method
+from vgs_distill.demo.models import banned_token_ids
+from vgs_distill.demo.recipes import DistillationRecipe
+from vgs_distill.demo.supervised import Progress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HISTORY_KEYS = (
+    "loss",
+    "loss/full",
+    "loss/lang",
+    "loss/vis",
+    "entropy",
+    "learning_rate",
+    "grad_norm",
+    "gradient/norm_lang",
+    "gradient/norm_vis",
+    "gradient/cosine",
+    "steering/gamma",
+    "steering/weight_ratio",
+    "step_time",
+    "time/rollout",
+    "time/teacher",
+    "time/student",
+    "time/steering",
+)
+"""What is kept of each step's log, where the method logs it. Losses in nats per token, times in seconds."""
+
+History = list[dict[str, float]]
+
+
+class _Reporter(TrainerCallback):
+    """Hands each step's loss to the progress bar. Raising in here stops training, which is how a worker whose
+    parent is gone ends."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._progress(state.global_step, state.max_steps, float(logs["loss"]))
+
+
+def distill(
+    student: Qwen3VLForConditionalGeneration,
+    teacher: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    prompts: Dataset,
+    recipe: DistillationRecipe,
+    method: Method,
+    seed: int,
+    scratch: Path,
+    progress: Progress,
+) -> History:
+    """Train `student` in place and return its history, one row per step with the keys of `HISTORY_KEYS`.
+
+    `seed` sets the order of the prompts and the sampling; every method of a seed meets the same prompts in the same
+    order. `scratch` is where the trainer may put its own files; nothing of interest is left there.
+    """
+    from vgs_distill import VGSConfig, VGSTrainer
+
+    steering: dict[str, Any] = {"steering": "none"}
+    if method.steered:
+        steering = {
+            "steering": "exact",
+            "decomposition": method.decomposition,
+            "gamma": method.gamma,
+            "gamma_schedule": "constant",
+            "max_weight_ratio": method.max_weight_ratio,
+            "image_mask": "drop",
+        }
+    arguments = VGSConfig(
+        output_dir=str(scratch),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate_ratio},
+        warmup_steps=recipe.warmup_steps,
+        adam_beta1=recipe.adam_beta1,
+        adam_beta2=recipe.adam_beta2,
+        weight_decay=recipe.weight_decay,
+        temperature=recipe.temperature,
+        max_completion_length=recipe.max_completion_length,
+        generation_kwargs={"suppress_tokens": banned_token_ids(processor)},
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **steering,
+    )
+    trainer = VGSTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=prompts,
+        processing_class=processor,
+        callbacks=[_Reporter(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it would print every step's log over the progress bars
+    trainer.train()
+    student.eval()
+    return [
+        {"step": row["step"], **{key: float(row[key]) for key in HISTORY_KEYS if _is_number(row.get(key))}}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,47 @@
+"""The methods a demo compares: monolithic on-policy distillation, and one steered run per decomposition.
+
+Layer: names and settings only. Read by `run`, `workers`, `report` and `table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vgs_distill.demo.recipes import MAX_WEIGHT_RATIO, STEERING_GAMMA
+
+DECOMPOSITIONS = tuple(STEERING_GAMMA)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one student learns. The baseline has no decomposition and no gamma."""
+
+    name: str
+    """Used in file names and as key in `results.json`."""
+    label: str
+    decomposition: str | None = None
+    gamma: float | None = None
+    max_weight_ratio: float | None = None
+
+    @property
+    def steered(self) -> bool:
+        return self.decomposition is not None
+
+
+OPD = Method("opd", "OPD")
+
+
+def methods_for(decompositions: Sequence[str], gamma: float | None) -> tuple[Method, ...]:
+    """The baseline and one steered method per decomposition; `gamma=None` takes each one's recommended value."""
+    steered = (
+        Method(
+            name=f"vgs-{name.replace('_', '-')}",
+            label=f"VGS {name.replace('_', ' ')}",
+            decomposition=name,
+            gamma=STEERING_GAMMA[name] if gamma is None else gamma,
+            max_weight_ratio=MAX_WEIGHT_RATIO[name],
+        )
+        for name in dict.fromkeys(decompositions)
+    )
+    return (OPD, *steered)
