@@ -1,0 +1,101 @@
+"""`VGSConfig`: every setting of a distillation run, with all defaults, in one serialisable dataclass.
+
+It extends TRL's `DistillationConfig` (which extends transformers' `TrainingArguments`) with the steering settings only.
+Layer: config; read by the trainer, never by the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import DistillationConfig
+
+from vgs_kernels.types import DECOMPOSITIONS
+
+STEERING_MODES = ("exact", "none")
+IMAGE_MASKS = ("drop", "blank", "attention")
+GAMMA_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class VGSConfig(DistillationConfig):
+    """Settings of a `VGSTrainer` run; everything not listed here is TRL's and means what it means there.
+
+    Attributes:
+        steering: ``"exact"`` measures the gradients of the language and the visual part over the whole accumulated
+            batch and recombines them; ``"none"`` is monolithic on-policy distillation, KL(student || teacher), by
+            TRL's own loss, with no masked passes.
+        decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
+            (equations: `vgs_kernels.decomposed_kl`).
+        gamma: Share of the visual direction in [0, 1]; the value a schedule ends at.
+        gamma_schedule: ``"constant"``, or ``"linear"`` / ``"cosine"`` from `gamma_start` at the first step to `gamma`
+            at the last.
+        gamma_start: Where a schedule starts, in [0, 1].
+        max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient); None for
+            no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
+        image_mask: What the masked view of a prompt is. ``"drop"``: image tokens and their delimiters leave the
+            sequence and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
+            ``"attention"``: image tokens stay, but nothing attends to them.
+        check_dataset_rows: How many rows of a map-style dataset have their image opened before training starts (all
+            rows have their prompt checked); None for all.
+    """
+
+    steering: str = field(
+        default="exact",
+        metadata={"help": "'exact' steers with both gradients of every batch; 'none' is monolithic distillation."},
+    )
+    decomposition: str = field(
+        default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
+    )
+    gamma: float = field(
+        default=0.8, metadata={"help": "Share of the visual direction in [0, 1]; the value a schedule ends at."}
+    )
+    gamma_schedule: str = field(
+        default="constant", metadata={"help": "'constant', or 'linear' / 'cosine' from gamma_start to gamma."}
+    )
+    gamma_start: float = field(default=0.5, metadata={"help": "Where a gamma schedule starts, in [0, 1]."})
+    max_weight_ratio: float | None = field(
+        default=None, metadata={"help": "Upper bound on visual weight / language weight; None for no bound."}
+    )
+    image_mask: str = field(
+        default="drop", metadata={"help": "What a masked image is: 'drop', 'blank' or 'attention'."}
+    )
+    check_dataset_rows: int | None = field(
+        default=10_000, metadata={"help": "How many rows have their image opened before training; None for all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("steering", STEERING_MODES),
+            ("decomposition", DECOMPOSITIONS),
+            ("gamma_schedule", GAMMA_SCHEDULES),
+            ("image_mask", IMAGE_MASKS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        for name in ("gamma", "gamma_start"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
+            raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.steering == "none":
+            return
+        if self.beta != 1.0:
+            raise ValueError(
+                f"visual gradient steering splits the reverse KL divergence, beta=1.0, but beta is {self.beta}; "
+                "leave beta at 1.0 or set steering='none'"
+            )
+        if self.fp16:
+            raise ValueError(
+                "steering='exact' normalises gradients, which undoes the loss scaling of fp16; use bf16=True or fp32"
+            )
+        if self.deepspeed is not None:
+            raise ValueError(
+                "steering='exact' needs both gradients before the optimizer step, but DeepSpeed steps inside backward; "
+                "use FSDP2 or DDP, or steering='none'"
+            )

@@ -1,0 +1,39 @@
+"""Reads the language-model head of a transformers model as the kernels want it. Called by `loss.py`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from vgs_kernels import LMHead
+
+
+def language_head(model: PreTrainedModel, like: Tensor) -> LMHead:
+    """The head of `model` in the dtype of `like`, with the logit scale and soft cap of its family."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    bias = getattr(head, "bias", None)
+    return LMHead(
+        _whole(head.weight).to(like.dtype),
+        None if bias is None else _whole(bias).to(like.dtype),
+        logit_scale=logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """The multiplier of the logits, under the name each family gives it; 1.0 where a family has none."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A sharded parameter gathered once, so that the chunks of the loss do not gather it again each."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,115 @@
+"""The decomposed loss of one micro-batch: runs the streams that a decomposition needs and calls the kernels.
+
+Called by the trainer; it hands in how to run a backbone, so that this file knows no wrappers and no devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vgs_kernels import DecomposedKL, linear_decomposed_kl
+
+from .config import VGSConfig
+from .heads import language_head
+from .masking import Batch, ImageTokens, masked_view, rows_with_image
+
+# Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
+RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
+
+
+class MicroBatchLoss(NamedTuple):
+    """Both parts of the loss of a micro-batch, and what is logged of it."""
+
+    lang: Tensor  # (), sum over tokens / number of tokens of the step, differentiable
+    vis: Tensor | None  # the same; None if no row has an image
+    tokens: DecomposedKL  # (valid tokens,) each, detached
+    positions: Tensor  # (valid tokens, 2): row and completion position of each
+
+    def sums(self) -> Tensor:
+        """Sums of full, lang, vis and entropy over the tokens, and their number; shape (5,), detached."""
+        parts = [self.tokens.full, self.tokens.lang, self.tokens.vis, self.tokens.entropy]
+        return torch.stack([part.sum() for part in parts] + [parts[0].new_tensor(parts[0].numel())])
+
+    def non_finite(self) -> Tensor:
+        """Row and completion position of every token whose loss is not finite, (count, 2)."""
+        bad = ~(torch.isfinite(self.tokens.lang) & torch.isfinite(self.tokens.vis))
+        return self.positions[bad]
+
+
+def decomposed_loss(
+    config: VGSConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Batch,
+    loss_mask: Tensor,  # (rows, completion)
+    items_in_step: Tensor | float,
+    image_tokens: ImageTokens,
+    run_student: RunBackbone,
+    run_teacher: RunBackbone,
+) -> MicroBatchLoss:
+    """Run the streams and split the loss.
+
+    Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
+    the row itself, so all of its KL(student || teacher) is language.
+    """
+    has_image = rows_with_image(batch, image_tokens)
+    image_mask = loss_mask.bool() & has_image[:, None]  # (rows, completion)
+    text_mask = loss_mask.bool() & ~has_image[:, None]
+    any_image, any_text = bool(image_mask.any()), bool(text_mask.any())
+
+    teacher_hidden = run_teacher(teacher, batch)  # (rows, completion, teacher width)
+    masked_teacher_hidden = masked_student_hidden = None
+    if any_image:
+        masked_teacher_hidden = run_teacher(teacher, masked_view(config.image_mask, batch, image_tokens, teacher))
+        if config.decomposition != "teacher_prior":
+            masked_student_hidden = run_student(student, masked_view(config.image_mask, batch, image_tokens, student))
+    student_hidden = run_student(student, batch)  # (rows, completion, width)
+
+    head = language_head(student, student_hidden)
+    teacher_head = language_head(teacher, student_hidden)
+
+    def teacher_rows(hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden[mask].to(student_hidden.dtype)
+
+    parts: list[DecomposedKL] = []
+    lang = vis = None
+    if any_image:
+        assert masked_teacher_hidden is not None
+        result = linear_decomposed_kl(
+            student_hidden[image_mask],
+            head,
+            teacher_rows(teacher_hidden, image_mask),
+            teacher_head,
+            masked_teacher_hidden=teacher_rows(masked_teacher_hidden, image_mask),
+            masked_student_hidden=None if masked_student_hidden is None else masked_student_hidden[image_mask],
+            decomposition=config.decomposition,
+            temperature=config.temperature,
+        )
+        lang, vis = result.lang / items_in_step, result.vis / items_in_step
+        parts.append(result.tokens)
+    if any_text or not any_image:
+        rows = teacher_rows(teacher_hidden, text_mask)
+        # With r = q the teacher_prior split is lang = KL(p || q), vis = 0; weights (1, 0) form the language part only.
+        result = linear_decomposed_kl(
+            student_hidden[text_mask],
+            head,
+            rows,
+            teacher_head,
+            masked_teacher_hidden=rows,
+            decomposition="teacher_prior",
+            temperature=config.temperature,
+            steering_weights=torch.tensor([1.0, 0.0], device=student_hidden.device),
+        )
+        assert result.objective is not None
+        text_lang = result.objective / items_in_step
+        lang = text_lang if lang is None else lang + text_lang
+        parts.append(result.tokens)
+    assert lang is not None
+    tokens = DecomposedKL(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    positions = torch.cat([image_mask.nonzero(), text_mask.nonzero()])
+    return MicroBatchLoss(lang, vis, tokens, positions)

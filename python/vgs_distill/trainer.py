@@ -1,0 +1,315 @@
+"""`VGSTrainer`: TRL's `DistillationTrainer` with the loss split in two and the two gradients steered towards vision.
+
+What is TRL's stays TRL's: rollouts, data, generation, checkpoints, logging back ends. This file overrides where the
+loss becomes gradients. Layer: trainer; calls `loss.py`, `steering.py` and, through them, `vgs_kernels`.
+
+How a step runs (`steering="exact"`), once per micro-batch:
+
+    training_step -> compute_loss -> decomposed_loss          both parts of the loss
+                                  -> backward(lang)           into the language gradient
+                     backward(vis), by the Trainer            into the visual gradient
+    and after the last micro-batch: Gramian -> weights -> combine into .grad, which the Trainer clips and applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import DistillationTrainer
+
+from vgs_kernels import VisualGradientSteering
+
+from .config import VGSConfig
+from .loss import MicroBatchLoss, decomposed_loss
+from .masking import Batch, ImageTokens
+from .schedule import gamma_at
+from .steering import ExactSteering, SteeringRecord, no_gradient
+from .timing import StepTimer
+from .validation import check_dataset
+
+logger = logging.get_logger(__name__)
+
+_MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class VGSTrainer(DistillationTrainer):
+    """On-policy distillation of a vision-language model with visual gradient steering.
+
+    Takes what TRL's `DistillationTrainer` takes, with a `VGSConfig`. Per step it logs, besides TRL's metrics and
+    through the same `report_to`:
+
+    ============================  =====================================================================================
+    ``loss/full``                 KL(student || teacher), mean per token, in nats
+    ``loss/lang``, ``loss/vis``   its language and visual part (`vgs_kernels.decomposed_kl`), mean per token, in nats
+    ``entropy``                   of the student, mean per token, in nats
+    ``gradient/norm_lang``, ...   norms of the two accumulated parameter gradients, and their ``gradient/cosine``
+    ``steering/gamma``            share of the visual direction
+    ``steering/weight_ratio``     weight of the visual gradient over that of the language gradient
+    ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering
+    ============================  =====================================================================================
+
+    A token whose loss is not finite (the student puts mass where a teacher has none) is named in a warning and the
+    update of its step is skipped.
+
+    Raises:
+        ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
+            run is distributed in a way that ``steering="exact"`` does not support.
+
+    Source: arXiv 2606.00564 (steering), arXiv 2306.13649 (on-policy distillation).
+    """
+
+    args: VGSConfig
+    model: PreTrainedModel
+    _tag_names = ["trl", "distillation", "vgs"]  # noqa: RUF012 - TRL's class attribute
+    _name = "VGS"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel,
+        args: VGSConfig,
+        train_dataset: Dataset | IterableDataset,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, VGSConfig):
+            raise ValueError(f"args must be a VGSConfig, got {type(args).__name__}; build one with VGSConfig(...)")
+        check_dataset(train_dataset, args.check_dataset_rows)
+        super().__init__(
+            model=model,
+            teacher_model=teacher_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        if args.steering == "exact" and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "steering='exact' runs on one process so far: a second backward through DDP is silently not reduced; "
+                "launch a single process, or use steering='none'"
+            )
+        self._image_tokens = ImageTokens.of(self.model.config)
+        banned = {*self._image_tokens.banned_while_sampling, *(self.generation_config.suppress_tokens or [])}
+        self.generation_config.suppress_tokens = sorted(banned)
+        self.generation_kwargs["suppress_tokens"] = sorted(banned)
+
+        self._timer = StepTimer(self.accelerator.device)
+        self._steering = ExactSteering(self.model.parameters())
+        self._sums: Tensor | None = None  # of MicroBatchLoss.sums, over the micro-batches of a step
+        self._non_finite: list[str] = []
+
+    # ------------------------------------------------------------------ the step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        with self._timer.span("step"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.args.steering == "exact":
+                self._steering.end_micro_batch()
+                loss = self._micro_batch_loss
+                if self.accelerator.sync_gradients:
+                    with self._timer.span("steering"):
+                        self._steer()
+        if self.accelerator.sync_gradients:
+            self._record_times()
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return what the Trainer is to run back: with exact steering the visual part, the language part being done."""
+        if self.args.steering == "none":
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self._metrics[self._mode]["loss/full"].append(loss.detach())
+            return (loss, None) if return_outputs else loss
+
+        items = inputs["num_items_in_batch"].clamp(min=1.0) if self._training else inputs["completion_mask"].sum()
+        unwrapped = self.accelerator.unwrap_model(model)
+        result = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs, items)
+        self._record_loss(result, inputs)
+        full = result.tokens.full.sum() / items
+        if not self._training:
+            return (full, None) if return_outputs else full
+
+        self._micro_batch_loss = full
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            self._steering.accumulate_lang()
+            self.accelerator.backward(result.lang, retain_graph=self.args.decomposition == "teacher_prior")
+        self._steering.accumulate_vis()
+        vis = no_gradient(full.device) if result.vis is None else result.vis
+        return (vis, None) if return_outputs else vis
+
+    def _compute_loss(self, unwrapped_student: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        """Run inside the student wrapper's forward. TRL's monolithic loss, or both parts of the decomposed one."""
+        if self.args.steering == "none":
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        self.teacher_model.eval()
+        return decomposed_loss(
+            self.args,
+            unwrapped_student,
+            self.accelerator.unwrap_model(self.teacher_model),
+            _batch_of(inputs),
+            _loss_mask(inputs),
+            num_items_in_batch,
+            self._image_tokens,
+            run_student=self._run_backbone,
+            run_teacher=self._run_teacher,
+        )
+
+    def _run_backbone(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return self._get_last_hidden_state(
+            model, batch.input_ids, batch.attention_mask, batch.completion_ids.size(1), **batch.multimodal
+        )
+
+    def _run_teacher(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Through the teacher's own wrapper, which may hold it sharded."""
+        with torch.no_grad():
+            return self._forward_redirection(self.teacher_model, model, self._run_backbone, model, batch)
+
+    def _get_last_hidden_state(
+        self,
+        unwrapped_model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        position_ids: Tensor | None = None,
+        **multimodal: Any,
+    ) -> Tensor:
+        """TRL's, timed, and with positions of one's own where the attention mask hides the image."""
+        run: Callable[..., Tensor] = super()._get_last_hidden_state
+        if position_ids is not None:
+            run = _hidden_states_at_positions(position_ids)
+        if unwrapped_model is not self.accelerator.unwrap_model(self.teacher_model):
+            return run(unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal)
+        with self._timer.span("teacher"):
+            return run(unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self._timer.span("rollout"):
+            return super()._generate_and_score_completions(inputs)
+
+    def _steer(self) -> None:
+        """Combine the two accumulated gradients into `.grad`, or skip the update where a loss was not finite."""
+        gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
+        if self._non_finite:
+            logger.warning(
+                "step %d: %s; the update is skipped. The student put probability where a teacher has none, or an input "
+                "is not finite.", self.state.global_step + 1, "; ".join(self._non_finite),
+            )  # fmt: skip
+            self._non_finite.clear()
+            self._steering.discard()
+            return
+        record = self._steering.combine(VisualGradientSteering(gamma, self.args.max_weight_ratio))
+        if record is not None:
+            self._record_steering(record, gamma)
+
+    # ------------------------------------------------------------------ what is logged
+
+    @property
+    def _training(self) -> bool:
+        return self.model.training
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self._training else "eval"
+
+    def _record_loss(self, result: MicroBatchLoss, inputs: dict[str, Any]) -> None:
+        sums = result.sums()
+        bad = result.non_finite()
+        if self._training and len(bad):
+            row, position = bad[0].tolist()
+            token = self._tokenizer.decode(inputs["completion_ids"][row, position])
+            self._non_finite.append(
+                f"the loss of {len(bad)} token(s) is not finite, first in row {row} of the micro-batch at completion "
+                f"position {position} ({token!r})"
+            )
+        self._sums = sums if self._sums is None else self._sums + sums
+        if self._training and not self.accelerator.sync_gradients:
+            return
+        full, lang, vis, entropy, tokens = self.accelerator.reduce(self._sums, "sum").unbind()
+        self._sums = None
+        metrics = self._metrics[self._mode]
+        for name, total in (("loss/full", full), ("loss/lang", lang), ("loss/vis", vis), ("entropy", entropy)):
+            metrics[name].append(total / tokens.clamp(min=1))
+
+    def _record_steering(self, record: SteeringRecord, gamma: float) -> None:
+        metrics = self._metrics["train"]
+        for name, value in record.metrics().items():
+            metrics[name].append(value)
+        metrics["steering/gamma"].append(gamma)
+
+    def _record_times(self) -> None:
+        times = self._timer.flush()
+        step = times.pop("step")
+        parts = {name: times.get(name, 0.0) for name in ("rollout", "teacher", "steering")}
+        parts["student"] = step - sum(parts.values())
+        for name, seconds in parts.items():
+            self._metrics["train"][f"time/{name}"].append(seconds)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Metrics stay on the device until they are logged: one synchronisation per logging step, not per step.
+        for values in self._metrics[self._mode].values():
+            values[:] = [value.item() if isinstance(value, Tensor) else value for value in values]
+        super().log(logs, start_time)
+
+
+def _batch_of(inputs: dict[str, Any]) -> Batch:
+    return Batch(
+        inputs["prompt_ids"],
+        inputs["prompt_mask"],
+        inputs["completion_ids"],
+        inputs["completion_mask"],
+        {name: inputs[name] for name in _MULTIMODAL_KEYS if name in inputs},
+    )
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def _hidden_states_at_positions(position_ids: Tensor) -> Callable[..., Tensor]:
+    """TRL's `_get_last_hidden_state` for explicit positions, which TRL's own does not take."""
+
+    def run(
+        model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **multimodal: Any
+    ) -> Tensor:
+        output = model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **multimodal,
+        )
+        return output.last_hidden_state[:, :-1][:, -logits_to_keep:]
+
+    return run
