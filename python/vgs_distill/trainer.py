@@ -163,7 +163,7 @@ class VGSTrainer(DistillationTrainer):
         self._micro_batch_loss = full
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self._steering.accumulate_lang()
-            self.accelerator.backward(result.lang, retain_graph=self.args.decomposition == "teacher_prior")
+            self.accelerator.backward(result.lang, retain_graph=True)  # both parts come out of one operator
         self._steering.accumulate_vis()
         vis = no_gradient(full.device) if result.vis is None else result.vis
         return (vis, None) if return_outputs else vis
@@ -205,6 +205,10 @@ class VGSTrainer(DistillationTrainer):
         **multimodal: Any,
     ) -> Tensor:
         """TRL's, timed, and with positions of one's own where the attention mask hides the image."""
+        pixels = multimodal.get("pixel_values")
+        if pixels is not None and pixels.numel() == 0:
+            # A micro-batch of text rows cut from a mixed batch: vision towers fail on no pixels at all.
+            multimodal = {name: value for name, value in multimodal.items() if name.endswith("token_type_ids")}
         run: Callable[..., Tensor] = super()._get_last_hidden_state
         if position_ids is not None:
             run = _hidden_states_at_positions(position_ids)
@@ -216,6 +220,13 @@ class VGSTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._timer.span("rollout"):
             return super()._generate_and_score_completions(inputs)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's, with an empty list for a row without images: image processors do not take TRL's None."""
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        if images is not None:
+            images = [row_images or [] for row_images in images]
+        return prompt_ids, completion_ids, tool_mask, images, tool_images
 
     def _steer(self) -> None:
         """Combine the two accumulated gradients into `.grad`, or skip the update where a loss was not finite."""

@@ -1,0 +1,90 @@
+"""Bad input: one clear sentence each, before any training time is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Image as ImageFeature
+from vgs_distill.compatibility import check_trl
+from vgs_distill.validation import check_dataset, check_output_dir
+
+PROMPT = [{"role": "user", "content": "what is this ?"}]
+
+
+def test_a_dataset_without_prompts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no column 'prompt' \(it has 'question'\)"):
+        check_dataset(Dataset.from_dict({"question": ["a"]}), None)
+
+
+def test_an_empty_dataset_is_refused() -> None:
+    with pytest.raises(ValueError, match="is empty"):
+        check_dataset(Dataset.from_dict({"prompt": []}), None)
+
+
+@pytest.mark.parametrize("bad", [None, []])
+def test_a_row_without_a_prompt_is_named(bad: Any) -> None:
+    with pytest.raises(ValueError, match="row 2 of the training dataset has no prompt"):
+        check_dataset(Dataset.from_dict({"prompt": [PROMPT, PROMPT, bad, PROMPT]}), None)
+
+
+def test_a_message_without_content_is_named() -> None:
+    rows = [PROMPT, [{"role": "user", "content": None}]]
+    with pytest.raises(ValueError, match="row 1 of the training dataset has a message without"):
+        check_dataset(Dataset.from_dict({"prompt": rows}), None)
+
+
+def image_dataset(images: list[Any]) -> Dataset:
+    features = Features({"prompt": [{"role": Value("string"), "content": Value("string")}], "image": ImageFeature()})
+    return Dataset.from_dict({"prompt": [PROMPT] * len(images), "image": images}, features=features)
+
+
+def test_a_broken_image_is_named_by_row(prompts: Dataset) -> None:
+    good = prompts[0]["image"]
+    broken = image_dataset([good, None, {"bytes": b"not an image", "path": None}])
+    with pytest.raises(ValueError, match="row 2 of the training dataset has an image that cannot be opened"):
+        check_dataset(broken, None)
+    check_dataset(broken, 2)  # rows past the limit are not opened
+
+
+def test_a_missing_image_file_is_named(tmp_path: Path) -> None:
+    missing = image_dataset([{"bytes": None, "path": str(tmp_path / "gone.png")}])
+    with pytest.raises(ValueError, match=r"row 0 .*gone\.png"):
+        check_dataset(missing, None)
+
+
+def test_lists_of_images_are_opened(prompts: Dataset) -> None:
+    features = Features({"prompt": [{"role": Value("string"), "content": Value("string")}], "images": [ImageFeature()]})
+    rows = [[prompts[0]["image"]], [{"bytes": b"x", "path": None}]]
+    dataset = Dataset.from_dict({"prompt": [PROMPT, PROMPT], "images": rows}, features=features)
+    with pytest.raises(ValueError, match="row 1 "):
+        check_dataset(dataset, None)
+
+
+def test_a_streaming_dataset_has_its_first_row_checked() -> None:
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        check_dataset(IterableDataset.from_generator(lambda: iter([{"text": "x"}])), None)
+
+
+def test_the_trainer_checks_before_it_trains(make_trainer: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        make_trainer(Dataset.from_dict({"question": ["a"]}))
+
+
+def test_an_output_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot write to the output directory"):
+        check_output_dir(tmp_path / "file" / "run")
+    assert check_output_dir(tmp_path / "new" / "run").is_dir()
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("installed", ["1.15.2", "1.17.0", "2.0.0"])
+def test_an_unsupported_trl_names_the_supported_range(installed: str) -> None:
+    with pytest.raises(ImportError, match=rf"supports trl >= 1\.16\.0, < 1\.17\.0, but trl {installed}"):
+        check_trl(installed)
+    check_trl("1.16.0")
+    check_trl("1.16.3")
