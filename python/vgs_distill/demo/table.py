@@ -1,12 +1,14 @@
 """The table printed at the end of the demo.
 
-Layer: turns a results dictionary (`results.py`) into a rich table. Called by `run`.
+Layer: turns a results dictionary (`results.py`) into a rich renderable. Called by `run`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 
 
@@ -22,46 +24,61 @@ def spread_text(spread: dict[str, Any], *, signed: bool = False) -> str:
     return text if spread["deviation"] is None else f"{text} ± {100 * spread['deviation']:.1f}"
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """One row per model; accuracies in percent on the balanced test set."""
-    seeds = len(results["seeds"])
-    count = results["recipe"]["evaluation"]["examples"]
-    table = Table(
-        title=f"{results['task']}: accuracy in % on {count} balanced held-out questions",
-        caption=f"± is the standard deviation over {seeds} seeds."
-        if seeds > 1
-        else "One seed: differences of a point or two are noise.",
+def results_table(results: dict[str, Any]) -> Group:
+    """Two narrow tables, so that 80 columns are enough: accuracy by model, then by kind of question. In percent."""
+    return Group(_accuracy_table(results), _question_table(results))
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
         title_justify="left",
         caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
     )
-    types = list((results["teacher"] or {}).get("by_question_type", {}))
-    table.add_column("model", no_wrap=True)
-    table.add_column("accuracy", justify="right", no_wrap=True, style="bold")
-    for kind in types:
-        table.add_column(kind, justify="right")
-    table.add_column("no image", justify="right")
-    table.add_column("vs OPD", justify="right", no_wrap=True)
-    table.add_column("cosine", justify="right")
-    table.add_column("s/step", justify="right")
 
+
+def _accuracy_table(results: dict[str, Any]) -> Table:
+    seeds = len(results["seeds"])
+    count = results["recipe"]["evaluation"]["examples"]
+    table = _table(
+        f"{results['task']}: accuracy in % on {count} balanced held-out questions",
+        f"± is the standard deviation over {seeds} seeds."
+        if seeds > 1
+        else "One seed: a few points of difference can be chance.",
+    )
+    table.add_column("model", no_wrap=True)
+    for header in ("accuracy", "vs OPD", "no image", "cosine", "s/step"):
+        table.add_column(header, justify="right", no_wrap=True)
     teacher, start = results["teacher"], results["student_start"]
     if teacher:
-        cells = [percent(teacher["by_question_type"][kind]) for kind in types]
-        table.add_row("teacher", percent(teacher["with_image"]), *cells, percent(teacher["without_image"]), "", "", "")
+        table.add_row("teacher", percent(teacher["with_image"]), "", percent(teacher["without_image"]))
     if start:
-        cells = [percent(start["by_question_type"].get(kind)) for kind in types]
-        table.add_row("student start", spread_text(start["accuracy"]), *cells, "", "", "", "")
-    table.add_section()
+        table.add_row("student start", spread_text(start["accuracy"]))
     for name, summary in results["summary"].items():
-        gain = summary.get("gain_over_opd")
-        cosine = summary.get("cosine")
+        gain, cosine = summary.get("gain_over_opd"), summary.get("cosine")
         table.add_row(
             results["methods"][name]["label"],
             spread_text(summary["accuracy"]),
-            *[percent(summary["by_question_type"].get(kind)) for kind in types],
-            percent(summary["without_image"]["mean"]),
             spread_text(gain, signed=True) if gain else "",
+            percent(summary["without_image"]["mean"]),
             "" if cosine is None else f"{cosine:+.2f}",
             f"{summary['step_seconds']['total']:.2f}",
         )
+    return table
+
+
+def _question_table(results: dict[str, Any]) -> Table:
+    rows = {"teacher": results["teacher"], "student start": results["student_start"]}
+    rows |= {results["methods"][name]["label"]: summary for name, summary in results["summary"].items()}
+    rows = {label: record for label, record in rows.items() if record}
+    table = _table("by kind of question")
+    table.add_column("model", no_wrap=True)
+    for index, (label, record) in enumerate(rows.items()):
+        if index == 0:
+            for kind in record["by_question_type"]:
+                table.add_column(kind, justify="right", no_wrap=True)
+        table.add_row(label, *[percent(value) for value in record["by_question_type"].values()])
     return table

@@ -18,7 +18,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -122,23 +123,22 @@ class Worker:
         self.connection.close()
 
 
-class _single_threaded_environment:
+@contextmanager
+def _single_threaded_environment() -> Iterator[None]:
     """While a worker is spawned: one OpenMP thread, no library chatter, no look-ups of models on the network."""
-
-    _SETTINGS = {
+    settings = {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self._SETTINGS}
-        os.environ.update(self._SETTINGS)
-
-    def __exit__(self, *details: object) -> None:
-        for name, value in self._before.items():
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
