@@ -1,10 +1,28 @@
 """On-policy distillation of vision-language models with visual gradient steering, on TRL's `DistillationTrainer`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .compatibility import check_trl
 
 check_trl()
 
-from .config import VGSConfig  # noqa: E402 - the check must come before the first import of trl
-from .trainer import VGSTrainer  # noqa: E402
+if TYPE_CHECKING:
+    from .config import VGSConfig
+    from .trainer import VGSTrainer
 
 __all__ = ["VGSConfig", "VGSTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: importing torch, transformers and trl takes seconds that `vgs --help` and the demo's display need not.
+    if name == "VGSConfig":
+        from .config import VGSConfig
+
+        return VGSConfig
+    if name == "VGSTrainer":
+        from .trainer import VGSTrainer
+
+        return VGSTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,52 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up .venv by itself the first time.
+#
+#   make demo        distil a small vision-language student on this machine (no GPU needed)
+#   make test        lint, types and all tests that this machine can run
+#   make lint        what pre-commit runs
+#   make format      rewrite the sources in the house format
+#   make clean       remove builds and caches, keep .venv
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   \(make\)/\1/p' Makefile
+
+# torch comes first: the extension is built against the one that is installed (--no-build-isolation).
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet torch torchvision
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,bench,dev]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/vgs demo $(ARGS)
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info vgs_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,107 @@
+"""The `vgs` command: turns flags into calls, errors into one sentence and an exit code. No logic of its own.
+
+Layer: cli; calls the demo and, for `doctor`, the public functions of `vgs_kernels`. Heavy imports happen inside the
+commands, so that `vgs --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil vision-language models with visual gradient steering.",
+)
+
+
+@app.callback()
+def _vgs() -> None:
+    """Distil vision-language models with visual gradient steering."""
+
+
+class Task(str, Enum):
+    digits = "digits"
+    shapes = "shapes"
+
+
+class Decomposition(str, Enum):
+    matched = "matched"
+    bayes = "bayes"
+    teacher_prior = "teacher_prior"
+
+
+@app.command()
+def demo(
+    task: Annotated[
+        Task, typer.Option(help="digits: handwritten digits in a grid; shapes: coloured shapes in a grid.")
+    ] = Task.digits,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of student starts; every method runs from each.")] = 1,
+    decomposition: Annotated[
+        list[Decomposition] | None,
+        typer.Option(help="Steered variants beside the monolithic baseline; repeat for several. (default: matched)"),
+    ] = None,
+    gamma: Annotated[
+        float | None,
+        typer.Option(help="Share of the visual direction in [0, 1]. (default: 0.8, for bayes 0.7)"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Distillation steps. (default: the task's recipe)")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where results, report and students go. (default: runs/demo-TASK)")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and a smaller test set.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes. (default: one per processor)")] = None,
+) -> None:
+    """Train a small Qwen3-VL student from a teacher, on this machine, without a GPU.
+
+    The teacher is trained first and kept for the next time. From one start the student then goes through monolithic
+    on-policy distillation (OPD) and through visual gradient steering (VGS), and answers questions about pictures it
+    has never seen. Leaves results.json, report.html and the students, which transformers loads.
+    """
+    from vgs_distill.demo.run import DemoError, run_demo
+
+    try:
+        run_demo(
+            task.value,
+            seeds=range(seeds),
+            decompositions=[d.value for d in decomposition or [Decomposition.matched]],
+            gamma=gamma,
+            steps=steps,
+            output_dir=output_dir or Path("runs") / f"demo-{task.value}",
+            quick=quick,
+            jobs=jobs,
+        )
+    except DemoError as error:
+        _fail(str(error))
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backend runs every kernel on this machine, why nothing faster does, and how to get it."""
+    from vgs_kernels.__main__ import main as report
+
+    report()
+
+
+def _fail(sentence: str) -> None:
+    typer.echo(f"vgs: {sentence}", err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `vgs` script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("vgs: stopped; what had finished is on disk", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
