@@ -1,5 +1,178 @@
-"""Build script; everything static lives in pyproject.toml."""
+"""Builds the compiled extension `vgs_kernels._C` where that is possible, a pure-Python package where it is not.
+
+Everything static lives in pyproject.toml. The extension uses torch's stable ABI and Python's limited API: one build
+serves torch >= 2.13 and CPython >= 3.10. It needs an importable torch (`pip install --no-build-isolation .`) and a
+C++20 compiler; CUDA sources are added when there are any, nvcc is found and torch has CUDA. No GPU is needed to build.
+
+Environment:
+    VGS_KERNELS_PURE_PYTHON=1   skip the extension
+    FORCE_ONLY_CPU=1            leave the CUDA sources out
+    FORCE_CUDA=1                fail where they cannot be built, instead of leaving them out
+    TORCH_CUDA_ARCH_LIST        GPU architectures, as everywhere in PyTorch
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).resolve().parent
+MINIMUM_TORCH = (2, 13)
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DTORCH_STABLE_ONLY"]
+# -std=c++20 alone would switch off the contraction of a * b + c, which the exponential is priced with. The warnings
+# switched off are a note on the ABI of vectors passed between files (none are) and a false alarm in GCC 12's headers.
+CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# Instruction-set levels of x86-64 beyond the compiler's default, chosen at run time: never -march=native.
+LEVELS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c"],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build, and why not more."""
+
+    native: bool
+    cuda: bool
+    reason: str
+
+
+def plan(sources: list[str] | None = None) -> Plan:
+    """Decide what can be built here. Raises only where FORCE_CUDA asks for the impossible."""
+    if os.environ.get("VGS_KERNELS_PURE_PYTHON") == "1":
+        return _without_extension("VGS_KERNELS_PURE_PYTHON=1 is set")
+    if sys.platform == "win32":
+        return _without_extension("the sources need GCC or Clang, which Windows builds of PyTorch do not use")
+    compiler = cxx_compiler()
+    if compiler is None:
+        return _without_extension("no C++ compiler was found (c++, g++ or clang++ on the PATH, or $CXX)")
+    # torch takes the folder of the `nvcc` it finds for CUDA's home; behind a symbolic link that is the wrong one.
+    nvcc = shutil.which("nvcc")
+    if nvcc and not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
+        os.environ["CUDA_HOME"] = str(Path(nvcc).resolve().parent.parent)
+    try:
+        import torch
+    except ImportError:
+        return _without_extension(
+            "torch cannot be imported at build time; install it first and use `pip install --no-build-isolation`"
+        )
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
+        return _without_extension(f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}")
+    missing = _missing_for_cuda(cuda_sources() if sources is None else sources)
+    if missing and os.environ.get("FORCE_CUDA") == "1":
+        raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {missing}")
+    return Plan(native=True, cuda=not missing, reason=missing)
+
+
+def _without_extension(reason: str) -> Plan:
+    if os.environ.get("FORCE_CUDA") == "1":
+        raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {reason}")
+    return Plan(native=False, cuda=False, reason=reason)
+
+
+def _missing_for_cuda(sources: list[str]) -> str:
+    """Why CUDA sources are left out; empty when they are built."""
+    if os.environ.get("FORCE_ONLY_CPU") == "1":
+        return "FORCE_ONLY_CPU=1 is set"
+    if not sources:
+        return "there are no CUDA sources"
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "nvcc was not found (on the PATH, or under CUDA_HOME)"
+    return ""
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch will use, as a path."""
+    candidates = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def cuda_sources() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def extension_arguments(decision: Plan) -> dict:
+    """The arguments of `setup` that build the extension. Imports torch."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    level_sources = {name: f"csrc/cpu/decomposed_kl_{name}.cpp" for name in LEVELS} if is_x86 else {}
+    every_level = {f"csrc/cpu/decomposed_kl_{name}.cpp" for name in LEVELS}
+    sources = [
+        source
+        for folder in ("csrc", "csrc/cpu")
+        for source in sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp"))
+        if source not in every_level
+    ]
+    defines = [f"-DVGS_HAVE_{name.upper()}" for name in level_sources]
+    common = [*STABLE_ABI, *defines, "-I" + str(ROOT / "csrc")]
+    compile_args = {"cxx": [*CXX_FLAGS, *common]}
+    kind = CppExtension
+    if decision.cuda:
+        kind = CUDAExtension
+        sources += cuda_sources()
+        compile_args["cxx"].append("-DUSE_CUDA")
+        compile_args["nvcc"] = ["-O3", *common, "-DUSE_CUDA"]
+        if not torch.cuda.is_available():
+            assert torch.version.cuda is not None
+            version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+            architectures = "8.0;9.0;10.0;12.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+
+    class Build(BuildExtension):
+        """torch's build step, plus the files that need flags of their own."""
+
+        def build_extension(self, extension):  # type: ignore[no-untyped-def]
+            for name, source in level_sources.items():
+                target = Path(self.build_temp) / "levels" / f"{name}.o"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                compiler = cxx_compiler()
+                assert compiler is not None
+                self.spawn([compiler, "-std=c++20", "-fPIC", *CXX_FLAGS, *LEVELS[name], "-c", source, "-o", str(target)])
+                extension.extra_objects.append(str(target))
+            super().build_extension(extension)
+
+    extension = kind(
+        "vgs_kernels._C",
+        sources,
+        extra_compile_args=compile_args,
+        py_limited_api=True,
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")],
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def announce(decision: Plan) -> None:
+    if not decision.native:
+        message = (
+            f"PURE-PYTHON INSTALL, without the compiled kernels: {decision.reason}. Everything works, slower. "
+            "`python -m vgs_kernels` shows what is active and how to get the rest."
+        )
+    elif decision.cuda:
+        message = "building the compiled extension for CPU and CUDA"
+    else:
+        message = f"building the compiled extension for CPU ({decision.reason})"
+    print(f"vgs-kernels: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    decision = plan()
+    announce(decision)
+    setup(**(extension_arguments(decision) if decision.native else {}))

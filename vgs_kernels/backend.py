@@ -28,6 +28,7 @@ BACKENDS = ("native", "triton", "reference")
 # op -> backend -> module. One op, one folder.
 _MODULES: dict[str, dict[str, str]] = {
     "decomposed_kl": {
+        "native": "vgs_kernels.decomposed_kl.native",
         "reference": "vgs_kernels.decomposed_kl.reference",
     },
     "gradient_gramian": {
@@ -40,7 +41,7 @@ _MODULES: dict[str, dict[str, str]] = {
 
 # op -> device type -> backends, fastest first. "cuda" is also what PyTorch calls a ROCm device.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "decomposed_kl": {"cpu": ("reference",), "cuda": ("reference",)},
+    "decomposed_kl": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "gradient_gramian": {"cpu": ("reference",), "cuda": ("reference",)},
     "combine_gradients": {"cpu": ("reference",), "cuda": ("reference",)},
 }

@@ -1,0 +1,361 @@
+// CPU implementation of decomposed_kl: checks, choice of the instruction-set level, threads, and the arithmetic of whole
+// rows. The loops over the vocabulary are in decomposed_kl_kernels.h, compiled once per level.
+#include "decomposed_kl.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "common.h"
+
+namespace vgs {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Settings {
+  Decomposition decomposition;
+  int64_t vocab_size;
+  double temperature, student_scale, teacher_scale, student_softcap, teacher_softcap;
+};
+
+struct Problem {
+  Streams streams;
+  Settings settings;
+  int64_t rows, segments;
+  bool is_double;
+};
+
+Stream make_stream(const Tensor& logits, double scale, double softcap, double temperature) {
+  if (softcap == 0.0) return {logits.data_ptr(), logits.stride(0), scale / temperature, 0.0, 0.0};
+  return {logits.data_ptr(), logits.stride(0), scale, scale / softcap, softcap / temperature};
+}
+
+Problem make_problem(const Tensor& student, const Tensor& teacher, const Tensor& masked_teacher,
+                     const std::optional<Tensor>& masked_student, const Settings& settings) {
+  STD_TORCH_CHECK(settings.decomposition >= 0 && settings.decomposition < kDecompositions, "unknown decomposition ",
+                  static_cast<int>(settings.decomposition));
+  STD_TORCH_CHECK(masked_student.has_value() == (settings.decomposition != kTeacherPrior),
+                  "masked_student must be given for bayes and matched, and only for them");
+  Problem problem{};
+  problem.settings = settings;
+  problem.rows = student.size(0);
+  problem.segments = (settings.vocab_size + kSegment - 1) / kSegment;
+  problem.streams.element = element_of(student, "student");
+  problem.is_double = problem.streams.element == kFloat64;
+  const Tensor* tensors[kStreams] = {&student, &teacher, &masked_teacher,
+                                     masked_student ? &*masked_student : nullptr};
+  const char* names[kStreams] = {"student", "teacher", "masked_teacher", "masked_student"};
+  for (int s = 0; s < kStreams; ++s) {
+    if (!tensors[s]) continue;
+    const Tensor& logits = *tensors[s];
+    STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == problem.rows && logits.size(1) >= settings.vocab_size,
+                    names[s], " must have ", problem.rows, " rows of at least ", settings.vocab_size, " logits");
+    STD_TORCH_CHECK(logits.stride(1) == 1 || logits.size(1) == 1, names[s], " must have unit stride along the vocabulary");
+    STD_TORCH_CHECK(element_of(logits, names[s]) == problem.streams.element, names[s], " must have the student's dtype");
+    const bool is_teacher = s == kQ || s == kR;
+    problem.streams.stream[s] =
+        make_stream(logits, is_teacher ? settings.teacher_scale : settings.student_scale,
+                    is_teacher ? settings.teacher_softcap : settings.student_softcap, settings.temperature);
+  }
+  return problem;
+}
+
+// A row-wise operand in the accumulation dtype, (rows, columns), contiguous.
+class Operand {
+ public:
+  Operand(const Tensor& tensor, int64_t rows, int64_t columns, bool is_double, const char* name)
+      : data_(tensor.data_ptr()), columns_(columns), is_double_(is_double) {
+    STD_TORCH_CHECK(tensor.numel() == rows * columns && tensor.is_contiguous(), name, " must be contiguous, with ", rows,
+                    " x ", columns, " entries");
+    const auto wanted = is_double ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+    STD_TORCH_CHECK(tensor.scalar_type() == wanted, name, " must have the accumulation dtype of the logits");
+  }
+  double get(int64_t row, int64_t column) const {
+    const int64_t i = row * columns_ + column;
+    return is_double_ ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
+  }
+  void set(int64_t row, int64_t column, double value) const {
+    const int64_t i = row * columns_ + column;
+    if (is_double_) static_cast<double*>(data_)[i] = value;
+    else static_cast<float*>(data_)[i] = static_cast<float>(value);
+  }
+  bool is_zero(int64_t row) const {
+    for (int64_t c = 0; c < columns_; ++c)
+      if (get(row, c) != 0.0) return false;
+    return true;
+  }
+
+ private:
+  void* data_;
+  int64_t columns_;
+  bool is_double_;
+};
+
+RowState empty_state() {
+  RowState state{};
+  std::fill_n(state.maximum, kStreams, -kInfinity);
+  std::fill_n(state.hole, kValues, -kInfinity);
+  return state;
+}
+
+void merge(RowState& total, RowState& part) {
+  double maximum[kStreams];
+  for (int s = 0; s < kStreams; ++s) maximum[s] = std::max(total.maximum[s], part.maximum[s]);
+  rescale(total, maximum);
+  rescale(part, maximum);
+  for (int s = 0; s < kStreams; ++s) total.sum[s] += part.sum[s];
+  for (int c = 0; c < kValues; ++c) {
+    total.moment[c] += part.moment[c];
+    total.hole[c] = std::max(total.hole[c], part.hole[c]);
+  }
+}
+
+void finish_row(const Problem& problem, const RowState& state, int64_t row, const Operand& values,
+                const Operand& log_normalizers) {
+  double log_sum[kStreams], log_normalizer[kStreams];
+  for (int s = 0; s < kStreams; ++s) {
+    log_sum[s] = state.sum[s] == 0.0 ? -kInfinity : std::log(state.sum[s]);
+    log_normalizer[s] = (state.maximum[s] == -kInfinity ? 0.0 : state.maximum[s]) + log_sum[s];
+    log_normalizers.set(row, s, problem.streams.stream[s].data ? log_normalizer[s] : 0.0);
+  }
+  // E_base[(z_base - shift_base) - (z_other - shift_other)] - log sum_base + log sum_other. The mass of a hole counts
+  // where it is a positive number of the accumulation dtype, as in the reference.
+  const auto divergence = [&](int column, int base, int other) {
+    if (state.sum[base] == 0.0) return 0.0;
+    const double mass = std::exp(state.hole[column] - log_normalizer[base]);
+    if ((problem.is_double ? mass : static_cast<float>(mass)) > 0.0) return kInfinity;
+    return state.moment[column] / state.sum[base] - log_sum[base] + log_sum[other];
+  };
+  const bool has_prior = problem.settings.decomposition != kMatched;
+  const bool has_masked = problem.settings.decomposition != kTeacherPrior;
+  values.set(row, kEntropy, state.sum[kP] == 0.0 ? 0.0 : log_sum[kP] - state.moment[kEntropy] / state.sum[kP]);
+  values.set(row, kFull, divergence(kFull, kP, kQ));
+  values.set(row, kPrior, has_prior ? divergence(kPrior, kP, kR) : 0.0);
+  values.set(row, kShift, has_prior && has_masked ? divergence(kShift, kP, kP0) : 0.0);
+  values.set(row, kMasked, has_masked ? divergence(kMasked, kP0, kR) : 0.0);
+}
+
+// Run `segment(row, index, begin, end)` for all segments and then `finish(row)`, a thread to a group of rows where there
+// are enough of them, and to a group of segments where there are not. The arithmetic is the same either way.
+template <class Segment, class Finish>
+void for_rows(const Problem& problem, const Segment& segment, const Finish& finish) {
+  const int64_t segments = problem.segments, vocab = problem.settings.vocab_size;
+  const auto run = [&](int64_t row, int64_t index) {
+    segment(row, index, index * kSegment, std::min(vocab, (index + 1) * kSegment));
+  };
+  if (problem.rows >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()) || segments == 1) {
+    const int64_t grain = std::max<int64_t>(1, kSegment / vocab);
+    torch::stable::parallel_for(0, problem.rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t index = 0; index < segments; ++index) run(row, index);
+        finish(row);
+      }
+    });
+    return;
+  }
+  torch::stable::parallel_for(0, problem.rows * segments, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i / segments, i % segments);
+  });
+  for (int64_t row = 0; row < problem.rows; ++row) finish(row);
+}
+
+void divergences(const Tensor& student, const Tensor& teacher, const Tensor& masked_teacher,
+                 const std::optional<Tensor>& masked_student, const std::optional<Tensor>& token_weights,
+                 int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
+                 double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level, Tensor values,
+                 Tensor log_normalizers) {
+  const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
+                                       {static_cast<Decomposition>(decomposition), vocab_size, temperature,
+                                        student_scale, teacher_scale, student_softcap, teacher_softcap});
+  const Kernels& kernels = kernels_of_level(cpu_level);
+  const Operand out_values(values, problem.rows, kValues, problem.is_double, "values");
+  const Operand out_normalizers(log_normalizers, problem.rows, kStreams, problem.is_double, "log_normalizers");
+  std::optional<Operand> weights;
+  if (token_weights) weights.emplace(*token_weights, problem.rows, 1, problem.is_double, "token_weights");
+  const auto is_skipped = [&](int64_t row) { return weights && weights->is_zero(row); };
+
+  // One partial result per segment of the rows in flight: of all rows where they are few, of one row a thread else.
+  const bool whole = problem.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  std::vector<RowState> parts(whole ? problem.rows * problem.segments : 0);
+  const auto finish = [&](int64_t row, RowState& state) {
+    finish_row(problem, state, row, out_values, out_normalizers);
+  };
+  const auto skip = [&](int64_t row) {
+    for (int c = 0; c < kValues; ++c) out_values.set(row, c, 0.0);
+    for (int s = 0; s < kStreams; ++s) out_normalizers.set(row, s, 0.0);
+  };
+  thread_local RowState total, part;
+  for_rows(
+      problem,
+      [&](int64_t row, int64_t index, int64_t begin, int64_t end) {
+        if (is_skipped(row)) return;
+        RowState& state = whole ? parts[row * problem.segments + index] : part;
+        state = empty_state();
+        kernels.divergences(problem.streams, problem.settings.decomposition, row, begin, end, state);
+        if (whole) return;
+        if (index == 0) total = empty_state();
+        merge(total, state);
+      },
+      [&](int64_t row) {
+        if (is_skipped(row)) return skip(row);
+        if (whole) {
+          total = empty_state();
+          for (int64_t index = 0; index < problem.segments; ++index) merge(total, parts[row * problem.segments + index]);
+        }
+        finish(row, total);
+      });
+}
+
+GradientRow make_gradient_row(const Operand& values, const Operand& log_normalizers, const Operand& coefficients,
+                              const std::optional<Operand>& second_coefficients, bool wants_gramian, int64_t row) {
+  GradientRow g{};
+  for (int s = 0; s < kStreams; ++s) g.log_normalizer[s] = log_normalizers.get(row, s);
+  for (int c = 0; c < kValues; ++c) {
+    const double value = values.get(row, c);
+    const double weight = coefficients.get(row, c);
+    const double second = second_coefficients ? second_coefficients->get(row, c) : 0.0;
+    const bool unused = weight == 0.0 && second == 0.0 && !wants_gramian;
+    g.absent[c] = std::isinf(value) || (std::isnan(value) && unused);
+    if (g.absent[c]) continue;
+    g.weight[c] = weight;
+    g.second_weight[c] = second;
+    g.mean[c] = value;
+  }
+  return g;
+}
+
+struct Output {
+  char* data = nullptr;
+  int64_t row_bytes = 0, width = 0, size = 0;
+
+  Output() = default;
+  Output(const Tensor& tensor, const Problem& problem, Element element, const char* name)
+      : data(static_cast<char*>(tensor.data_ptr())), width(tensor.size(1)), size(element_size(element)) {
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == problem.rows && width >= problem.settings.vocab_size, name,
+                    " must have ", problem.rows, " rows of at least ", problem.settings.vocab_size, " entries");
+    STD_TORCH_CHECK(tensor.stride(1) == 1 || width == 1, name, " must have unit stride along the vocabulary");
+    STD_TORCH_CHECK(element_of(tensor, name) == element, name, " must have the dtype of out_student");
+    row_bytes = tensor.stride(0) * size;
+  }
+  void* row(int64_t index) const { return data ? data + index * row_bytes : nullptr; }
+  void zero(int64_t index, int64_t from) const {
+    if (data) std::memset(data + index * row_bytes + from * size, 0, (width - from) * size);
+  }
+};
+
+void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor& masked_teacher,
+                     const std::optional<Tensor>& masked_student, const Tensor& values, const Tensor& log_normalizers,
+                     const Tensor& coefficients, const std::optional<Tensor>& second_coefficients,
+                     int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
+                     double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level,
+                     Tensor out_student, std::optional<Tensor> out_masked_student, std::optional<Tensor> out_second,
+                     std::optional<Tensor> row_gramian) {
+  const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
+                                       {static_cast<Decomposition>(decomposition), vocab_size, temperature,
+                                        student_scale, teacher_scale, student_softcap, teacher_softcap});
+  STD_TORCH_CHECK(out_second.has_value() == second_coefficients.has_value(),
+                  "out_second and second_coefficients must be given together");
+  STD_TORCH_CHECK(!out_masked_student || masked_student, "out_masked_student needs masked_student");
+  const Kernels& kernels = kernels_of_level(cpu_level);
+  const bool is_double = problem.is_double;
+  const Operand in_values(values, problem.rows, kValues, is_double, "values");
+  const Operand in_normalizers(log_normalizers, problem.rows, kStreams, is_double, "log_normalizers");
+  const Operand in_coefficients(coefficients, problem.rows, kValues, is_double, "coefficients");
+  std::optional<Operand> in_second, gramian;
+  if (second_coefficients) in_second.emplace(*second_coefficients, problem.rows, kValues, is_double, "second_coefficients");
+  if (row_gramian) gramian.emplace(*row_gramian, problem.rows, 3, is_double, "row_gramian");
+  const Element element = element_of(out_student, "out_student");
+  const Output outputs[3] = {Output(out_student, problem, element, "out_student"),
+                             out_second ? Output(*out_second, problem, element, "out_second") : Output(),
+                             out_masked_student ? Output(*out_masked_student, problem, element, "out_masked_student")
+                                                : Output()};
+  const auto is_skipped = [&](int64_t row) {
+    return in_coefficients.is_zero(row) && (!in_second || in_second->is_zero(row));
+  };
+
+  struct Gram { double sums[3]; };
+  const bool whole = problem.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  std::vector<Gram> parts(gramian && whole ? problem.rows * problem.segments : 0);
+  thread_local Gram total;
+  for_rows(
+      problem,
+      [&](int64_t row, int64_t index, int64_t begin, int64_t end) {
+        if (is_skipped(row)) return;
+        Gram part{};
+        kernels.gradients(
+            problem.streams, problem.settings.decomposition,
+            make_gradient_row(in_values, in_normalizers, in_coefficients, in_second, gramian.has_value(), row), row,
+            begin, end, {outputs[0].row(row), outputs[1].row(row), outputs[2].row(row), element},
+            gramian ? part.sums : nullptr);
+        if (!gramian) return;
+        if (whole) {
+          parts[row * problem.segments + index] = part;
+          return;
+        }
+        if (index == 0) total = Gram{};
+        for (int i = 0; i < 3; ++i) total.sums[i] += part.sums[i];
+      },
+      [&](int64_t row) {
+        const bool skipped = is_skipped(row);
+        for (const Output& output : outputs) output.zero(row, skipped ? 0 : problem.settings.vocab_size);
+        if (!gramian) return;
+        if (whole || skipped) total = Gram{};
+        if (whole && !skipped)
+          for (int64_t index = 0; index < problem.segments; ++index)
+            for (int i = 0; i < 3; ++i) total.sums[i] += parts[row * problem.segments + index].sums[i];
+        for (int i = 0; i < 3; ++i) gramian->set(row, i, total.sums[i]);
+      });
+}
+
+}  // namespace
+
+int highest_level() {
+  static const int level = [] {
+#if defined(VGS_HAVE_AVX512) || defined(VGS_HAVE_AVX2)
+    __builtin_cpu_init();
+#endif
+#ifdef VGS_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+      return 2;
+#endif
+#ifdef VGS_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+    return 0;
+  }();
+  return level;
+}
+
+const Kernels& kernels_of_level(int64_t level) {
+  STD_TORCH_CHECK(level <= highest_level(), "this CPU or build has instruction-set level ", highest_level(),
+                  ", level ", level, " was asked for");
+  switch (level < 0 ? highest_level() : level) {
+#ifdef VGS_HAVE_AVX512
+    case 2: return avx512::kernels;
+#endif
+#ifdef VGS_HAVE_AVX2
+    case 1: return avx2::kernels;
+#endif
+    default: return baseline::kernels;
+  }
+}
+
+int64_t cpu_level() { return highest_level(); }
+
+}  // namespace vgs
+
+STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
+  m.impl("divergences", TORCH_BOX(&vgs::divergences));
+  m.impl("logit_gradients", TORCH_BOX(&vgs::logit_gradients));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&vgs::cpu_level));
+}

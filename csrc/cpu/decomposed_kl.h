@@ -1,0 +1,102 @@
+// What the registration layer (decomposed_kl.cpp) and the kernels of every instruction-set level share.
+// Plain data and function pointers only: no torch headers and no library templates, because this file is also compiled
+// with -mavx512f, and an inline function emitted there could be the one the linker keeps for an older machine.
+#pragma once
+
+#include <stdint.h>
+
+namespace vgs {
+
+enum Element { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// Index of a stream: p student, q teacher, r masked teacher, p0 masked student.
+enum { kP, kQ, kR, kP0, kStreams };
+
+// Columns of `values`, as in vgs_kernels/decomposed_kl/reference.py.
+enum { kEntropy, kFull, kPrior, kShift, kMasked, kValues };
+
+enum Decomposition { kTeacherPrior, kBayes, kMatched, kDecompositions };
+
+// Vocabulary entries of one partial result. Fixed, so that results do not depend on the number of threads.
+constexpr int64_t kSegment = 16384;
+
+// One stream of logits x: z = x * scale, or z = softcap_out * tanh(x * softcap_in) where softcap_out != 0.
+struct Stream {
+  const void* data;  // null where the decomposition has no such stream
+  int64_t row_stride;  // elements
+  double scale;
+  double softcap_in;
+  double softcap_out;
+};
+
+struct Streams {
+  Stream stream[kStreams];
+  Element element;
+};
+
+// Sums over part of a row, relative to a shift per stream (the running maximum, 0 while all is -inf). With
+// e_s = exp(z_s - shift_s) and d_s = z_s - shift_s:
+struct RowState {
+  double maximum[kStreams];
+  double sum[kStreams];  // sum e_s
+  double moment[kValues];  // sum e_p d_p, e_p (d_p - d_q), e_p (d_p - d_r), e_p (d_p - d_p0), e_p0 (d_p0 - d_r)
+  double hole[kValues];  // largest z_p (or z_p0) where the other stream of that column is -inf
+};
+
+// What a row of the gradient needs besides the logits. An `absent` column has an infinite value and takes no part.
+struct GradientRow {
+  double log_normalizer[kStreams];
+  double mean[kValues];  // of the column's log ratio: its value
+  double weight[kValues];
+  double second_weight[kValues];
+  bool absent[kValues];
+};
+
+struct GradientOutputs {
+  void* student;  // start of the row, or null; all three may alias an input row
+  void* second;
+  void* masked_student;
+  Element element;
+};
+
+struct Kernels {
+  // Add entries [begin, end) of a row to `state`.
+  void (*divergences)(const Streams&, Decomposition, int64_t row, int64_t begin, int64_t end, RowState& state);
+  // Write the gradient of entries [begin, end); add <lang, lang>, <lang, vis>, <vis, vis> to `gramian` unless null.
+  void (*gradients)(const Streams&, Decomposition, const GradientRow&, int64_t row, int64_t begin, int64_t end,
+                    const GradientOutputs&, double* gramian);
+  // squares[i] += sum over rows of x[row, begin + i]^2, for the entries [begin, end).
+  void (*column_squares)(const void* data, Element, int64_t rows, int64_t row_stride, int64_t begin, int64_t end,
+                         float* squares);
+};
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+// Move the sums of `state` to the shifts of a larger maximum. Exact up to rounding: with D_s = new - old shift,
+// sum e' = exp(-D_p) sum e, and sum e' (d'_p - d'_q) = exp(-D_p) (sum e (d_p - d_q) + (D_q - D_p) sum e).
+static inline void rescale(RowState& state, const double maximum[kStreams]) {
+  double step[kStreams], factor[kStreams];
+  bool moved = false;
+  for (int s = 0; s < kStreams; ++s) {
+    const double infinity = __builtin_inf();
+    const double before = state.maximum[s] == -infinity ? 0.0 : state.maximum[s];
+    const double after = maximum[s] == -infinity ? 0.0 : maximum[s];
+    step[s] = after - before;
+    // Before the first finite entry the sum is 0, and the step may be of either sign.
+    factor[s] = state.maximum[s] == -infinity ? 0.0 : (step[s] == 0.0 ? 1.0 : __builtin_exp(-step[s]));
+    moved |= step[s] != 0.0 || factor[s] != 1.0;
+    state.maximum[s] = maximum[s];
+  }
+  if (!moved) return;
+  static const int other[kValues] = {-1, kQ, kR, kP0, kR};
+  for (int c = 0; c < kValues; ++c) {
+    const int base = c == kMasked ? kP0 : kP;
+    const double shift = (other[c] < 0 ? 0.0 : step[other[c]]) - step[base];
+    state.moment[c] = factor[base] == 0.0 ? 0.0 : factor[base] * (state.moment[c] + shift * state.sum[base]);
+  }
+  for (int s = 0; s < kStreams; ++s) state.sum[s] *= factor[s];
+}
+
+}  // namespace vgs

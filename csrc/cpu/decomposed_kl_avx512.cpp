@@ -1,0 +1,2 @@
+#define VGS_LEVEL avx512
+#include "decomposed_kl_kernels.h"

@@ -1,0 +1,2 @@
+#define VGS_LEVEL baseline
+#include "decomposed_kl_kernels.h"

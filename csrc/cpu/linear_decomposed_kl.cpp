@@ -1,0 +1,151 @@
+// CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "common.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace vgs {
+namespace {
+
+using torch::stable::Tensor;
+
+// Transpose an 8 x 8 tile. The three rounds of interleaving compile to unpack instructions of any 128-bit vector unit.
+typedef uint16_t Row8 __attribute__((vector_size(16)));
+
+inline void interleave(Row8 tile[8]) {
+  Row8 mixed[8];
+  for (int i = 0; i < 4; ++i) {
+    mixed[2 * i] = __builtin_shufflevector(tile[i], tile[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+    mixed[2 * i + 1] = __builtin_shufflevector(tile[i], tile[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+  std::memcpy(tile, mixed, sizeof(mixed));
+}
+
+template <class T>
+void transpose_tile(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  if constexpr (sizeof(T) == 2) {
+    if (rows == 8 && columns == 8) {
+      Row8 tile[8];
+      for (int i = 0; i < 8; ++i) std::memcpy(&tile[i], in + i * in_stride, 16);
+      for (int round = 0; round < 3; ++round) interleave(tile);
+      for (int i = 0; i < 8; ++i) std::memcpy(out + i * out_stride, &tile[i], 16);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+}
+
+// A cache line of T by a cache line of T at a time: every line is fetched once and written whole.
+template <class T>
+void transpose_matrix(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t bands = (columns + kLine - 1) / kLine;
+  torch::stable::parallel_for(0, bands, std::max<int64_t>(1, 32768 / (kLine * rows + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t band = begin; band < end; ++band) {
+      const int64_t last = std::min(columns, (band + 1) * kLine);
+      for (int64_t i = 0; i < rows; i += kLine)
+        for (int64_t ii = i; ii < std::min(rows, i + kLine); ii += 8)
+          for (int64_t j = band * kLine; j < last; j += 8)
+            transpose_tile(in + ii * in_stride + j, in_stride, out + j * out_stride + ii, out_stride,
+                           std::min<int64_t>(8, rows - ii), std::min<int64_t>(8, last - j));
+    }
+  });
+}
+
+void transpose(const Tensor& input, Tensor out) {
+  STD_TORCH_CHECK(input.dim() == 2 && out.dim() == 2 && input.size(0) == out.size(1) && input.size(1) == out.size(0),
+                  "out must have the transposed shape of input");
+  STD_TORCH_CHECK((input.stride(1) == 1 || input.size(1) == 1) && (out.stride(1) == 1 || out.size(1) == 1),
+                  "input and out must have unit stride in the last dimension");
+  STD_TORCH_CHECK(input.scalar_type() == out.scalar_type(), "out must have the dtype of input");
+  const int64_t rows = input.size(0), columns = input.size(1);
+  switch (element_size(element_of(input, "input"))) {
+    case 2:
+      return transpose_matrix(static_cast<const uint16_t*>(input.data_ptr()), input.stride(0),
+                              static_cast<uint16_t*>(out.data_ptr()), out.stride(0), rows, columns);
+    case 4:
+      return transpose_matrix(static_cast<const uint32_t*>(input.data_ptr()), input.stride(0),
+                              static_cast<uint32_t*>(out.data_ptr()), out.stride(0), rows, columns);
+    default:
+      return transpose_matrix(static_cast<const uint64_t*>(input.data_ptr()), input.stride(0),
+                              static_cast<uint64_t*>(out.data_ptr()), out.stride(0), rows, columns);
+  }
+}
+
+// A fresh gradient the size of the head is 76,000 page faults of 4 KiB in bf16; with 2 MiB pages it is 150. A hint: a
+// kernel without huge pages ignores it.
+void advise_huge_pages(Tensor buffer) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(buffer.numel()) * element_size(element_of(buffer, "buffer"));
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)buffer;
+#endif
+}
+
+// The columns of a matrix that carry all but `tolerance` of its Frobenius norm, ascending. The smallest columns are
+// dropped: with a histogram of the squared norms by their leading bits (an eighth of an octave a bin) everything below
+// the largest bin edge whose sum is still at most tolerance^2 of the total.
+Tensor select_columns(const Tensor& gradient, double tolerance, int64_t cpu_level, Tensor squares, Tensor columns) {
+  const int64_t rows = gradient.size(0), width = gradient.size(1);
+  STD_TORCH_CHECK(gradient.dim() == 2 && (gradient.stride(1) == 1 || width == 1),
+                  "gradient must be a matrix with unit stride along the vocabulary");
+  STD_TORCH_CHECK(squares.is_contiguous() && squares.numel() >= width && element_of(squares, "squares") == kFloat32,
+                  "squares must be a contiguous float32 buffer of at least the vocabulary");
+  STD_TORCH_CHECK(columns.is_contiguous() && columns.numel() >= width &&
+                      columns.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "columns must be a contiguous int64 buffer of at least the vocabulary");
+  const Kernels& kernels = kernels_of_level(cpu_level);
+  const Element element = element_of(gradient, "gradient");
+  float* const square = static_cast<float*>(squares.data_ptr());
+  int64_t* const column = static_cast<int64_t*>(columns.data_ptr());
+
+  constexpr int64_t kBand = 8192;
+  torch::stable::parallel_for(0, (width + kBand - 1) / kBand, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t band = begin; band < end; ++band) {
+      const int64_t from = band * kBand, to = std::min(width, from + kBand);
+      std::fill(square + from, square + to, 0.0f);
+      kernels.column_squares(gradient.data_ptr(), element, rows, gradient.stride(0), from, to, square + from);
+    }
+  });
+
+  constexpr int kShift = 20;  // the sign, 8 exponent and 3 mantissa bits of a float remain
+  const auto bin_of = [&](float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits >> kShift;
+  };
+  std::vector<double> sums(size_t{1} << (32 - kShift), 0.0);
+  double total = 0.0;
+  for (int64_t v = 0; v < width; ++v) {
+    sums[bin_of(square[v])] += square[v];
+    total += square[v];
+  }
+  // NaN and inf have the largest bins: they are kept.
+  uint32_t kept_from = 0;
+  double dropped = 0.0;
+  while (kept_from < sums.size() && dropped + sums[kept_from] <= tolerance * tolerance * total) dropped += sums[kept_from++];
+  int64_t count = 0;
+  for (int64_t v = 0; v < width; ++v)
+    if (bin_of(square[v]) >= kept_from) column[count++] = v;
+  return torch::stable::narrow(columns, 0, 0, count);
+}
+
+}  // namespace
+}  // namespace vgs
+
+STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
+  m.impl("transpose", TORCH_BOX(&vgs::transpose));
+  m.impl("advise_huge_pages", TORCH_BOX(&vgs::advise_huge_pages));
+  m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
+}

@@ -1,0 +1,110 @@
+"""Native backend of `decomposed_kl`: launches the compiled kernels of `csrc/decomposed_kl.cpp`.
+
+Offers the interface of `reference.py`. The kernels write into tensors that this file allocates; rows are split over the
+threads of `torch.set_num_threads`, and results do not depend on how many there are.
+
+Called by `decomposed_kl/op.py` and `linear_decomposed_kl/op.py` only, through `vgs_kernels.backend`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
+from ..types import DECOMPOSITIONS, LogitTransform, accumulation_dtype
+from .reference import STREAMS, VALUES
+
+_ops = torch.ops.vgs_kernels_native
+
+# Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default, -1 the highest that runs here.
+# Tests force it.
+cpu_level = -1
+
+
+def problem(device_type: str) -> str | None:
+    """Why these kernels cannot run on a device type; None when they can."""
+    if device_type == "cpu":
+        return None
+    return f"the compiled extension has no {device_type} kernels of decomposed_kl"
+
+
+def highest_cpu_level() -> int:
+    return _ops.cpu_level()
+
+
+def divergences(
+    student: Tensor,  # (tokens, >= vocab)
+    teacher: Tensor,  # (tokens, >= vocab)
+    masked_teacher: Tensor,  # (tokens, >= vocab)
+    masked_student: Tensor | None,  # (tokens, >= vocab)
+    transform: LogitTransform,
+    token_weights: Tensor | None = None,  # (tokens,)
+) -> tuple[Tensor, Tensor]:
+    """`values` (tokens, 5) and `log_normalizers` (tokens, 4), as in `reference.divergences`."""
+    dtype = accumulation_dtype(student.dtype)
+    values = student.new_empty((student.shape[0], VALUES), dtype=dtype)
+    log_normalizers = student.new_empty((student.shape[0], STREAMS), dtype=dtype)
+    if token_weights is not None:
+        token_weights = token_weights.to(dtype).contiguous()
+    _ops.divergences(
+        student, teacher, masked_teacher, masked_student, token_weights, *_settings(transform), values, log_normalizers
+    )
+    return values, log_normalizers
+
+
+def logit_gradients(
+    student: Tensor,  # (tokens, >= vocab)
+    teacher: Tensor,  # (tokens, >= vocab)
+    masked_teacher: Tensor,  # (tokens, >= vocab)
+    masked_student: Tensor | None,  # (tokens, >= vocab)
+    values: Tensor,  # (tokens, 5)
+    log_normalizers: Tensor,  # (tokens, 4)
+    coefficients: Tensor,  # (tokens, 5)
+    transform: LogitTransform,
+    *,
+    out_student: Tensor,  # (tokens, >= vocab)
+    out_masked_student: Tensor | None = None,  # (tokens, >= vocab)
+    second_coefficients: Tensor | None = None,  # (tokens, 5)
+    out_second: Tensor | None = None,  # (tokens, >= vocab)
+    row_gramian: Tensor | None = None,  # (tokens, 3)
+) -> None:
+    """Write the logit gradients into the outputs, as `reference.logit_gradients` does."""
+    gramian = None if row_gramian is None else row_gramian.new_empty(row_gramian.shape)
+    _ops.logit_gradients(
+        student,
+        teacher,
+        masked_teacher,
+        masked_student,
+        values.contiguous(),
+        log_normalizers.contiguous(),
+        coefficients.to(values.dtype).contiguous(),
+        None if second_coefficients is None else second_coefficients.to(values.dtype).contiguous(),
+        *_settings(transform),
+        out_student,
+        out_masked_student,
+        out_second,
+        gramian,
+    )
+    if row_gramian is not None:
+        row_gramian.copy_(gramian)
+
+
+def _settings(transform: LogitTransform) -> tuple[int, int, float, float, float, float, float, int]:
+    """The settings in the order of the schemas."""
+    return (
+        DECOMPOSITIONS.index(transform.decomposition),
+        transform.vocab_size,
+        transform.temperature,
+        transform.student_scale,
+        transform.teacher_scale,
+        transform.student_softcap,
+        transform.teacher_softcap,
+        cpu_level,
+    )
+
+
+@torch.library.register_fake("vgs_kernels_native::divergences")
+@torch.library.register_fake("vgs_kernels_native::logit_gradients")
+def _(*_args):  # type: ignore[no-untyped-def]
+    return None
