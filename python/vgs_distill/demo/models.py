@@ -9,7 +9,7 @@ Layer: builds objects, trains nothing. Called by `supervised`, `evaluate`, `work
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -89,7 +89,7 @@ def build_processor(words: Sequence[str]) -> Qwen3VLProcessor:
         chat_template=CHAT_TEMPLATE,
     )
     pixels = IMAGE_SIZE * IMAGE_SIZE
-    patches = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL_PATCH}
+    patches: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL_PATCH}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(
             size={"shortest_edge": pixels, "longest_edge": pixels},

@@ -30,6 +30,7 @@ _TIME_PARTS = {
     "student": "student learns",
     "steering": "steering",
 }
+_OTHER_TIME = "everything else"
 
 History = Sequence[Mapping[str, float]]
 
@@ -166,18 +167,25 @@ def _figures(
 
 def _times(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per method: its mean step in seconds and the parts of it, each with its share of the slowest method's step."""
+    # A part keeps its colour whether or not a method has the parts before it.
+    shades = {label: shade for shade, label in enumerate([*_TIME_PARTS.values(), _OTHER_TIME])}
     slowest = max((summary["step_seconds"]["total"] for summary in results["summary"].values()), default=1.0)
     rows = []
     for name, summary in results["summary"].items():
         seconds = summary["step_seconds"]
         parts = {label: seconds[key] for key, label in _TIME_PARTS.items() if key in seconds}
-        parts["everything else"] = max(0.0, seconds["total"] - sum(parts.values()))
+        parts[_OTHER_TIME] = max(0.0, seconds["total"] - sum(parts.values()))
         rows.append(
             {
                 "label": results["methods"][name]["label"],
                 "total": seconds["total"],
                 "parts": [
-                    {"label": label, "seconds": value, "share": 100 * value / (slowest or 1.0)}
+                    {
+                        "label": label,
+                        "shade": shades[label],
+                        "seconds": value,
+                        "share": 100 * value / (slowest or 1.0),
+                    }
                     for label, value in parts.items()
                 ],
             }

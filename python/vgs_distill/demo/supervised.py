@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,9 @@ class TokenizedExamples:
 
 def prompt_text(processor: Qwen3VLProcessor, question: str) -> str:
     """The templated prompt for a question about one picture."""
-    turn = messages(question)
-    content = [{"type": "image"}, {"type": "text", "text": turn[0]["content"]}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    turn: dict[str, Any] = dict(messages(question)[0])
+    turn["content"] = [{"type": "image"}, {"type": "text", "text": turn["content"]}]
+    return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
 
 
 def drop_image_tokens(ids: Sequence[int], processor: Qwen3VLProcessor) -> list[int]:
