@@ -132,7 +132,8 @@ def _figures(
         ),
         (
             "The two parts of the loss",
-            "Language: what can be learned without the picture. Visual: what needs it.",
+            "Language: the distance to the teacher when the picture is hidden. Visual: the part that is matched "
+            "with the picture in view.",
             parts,
             {"zero_line": True},
         ),

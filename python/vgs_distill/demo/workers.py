@@ -16,6 +16,8 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -104,7 +106,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), name=f"vgs-demo-{index}", daemon=True)
-        with _single_threaded_environment():
+        with _single_threaded_environment(), _interrupts_ignored():
             self.process.start()
         theirs.close()  # so that the pipe closes when the worker ends, however it ends
         self.job: Job | None = None
@@ -145,9 +147,22 @@ def _single_threaded_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """While a worker is spawned: it inherits the ignored Ctrl-C, so that one pressed during its first seconds of
+    imports does not print a traceback per worker."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and only it hears Ctrl-C
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(connection: Connection) -> None:
     """Run jobs until the parent closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _quiet_libraries()
         while True:
@@ -286,8 +301,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 def _run_distillation(job: DistillJob, send: Callable[[Message], None]) -> dict[str, Any]:
-    import tempfile
-
     from vgs_distill.demo.distillation import distill
     from vgs_distill.demo.worlds import make_world, to_prompt_dataset
 
