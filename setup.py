@@ -109,15 +109,17 @@ def extension_arguments(decision: Plan) -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    level_sources = {name: f"csrc/cpu/decomposed_kl_{name}.cpp" for name in LEVELS} if is_x86 else {}
-    every_level = {f"csrc/cpu/decomposed_kl_{name}.cpp" for name in LEVELS}
+    every_level = {
+        str(path.relative_to(ROOT)): name for name in LEVELS for path in (ROOT / "csrc" / "cpu").glob(f"*_{name}.cpp")
+    }
+    level_sources = dict(sorted(every_level.items())) if is_x86 else {}
     sources = [
         source
         for folder in ("csrc", "csrc/cpu")
         for source in sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp"))
         if source not in every_level
     ]
-    defines = [f"-DVGS_HAVE_{name.upper()}" for name in level_sources]
+    defines = [f"-DVGS_HAVE_{name.upper()}" for name in sorted(set(level_sources.values()))]
     common = [*STABLE_ABI, *defines, "-I" + str(ROOT / "csrc")]
     compile_args = {"cxx": [*CXX_FLAGS, *common]}
     kind = CppExtension
@@ -136,8 +138,8 @@ def extension_arguments(decision: Plan) -> dict:
         """torch's build step, plus the files that need flags of their own."""
 
         def build_extension(self, extension):  # type: ignore[no-untyped-def]
-            for name, source in level_sources.items():
-                target = Path(self.build_temp) / "levels" / f"{name}.o"
+            for source, name in level_sources.items():
+                target = Path(self.build_temp) / "levels" / f"{Path(source).stem}.o"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 compiler = cxx_compiler()
                 assert compiler is not None

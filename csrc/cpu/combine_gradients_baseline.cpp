@@ -1,0 +1,2 @@
+#define VGS_LEVEL baseline
+#include "combine_gradients_kernels.h"

@@ -1,0 +1,2 @@
+#define VGS_LEVEL baseline
+#include "gradient_gramian_kernels.h"
