@@ -16,7 +16,7 @@ __all__ = ["VGSConfig", "VGSTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: importing torch, transformers and trl takes seconds that `vgs --help` and the demo's display need not.
+    # On first use: torch, transformers and trl take seconds that `vgs --help` and the display of the demo do not need.
     if name == "VGSConfig":
         from .config import VGSConfig
 

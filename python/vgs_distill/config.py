@@ -12,7 +12,7 @@ from trl import DistillationConfig
 
 from vgs_kernels.types import DECOMPOSITIONS
 
-STEERING_MODES = ("exact", "none")
+STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
 GAMMA_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -23,7 +23,9 @@ class VGSConfig(DistillationConfig):
 
     Attributes:
         steering: ``"exact"`` measures the gradients of the language and the visual part over the whole accumulated
-            batch and recombines them; ``"none"`` is monolithic on-policy distillation, KL(student || teacher), by
+            batch and recombines them, at the price of a second backward pass; ``"amortized"`` runs one backward pass
+            of the weighted sum, with weights predicted from the logit gradients, and measures exactly every
+            `refresh_every` steps; ``"none"`` is monolithic on-policy distillation, KL(student || teacher), by
             TRL's own loss, with no masked passes.
         decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
             (equations: `vgs_kernels.decomposed_kl`).
@@ -33,6 +35,8 @@ class VGSConfig(DistillationConfig):
         gamma_start: Where a schedule starts, in [0, 1].
         max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient); None for
             no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
+        refresh_every: Steps from one exact measurement to the next, with ``"amortized"``.
+        refresh_drift: Measure early when the ratio of the two logit gradient norms has changed by this factor.
         image_mask: What the masked view of a prompt is. ``"drop"``: image tokens and their delimiters leave the
             sequence and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
             ``"attention"``: image tokens stay, but nothing attends to them.
@@ -42,7 +46,9 @@ class VGSConfig(DistillationConfig):
 
     steering: str = field(
         default="exact",
-        metadata={"help": "'exact' steers with both gradients of every batch; 'none' is monolithic distillation."},
+        metadata={
+            "help": "'exact' measures both gradients, 'amortized' predicts them, 'none' is monolithic distillation."
+        },
     )
     decomposition: str = field(
         default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
@@ -56,6 +62,13 @@ class VGSConfig(DistillationConfig):
     gamma_start: float = field(default=0.5, metadata={"help": "Where a gamma schedule starts, in [0, 1]."})
     max_weight_ratio: float | None = field(
         default=None, metadata={"help": "Upper bound on visual weight / language weight; None for no bound."}
+    )
+    refresh_every: int = field(
+        default=16, metadata={"help": "Steps from one exact measurement to the next, with steering='amortized'."}
+    )
+    refresh_drift: float = field(
+        default=2.0,
+        metadata={"help": "Measure early when the ratio of the logit gradient norms moves by this factor."},
     )
     image_mask: str = field(
         default="drop", metadata={"help": "What a masked image is: 'drop', 'blank' or 'attention'."}
@@ -81,6 +94,10 @@ class VGSConfig(DistillationConfig):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every must be 1 or more, got {self.refresh_every}")
+        if not self.refresh_drift > 1.0:
+            raise ValueError(f"refresh_drift must be above 1, got {self.refresh_drift}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.steering == "none":
@@ -92,10 +109,11 @@ class VGSConfig(DistillationConfig):
             )
         if self.fp16:
             raise ValueError(
-                "steering='exact' normalises gradients, which undoes the loss scaling of fp16; use bf16=True or fp32"
+                f"steering={self.steering!r} normalises gradients, which undoes the loss scaling of fp16; "
+                "use bf16=True or fp32"
             )
         if self.deepspeed is not None:
             raise ValueError(
-                "steering='exact' needs both gradients before the optimizer step, but DeepSpeed steps inside backward; "
-                "use FSDP2 or DDP, or steering='none'"
+                f"steering={self.steering!r} measures both gradients before the optimizer step, but DeepSpeed steps "
+                "inside backward; use FSDP2 or DDP, or steering='none'"
             )

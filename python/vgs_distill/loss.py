@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vgs_kernels import DecomposedKL, linear_decomposed_kl
+from vgs_kernels import DecomposedKL, LinearDecomposedKL, linear_decomposed_kl
 
 from .config import VGSConfig
 from .heads import language_head
@@ -25,20 +25,26 @@ RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
 class MicroBatchLoss(NamedTuple):
     """Both parts of the loss of a micro-batch, and what is logged of it."""
 
-    lang: Tensor  # (), sum over tokens / number of tokens of the step, differentiable
+    lang: Tensor  # (), sum over tokens / number of tokens of the step, differentiable without steering weights
     vis: Tensor | None  # the same; None if no row has an image
+    objective: Tensor | None  # (), the weighted sum, differentiable; None without steering weights
+    logit_gramian: Tensor  # (2, 2), of the logit gradients of lang and vis; detached
     tokens: DecomposedKL  # (valid tokens,) each, detached
     positions: Tensor  # (valid tokens, 2): row and completion position of each
 
     def sums(self) -> Tensor:
-        """Sums of full, lang, vis and entropy over the tokens, and their number; shape (5,), detached."""
+        """Sums of full, lang, vis and entropy over the tokens, how many there are and how many are not finite; (6,)."""
         parts = [self.tokens.full, self.tokens.lang, self.tokens.vis, self.tokens.entropy]
-        return torch.stack([part.sum() for part in parts] + [parts[0].new_tensor(parts[0].numel())])
+        bad = self._bad()
+        counts = [parts[0].new_tensor(bad.numel()), bad.sum().to(parts[0].dtype)]
+        return torch.stack([part.sum() for part in parts] + counts)
 
     def non_finite(self) -> Tensor:
         """Row and completion position of every token whose loss is not finite, (count, 2)."""
-        bad = ~(torch.isfinite(self.tokens.lang) & torch.isfinite(self.tokens.vis))
-        return self.positions[bad]
+        return self.positions[self._bad()]
+
+    def _bad(self) -> Tensor:
+        return ~(torch.isfinite(self.tokens.lang) & torch.isfinite(self.tokens.vis))
 
 
 def decomposed_loss(
@@ -51,8 +57,9 @@ def decomposed_loss(
     image_tokens: ImageTokens,
     run_student: RunBackbone,
     run_teacher: RunBackbone,
+    steering_weights: Tensor | None = None,  # (2,)
 ) -> MicroBatchLoss:
-    """Run the streams and split the loss.
+    """Run the streams and split the loss; with `steering_weights` only the weighted sum is differentiable.
 
     Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
     the row itself, so all of its KL(student || teacher) is language.
@@ -76,8 +83,8 @@ def decomposed_loss(
     def teacher_rows(hidden: Tensor, mask: Tensor) -> Tensor:
         return hidden[mask].to(student_hidden.dtype)
 
-    parts: list[DecomposedKL] = []
-    lang = vis = None
+    results: list[LinearDecomposedKL] = []
+    lang = vis = objective = None
     if any_image:
         assert masked_teacher_hidden is not None
         result = linear_decomposed_kl(
@@ -89,12 +96,14 @@ def decomposed_loss(
             masked_student_hidden=None if masked_student_hidden is None else masked_student_hidden[image_mask],
             decomposition=config.decomposition,
             temperature=config.temperature,
+            steering_weights=steering_weights,
         )
-        lang, vis = result.lang / items_in_step, result.vis / items_in_step
-        parts.append(result.tokens)
+        lang, vis, objective = result.lang, result.vis, result.objective
+        results.append(result)
     if any_text or not any_image:
         rows = teacher_rows(teacher_hidden, text_mask)
-        # With r = q the teacher_prior split is lang = KL(p || q), vis = 0; weights (1, 0) form the language part only.
+        # With r = q the teacher_prior split is lang = KL(p || q), vis = 0; the weight 0 spares the gradient of vis.
+        unit = torch.ones(2, device=rows.device) if steering_weights is None else steering_weights
         result = linear_decomposed_kl(
             student_hidden[text_mask],
             head,
@@ -103,13 +112,21 @@ def decomposed_loss(
             masked_teacher_hidden=rows,
             decomposition="teacher_prior",
             temperature=config.temperature,
-            steering_weights=torch.tensor([1.0, 0.0], device=student_hidden.device),
+            steering_weights=torch.stack([unit[0], torch.zeros_like(unit[1])]),
         )
         assert result.objective is not None
-        text_lang = result.objective / items_in_step
-        lang = text_lang if lang is None else lang + text_lang
-        parts.append(result.tokens)
+        if steering_weights is None:
+            lang = result.objective if lang is None else lang + result.objective
+        else:
+            lang = result.lang if lang is None else lang + result.lang
+            objective = result.objective if objective is None else objective + result.objective
+        results.append(result)
     assert lang is not None
-    tokens = DecomposedKL(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    positions = torch.cat([image_mask.nonzero(), text_mask.nonzero()])
-    return MicroBatchLoss(lang, vis, tokens, positions)
+    return MicroBatchLoss(
+        lang / items_in_step,
+        None if vis is None else vis / items_in_step,
+        None if objective is None else objective / items_in_step,
+        torch.stack([result.logit_gramian for result in results]).sum(0) / items_in_step**2,
+        DecomposedKL(*(torch.cat(part) for part in zip(*(result.tokens for result in results), strict=True))),
+        torch.cat([image_mask.nonzero(), text_mask.nonzero()]),
+    )

@@ -3,17 +3,23 @@
 What is TRL's stays TRL's: rollouts, data, generation, checkpoints, logging back ends. This file overrides where the
 loss becomes gradients. Layer: trainer; calls `loss.py`, `steering.py` and, through them, `vgs_kernels`.
 
-How a step runs (`steering="exact"`), once per micro-batch:
+How a step that measures both gradients runs, once per micro-batch:
 
     training_step -> compute_loss -> decomposed_loss          both parts of the loss
                                   -> backward(lang)           into the language gradient
                      backward(vis), by the Trainer            into the visual gradient
     and after the last micro-batch: Gramian -> weights -> combine into .grad, which the Trainer clips and applies.
+
+With `steering="exact"` that is every step. With `"amortized"` it is one in `refresh_every`; the others have their
+weights before they start, and the Trainer runs back the weighted sum once.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,20 +31,31 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import DistillationTrainer
 
 from vgs_kernels import VisualGradientSteering
 
 from .config import VGSConfig
+from .distributed import is_replicated, sum_over_processes, two_backward_passes
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, ImageTokens
 from .schedule import gamma_at
-from .steering import ExactSteering, SteeringRecord, no_gradient
+from .steering import (
+    GradientPair,
+    GramianPredictor,
+    SteeringRecord,
+    direction_cosine,
+    no_gradient,
+    weight_ratio,
+)
 from .timing import StepTimer
 from .validation import check_dataset
 
 logger = logging.get_logger(__name__)
+
+STEERING_STATE_FILE = "steering_state.json"  # beside trainer_state.json in a checkpoint
 
 _MULTIMODAL_KEYS = (
     "pixel_values",
@@ -52,6 +69,20 @@ _MULTIMODAL_KEYS = (
 )
 
 
+class _StepPlan:
+    """How one optimizer step gets its gradient; the same for all its micro-batches."""
+
+    def __init__(self, gamma: float, policy: VisualGradientSteering, weights: Tensor | None) -> None:
+        self.gamma = gamma
+        self.policy = policy
+        self.weights = weights  # (2,) of one backward pass; None: two passes, and weights from what they measure
+        self.micro_batch_loss = torch.zeros(())
+        self.logit_gramian = torch.zeros(2, 2)
+
+    def add_logit_gramian(self, gramian: Tensor) -> None:
+        self.logit_gramian = self.logit_gramian.to(gramian) + gramian
+
+
 class VGSTrainer(DistillationTrainer):
     """On-policy distillation of a vision-language model with visual gradient steering.
 
@@ -63,8 +94,11 @@ class VGSTrainer(DistillationTrainer):
     ``loss/lang``, ``loss/vis``   its language and visual part (`vgs_kernels.decomposed_kl`), mean per token, in nats
     ``entropy``                   of the student, mean per token, in nats
     ``gradient/norm_lang``, ...   norms of the two accumulated parameter gradients, and their ``gradient/cosine``
+                                  (where they are measured: every step, or every refresh of ``"amortized"``)
     ``steering/gamma``            share of the visual direction
     ``steering/weight_ratio``     weight of the visual gradient over that of the language gradient
+    ``steering/refreshed``, ...   at a refresh of ``"amortized"``: the ``steering/predicted_weight_ratio`` and the
+                                  ``steering/direction_cosine`` between predicted and measured update
     ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering
     ============================  =====================================================================================
 
@@ -72,8 +106,7 @@ class VGSTrainer(DistillationTrainer):
     update of its step is skipped.
 
     Raises:
-        ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
-            run is distributed in a way that ``steering="exact"`` does not support.
+        ValueError: the model has no image placeholder token, or a dataset row has no prompt or a broken image.
 
     Source: arXiv 2606.00564 (steering), arXiv 2306.13649 (on-policy distillation).
     """
@@ -107,37 +140,54 @@ class VGSTrainer(DistillationTrainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if args.steering == "exact" and self.accelerator.num_processes > 1:
-            raise ValueError(
-                "steering='exact' runs on one process so far: a second backward through DDP is silently not reduced; "
-                "launch a single process, or use steering='none'"
-            )
         self._image_tokens = ImageTokens.of(self.model.config)
         banned = {*self._image_tokens.banned_while_sampling, *(self.generation_config.suppress_tokens or [])}
         self.generation_config.suppress_tokens = sorted(banned)
         self.generation_kwargs["suppress_tokens"] = sorted(banned)
 
         self._timer = StepTimer(self.accelerator.device)
-        self._steering = ExactSteering(self.model.parameters())
+        self._gradients: Any = None  # GradientPair, once the model is prepared
+        self._predictor = None
+        if args.steering == "amortized":
+            self._predictor = GramianPredictor(args.refresh_every, args.refresh_drift)
+        self._plan: _StepPlan | None = None
         self._sums: Tensor | None = None  # of MicroBatchLoss.sums, over the micro-batches of a step
-        self._non_finite: list[str] = []
+        self._non_finite: list[str] = []  # what this process saw
+        self._skip_update = False  # what all processes saw
 
     # ------------------------------------------------------------------ the step
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        with self._timer.span("step"):
+        if self._plan is None and self.args.steering != "none":
+            self._plan = self._make_plan()
+        apart = self._plan is not None and self._plan.weights is None
+        with self._timer.span("step"), two_backward_passes(self.accelerator, model) if apart else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
-            if self.args.steering == "exact":
-                self._steering.end_micro_batch()
-                loss = self._micro_batch_loss
+            if apart:
+                self._gradients.end_micro_batch()
+            if self._plan is not None:
+                loss = self._plan.micro_batch_loss
                 if self.accelerator.sync_gradients:
                     with self._timer.span("steering"):
-                        self._steer()
+                        self._finish_step(model, self._plan)
         if self.accelerator.sync_gradients:
+            self._plan = None
             self._record_times()
         return loss
+
+    def _make_plan(self) -> _StepPlan:
+        """Decide, before the first micro-batch of a step, how the step gets its gradient."""
+        gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
+        policy = VisualGradientSteering(gamma, self.args.max_weight_ratio)
+        if self._gradients is None:
+            # Not in __init__: sharding replaces the parameters when the Trainer prepares the model.
+            self._gradients = GradientPair(self.model.parameters())
+        predictor = self._predictor
+        if predictor is None or predictor.refresh_due():
+            return _StepPlan(gamma, policy, None)
+        return _StepPlan(gamma, policy, policy(predictor.predict()))
 
     def compute_loss(
         self,
@@ -146,25 +196,33 @@ class VGSTrainer(DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return what the Trainer is to run back: with exact steering the visual part, the language part being done."""
+        """Return what the Trainer is to run back: the weighted sum, or the visual part after the language part."""
         if self.args.steering == "none":
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self._metrics[self._mode]["loss/full"].append(loss.detach())
             return (loss, None) if return_outputs else loss
 
-        items = inputs["num_items_in_batch"].clamp(min=1.0) if self._training else inputs["completion_mask"].sum()
+        if self._training:
+            # DDP and FSDP average gradients over processes; the sum over tokens must not be divided twice.
+            items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        else:
+            items = inputs["completion_mask"].sum().clamp(min=1)
         unwrapped = self.accelerator.unwrap_model(model)
         result = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs, items)
         self._record_loss(result, inputs)
         full = result.tokens.full.sum() / items
-        if not self._training:
+        plan = self._plan
+        if plan is None:
             return (full, None) if return_outputs else full
 
-        self._micro_batch_loss = full
+        plan.micro_batch_loss = full
+        plan.add_logit_gramian(result.logit_gramian / self.accelerator.num_processes**2)
+        if plan.weights is not None:
+            return (result.objective, None) if return_outputs else result.objective
         with torch.autocast(self.accelerator.device.type, enabled=False):
-            self._steering.accumulate_lang()
+            self._gradients.accumulate_lang()
             self.accelerator.backward(result.lang, retain_graph=True)  # both parts come out of one operator
-        self._steering.accumulate_vis()
+        self._gradients.accumulate_vis()
         vis = no_gradient(full.device) if result.vis is None else result.vis
         return (vis, None) if return_outputs else vis
 
@@ -183,6 +241,7 @@ class VGSTrainer(DistillationTrainer):
             self._image_tokens,
             run_student=self._run_backbone,
             run_teacher=self._run_teacher,
+            steering_weights=None if self._plan is None else self._plan.weights,
         )
 
     def _run_backbone(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -228,20 +287,61 @@ class VGSTrainer(DistillationTrainer):
             images = [row_images or [] for row_images in images]
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
-    def _steer(self) -> None:
-        """Combine the two accumulated gradients into `.grad`, or skip the update where a loss was not finite."""
-        gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
-        if self._non_finite:
+    def _finish_step(self, model: nn.Module, plan: _StepPlan) -> None:
+        """Leave the steered gradient in `.grad`, or none at all where a loss was not finite on any process."""
+        if self._skip_update:
             logger.warning(
                 "step %d: %s; the update is skipped. The student put probability where a teacher has none, or an input "
-                "is not finite.", self.state.global_step + 1, "; ".join(self._non_finite),
+                "is not finite.", self.state.global_step + 1, "; ".join(self._non_finite) or "on another process",
             )  # fmt: skip
             self._non_finite.clear()
-            self._steering.discard()
+            self._skip_update = False
+            self._gradients.discard()
+            model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
             return
-        record = self._steering.combine(VisualGradientSteering(gamma, self.args.max_weight_ratio))
-        if record is not None:
-            self._record_steering(record, gamma)
+        logit_gramian = sum_over_processes(plan.logit_gramian)
+        metrics: dict[str, Tensor | float] = {"steering/gamma": plan.gamma}
+        weights = plan.weights
+        if weights is None:
+            record = self._gradients.combine(plan.policy, is_replicated(model))
+            if record is None:
+                return
+            weights = record.weights
+            metrics |= record.metrics()
+            if self._predictor is not None:
+                metrics |= self._refresh(self._predictor, plan.policy, record, logit_gramian)
+        elif self._predictor is not None:
+            self._predictor.observe(logit_gramian)
+        metrics["steering/weight_ratio"] = weight_ratio(weights)
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    @staticmethod
+    def _refresh(
+        predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Measure anew; return how good the prediction for this very step would have been."""
+        metrics: dict[str, Tensor | float] = {"steering/refreshed": 1.0}
+        if predictor.ready:
+            predicted = policy(predictor.predict())
+            metrics["steering/predicted_weight_ratio"] = weight_ratio(predicted)
+            metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, predicted)
+        predictor.refresh(record.gramian, logit_gramian)
+        return metrics
+
+    # ------------------------------------------------------------------ what a checkpoint carries
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._predictor is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / STEERING_STATE_FILE).write_text(json.dumps(self._predictor.state_dict()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = Path(resume_from_checkpoint) / STEERING_STATE_FILE
+        if self._predictor is not None and state.exists():
+            self._predictor.load_state_dict(json.loads(state.read_text()), self.accelerator.device)
 
     # ------------------------------------------------------------------ what is logged
 
@@ -266,17 +366,12 @@ class VGSTrainer(DistillationTrainer):
         self._sums = sums if self._sums is None else self._sums + sums
         if self._training and not self.accelerator.sync_gradients:
             return
-        full, lang, vis, entropy, tokens = self.accelerator.reduce(self._sums, "sum").unbind()
+        full, lang, vis, entropy, tokens, bad_tokens = sum_over_processes(self._sums).unbind()
         self._sums = None
+        self._skip_update = self._training and bool(bad_tokens > 0)
         metrics = self._metrics[self._mode]
         for name, total in (("loss/full", full), ("loss/lang", lang), ("loss/vis", vis), ("entropy", entropy)):
             metrics[name].append(total / tokens.clamp(min=1))
-
-    def _record_steering(self, record: SteeringRecord, gamma: float) -> None:
-        metrics = self._metrics["train"]
-        for name, value in record.metrics().items():
-            metrics[name].append(value)
-        metrics["steering/gamma"].append(gamma)
 
     def _record_times(self) -> None:
         times = self._timer.flush()

@@ -1,0 +1,64 @@
+"""What crosses processes when gradients are steered. Uses torch.distributed and accelerate only; no engine of our own.
+
+* DDP averages gradients in hooks of the first backward pass and is silent about a second one through the same
+  forward, so both run without hooks and the two lists are averaged here.
+* FSDP2 reduces in every backward pass, into shards that can be kept apart, but defers that (and would mix the two)
+  where accumulation turns its reduction off; it is turned on again here.
+* DeepSpeed steps inside `backward`: there is no place to combine two gradients, which `VGSTrainer` says at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def two_backward_passes(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Forward and backward passes inside leave gradients that `GradientPair` may keep apart."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    if accelerator.is_fsdp2 and isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(True)  # accelerate sets its own value again after the micro-batch
+    yield
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether every process holds whole gradients of its own part of the batch."""
+    return isinstance(model, DistributedDataParallel)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Mean over all processes, in place. A gradient missing here may exist elsewhere, so it takes part as zero."""
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    pending = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in whole]
+    for work, gradient in zip(pending, whole, strict=True):
+        work.wait()
+        gradient.div_(torch.distributed.get_world_size())
+    return list(whole)
+
+
+def shard_group(gradients: Sequence[Tensor]) -> ProcessGroup | None:
+    """The group over which sharded gradients add up to the whole; None where gradients are whole."""
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            return mesh.get_group(mesh.ndim - 1)  # with hybrid sharding the leading dimension holds replicas
+    return None
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a small tensor over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
