@@ -1,0 +1,1 @@
+"""Tools that prove things about the Triton kernels without a GPU: see the modules."""

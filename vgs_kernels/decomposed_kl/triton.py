@@ -1,0 +1,756 @@
+"""Triton backend of `decomposed_kl`, for CUDA and ROCm: the two functions of `decomposed_kl/reference.py`.
+
+`divergences` reads every stream once. `logit_gradients` is a second look, in place where the caller wants it. fp32, bf16
+and fp16 logits, fp32 inside; fp64 belongs to the reference backend.
+
+Legend, inside kernels:
+    p q r n         streams: student, teacher, masked teacher, masked student ("n": no image)
+    P Q R N         their pointers; suffix _s: row stride in elements, _w: width of an output
+    z               transformed logits, softcap(scale * x) / temperature
+    m s             running maximum of z, running sum of exp(z - m)
+    zp zq ...       z of a stream; ap aq ... = z - m; ep en = exp(ap), exp(an); lp lq ... log-probabilities
+    self            sum of ep * ap
+    pq pr pn nr     sums of exp-weighted differences of two streams, sum of ep * (ap - aq) and so on
+    hole            largest zp where the other stream is -inf: student mass there makes the divergence infinite
+    tile            [LOADS, LANES, VECTOR] consecutive columns; reductions over the first and last axis stay in a thread
+
+Per-thread accumulators are merged once, when the row (or the program's part of it) ends: a row has no barrier.
+
+Determinism and races: every program writes only its own row's results, or its own line of the workspace, and nobody
+reads what another program of the same launch writes. There are no atomics; the second stage sums in a fixed order.
+In `logit_gradients` each element is loaded by the program that overwrites it, before it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import LogitTransform
+from . import triton_config as config
+from .reference import STREAMS, VALUES, component_coefficients  # noqa: F401  (the interface of a backend module)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DECOMPOSITION_CODES = {"teacher_prior": 0, "bayes": 1, "matched": 2}
+PLAIN_FORM, SCALED_FORM, SOFTCAP_FORM = range(3)  # what lies between a raw logit and z
+
+TEACHER_PRIOR = tl.constexpr(0)
+BAYES = tl.constexpr(1)
+MATCHED = tl.constexpr(2)
+SCALED = tl.constexpr(SCALED_FORM)
+SOFTCAPPED = tl.constexpr(SOFTCAP_FORM)
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
+LN2 = tl.constexpr(math.log(2.0))
+INF = tl.constexpr(math.inf)
+STATES = tl.constexpr(17)  # numbers that describe a part of a row, the tuple `state`
+WORKSPACE_STATES = 17
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _tanh(x):
+    # From exp2, because libdevice.tanh has no interpreter. 1 - 2 / (exp(2x) + 1) loses all digits near 0: a series there,
+    # whose next term is under 1e-8 relative at 0.25.
+    y = x * x
+    series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
+
+
+@triton.jit
+def _transform(x, multiplier, cap, FORM: tl.constexpr):
+    """Raw logits to z: x, x * multiplier or cap * tanh(x * multiplier); temperature is folded into both constants."""
+    z = x.to(tl.float32)
+    if FORM == SCALED:
+        z = z * multiplier
+    elif FORM == SOFTCAPPED:
+        z = cap * _tanh(z * multiplier)
+    return z
+
+
+@triton.jit
+def _columns(start, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    piece = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR)
+    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
+    return start + piece + lane + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _inside(columns, V, TAIL: tl.constexpr):
+    """Which columns lie before V; groups of TAIL columns (a divisor of V) are in or out together."""
+    return tl.max_constancy(columns < V, [1, 1, TAIL])
+
+
+@triton.jit
+def _row(X, row, stride, ALIGN: tl.constexpr):
+    """Start of a row. 64-bit: row * stride passes 2^31. ALIGN, in elements, is the launcher's promise for wide loads."""
+    return tl.multiple_of(X + row * stride, ALIGN * (X.dtype.element_ty.primitive_bitwidth // 8))
+
+
+@triton.jit
+def _sum(tile):
+    return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def _max(tile):
+    return tl.max(tl.max(tile, 2), 0)
+
+
+# Forward: the state of a part of a row, and how parts grow and merge.
+
+
+@triton.jit
+def _rise(m, top):
+    """From maximum m to `top`: what to subtract from z, the factor of old weights, the shift of old distances.
+
+    A stream without mass yet has m = -inf: it subtracts 0 and shifts by 0, never -inf - -inf.
+    """
+    anchor = tl.where(top == -INF, 0.0, top)
+    return anchor, _exp(m - anchor), tl.where(m == -INF, 0.0, anchor - m)
+
+
+@triton.jit
+def _stream(z, m, s):
+    """One stream meets a tile. Returns distances, weights, new maximum, new sum, and `_rise` of the old ones."""
+    top = tl.maximum(m, _max(z))
+    anchor, factor, shift = _rise(m, top)
+    a = z - anchor[None, :, None]
+    e = _exp(a)
+    return a, e, top, s * factor + _sum(e), factor, shift
+
+
+@triton.jit
+def _moved(total, s, factor, shift):
+    # Weight that vanished takes its sum along, even one that overflowed: 0 * inf would be NaN.
+    return tl.where(factor > 0, (total - s * shift) * factor, 0.0)
+
+
+@triton.jit
+def _pair(total, hole, z, a, e, b, s, factor, shift):
+    """Add a tile to sum e * (a - b) and to the hole; s, factor, shift describe the mass seen before the tile."""
+    there = b != -INF
+    total = _moved(total, s, factor, shift) + _sum(tl.where((e > 0) & there, e * (a - b), 0.0))
+    return total, tl.maximum(hole, _max(tl.where(there, -INF, z)))
+
+
+@triton.jit
+def _grow(state, zp, zq, zr, zn, KIND: tl.constexpr):
+    """The state after one more tile."""
+    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
+    ap, ep, mp, sp_new, fp, dp = _stream(zp, mp, sp)
+    aq, _eq, mq, sq, _fq, dq = _stream(zq, mq, sq)
+    ar, _er, mr, sr, _fr, dr = _stream(zr, mr, sr)
+    self = _moved(self, sp, fp, dp) + _sum(tl.where(ep > 0, ep * ap, 0.0))
+    pq, hole_pq = _pair(pq, hole_pq, zp, ap, ep, aq, sp, fp, dp - dq)
+    if KIND != MATCHED:
+        pr, hole_pr = _pair(pr, hole_pr, zp, ap, ep, ar, sp, fp, dp - dr)
+    if KIND != TEACHER_PRIOR:
+        an, en, mn, sn_new, fn, dn = _stream(zn, mn, sn)
+        nr, hole_nr = _pair(nr, hole_nr, zn, an, en, ar, sn, fn, dn - dr)
+        if KIND == BAYES:
+            pn, hole_pn = _pair(pn, hole_pn, zp, ap, ep, an, sp, fp, dp - dn)
+        sn = sn_new
+    return mp, sp_new, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr
+
+
+@triton.jit
+def _gather(m, s):
+    """Merge one stream over all parts."""
+    top = tl.max(m, 0)
+    _anchor, factor, shift = _rise(m, top)
+    return top, tl.sum(s * factor, 0), factor, shift
+
+
+@triton.jit
+def _merge(state):
+    """One state, of scalars, from a vector of states of disjoint parts."""
+    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
+    mp, sp_all, fp, dp = _gather(mp, sp)
+    mq, sq, _fq, dq = _gather(mq, sq)
+    mr, sr, _fr, dr = _gather(mr, sr)
+    mn, sn_all, fn, dn = _gather(mn, sn)
+    self = tl.sum(_moved(self, sp, fp, dp), 0)
+    pq = tl.sum(_moved(pq, sp, fp, dp - dq), 0)
+    pr = tl.sum(_moved(pr, sp, fp, dp - dr), 0)
+    pn = tl.sum(_moved(pn, sp, fp, dp - dn), 0)
+    nr = tl.sum(_moved(nr, sn, fn, dn - dr), 0)
+    hole_pq, hole_pr, hole_pn, hole_nr = tl.max(hole_pq, 0), tl.max(hole_pr, 0), tl.max(hole_pn, 0), tl.max(hole_nr, 0)
+    return mp, sp_all, mq, sq, mr, sr, mn, sn_all, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr
+
+
+@triton.jit
+def _log(x):
+    return tl.log2(x) * LN2
+
+
+@triton.jit
+def _divergence(total, s_from, s_to, hole, normalizer):
+    """KL from a finished state; +inf where the first distribution has mass that the second lacks."""
+    kl = total / s_from + _log(s_to / s_from)  # one logarithm of the ratio: two would cancel
+    kl = tl.where(_exp(hole - normalizer) > 0, INF, kl)
+    return tl.where(s_from == 0, 0.0, kl)  # no mass at all: nothing to sum
+
+
+@triton.jit
+def _finish(state, row, active, OUT, NORMALIZERS, KIND: tl.constexpr):
+    """Write the row's values and log-normalisers, 0 for a skipped row."""
+    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
+    norm_p = mp + _log(sp)
+    tl.store(NORMALIZERS + row * 4, tl.where(active, norm_p, 0.0))
+    tl.store(NORMALIZERS + row * 4 + 1, tl.where(active, mq + _log(sq), 0.0))
+    tl.store(NORMALIZERS + row * 4 + 2, tl.where(active, mr + _log(sr), 0.0))
+    entropy = tl.where(sp == 0, 0.0, _log(sp) - self / sp)
+    tl.store(OUT + row * 5, tl.where(active, entropy, 0.0))
+    tl.store(OUT + row * 5 + 1, tl.where(active, _divergence(pq, sp, sq, hole_pq, norm_p), 0.0))
+    prior, shift, masked, norm_n = 0.0, 0.0, 0.0, 0.0
+    if KIND != MATCHED:
+        prior = tl.where(active, _divergence(pr, sp, sr, hole_pr, norm_p), 0.0)
+    if KIND != TEACHER_PRIOR:
+        norm_n = tl.where(active, mn + _log(sn), 0.0)
+        masked = tl.where(active, _divergence(nr, sn, sr, hole_nr, norm_n), 0.0)
+    if KIND == BAYES:
+        shift = tl.where(active, _divergence(pn, sp, sn, hole_pn, norm_p), 0.0)
+    tl.store(NORMALIZERS + row * 4 + 3, norm_n)
+    tl.store(OUT + row * 5 + 2, prior)
+    tl.store(OUT + row * 5 + 3, shift)
+    tl.store(OUT + row * 5 + 4, masked)
+
+
+@triton.jit
+def _load(X, columns, inside, multiplier, cap, FORM: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of z; -inf outside, after the transform (tanh would make it finite)."""
+    if MASKED:
+        z = _transform(tl.load(X + columns, mask=inside, other=0.0), multiplier, cap, FORM)
+        z = tl.where(inside, z, -INF)
+    else:
+        z = _transform(tl.load(X + columns), multiplier, cap, FORM)
+    return z
+
+
+@triton.jit
+def _read(
+    P, Q, R, N, columns, inside, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    zp = _load(P, columns, inside, student_multiplier, student_cap, STUDENT_FORM, MASKED)
+    zq = _load(Q, columns, inside, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
+    zr = _load(R, columns, inside, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
+    zn = zp
+    if KIND != TEACHER_PRIOR:
+        zn = _load(N, columns, inside, student_multiplier, student_cap, STUDENT_FORM, MASKED)
+    return zp, zq, zr, zn
+
+
+FORWARD_ARGUMENTS = (
+    "P", "Q", "R", "N", "WEIGHTS", "OUT", "NORMALIZERS", "WORKSPACE", "P_s", "Q_s", "R_s", "N_s", "V", "tiles", "splits",
+    "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
+)  # fmt: skip
+
+
+# Nothing is specialised on argument values: what the code depends on is in the constants, so that the compiled variants
+# are the ones the compile gate checks, and a new stride or vocabulary does not compile anew.
+@triton.jit(do_not_specialize=FORWARD_ARGUMENTS)
+def divergences_kernel(
+    P,  # (tokens, >= V)
+    Q,  # (tokens, >= V)
+    R,  # (tokens, >= V)
+    N,  # (tokens, >= V) or None
+    WEIGHTS,  # (tokens,) or None
+    OUT,  # (tokens, 5)
+    NORMALIZERS,  # (tokens, 4)
+    WORKSPACE,  # (tokens, splits, STATES) or None: the parts of split rows
+    P_s, Q_s, R_s, N_s,
+    V, tiles, splits,
+    student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
+    ALIGN: tl.constexpr, TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    active = True
+    if WEIGHTS is not None:
+        active = tl.load(WEIGHTS + row).to(tl.float32) != 0
+    begin = part * tiles * TILE
+    stop = tl.where(active, tl.minimum(begin + tiles * TILE, V), begin)  # a skipped row has no columns to read
+    whole = begin + (stop - begin) // TILE * TILE
+    P = _row(P, row, P_s, ALIGN)
+    Q = _row(Q, row, Q_s, ALIGN)
+    R = _row(R, row, R_s, ALIGN)
+    if KIND != TEACHER_PRIOR:
+        N = _row(N, row, N_s, ALIGN)
+
+    low = tl.full([LANES], -INF, tl.float32)
+    zero = tl.zeros([LANES], tl.float32)
+    state = (low, zero, low, zero, low, zero, low, zero, zero, zero, zero, zero, zero, low, low, low, low)
+    for start in range(begin, whole, TILE):
+        columns = _columns(start, LOADS, LANES, VECTOR)
+        zp, zq, zr, zn = _read(
+            P, Q, R, N, columns, True, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+            KIND, STUDENT_FORM, TEACHER_FORM, False,
+        )  # fmt: skip
+        state = _grow(state, zp, zq, zr, zn, KIND)
+    if whole < stop:  # the last, partial tile is the only one that pays for a mask
+        columns = _columns(whole, LOADS, LANES, VECTOR)
+        zp, zq, zr, zn = _read(
+            P, Q, R, N, columns, _inside(columns, stop, TAIL), student_multiplier, student_cap, teacher_multiplier,
+            teacher_cap, KIND, STUDENT_FORM, TEACHER_FORM, True,
+        )  # fmt: skip
+        state = _grow(state, zp, zq, zr, zn, KIND)
+
+    state = _merge(state)
+    if WORKSPACE is None:
+        _finish(state, row, active, OUT, NORMALIZERS, KIND)
+    else:
+        line = WORKSPACE + (row * splits + part) * STATES
+        for i in tl.static_range(STATES):
+            tl.store(line + i, state[i])
+
+
+@triton.jit(do_not_specialize=("WORKSPACE", "WEIGHTS", "OUT", "NORMALIZERS", "splits"))
+def merge_kernel(
+    WORKSPACE,  # (tokens, splits, STATES)
+    WEIGHTS,  # (tokens,) or None
+    OUT,  # (tokens, 5)
+    NORMALIZERS,  # (tokens, 4)
+    splits,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,  # power of two >= splits
+):
+    """Second stage of split rows: one program merges one row's parts, in a fixed order."""
+    row = tl.program_id(0).to(tl.int64)
+    active = True
+    if WEIGHTS is not None:
+        active = tl.load(WEIGHTS + row).to(tl.float32) != 0
+    part = tl.arange(0, PARTS)
+    line = WORKSPACE + (row * splits + part) * STATES
+    there = part < splits
+    mp, sp = tl.load(line, there, -INF), tl.load(line + 1, there, 0.0)
+    mq, sq = tl.load(line + 2, there, -INF), tl.load(line + 3, there, 0.0)
+    mr, sr = tl.load(line + 4, there, -INF), tl.load(line + 5, there, 0.0)
+    mn, sn = tl.load(line + 6, there, -INF), tl.load(line + 7, there, 0.0)
+    state = _merge(
+        (
+            mp, sp, mq, sq, mr, sr, mn, sn,
+            tl.load(line + 8, there, 0.0), tl.load(line + 9, there, 0.0), tl.load(line + 10, there, 0.0),
+            tl.load(line + 11, there, 0.0), tl.load(line + 12, there, 0.0), tl.load(line + 13, there, -INF),
+            tl.load(line + 14, there, -INF), tl.load(line + 15, there, -INF), tl.load(line + 16, there, -INF),
+        )
+    )  # fmt: skip
+    _finish(state, row, active, OUT, NORMALIZERS, KIND)
+
+
+# Gradient: a second look.
+
+
+@triton.jit
+def _coefficient(COEFFICIENTS, row, column: tl.constexpr, value):
+    """A coefficient, 0 where the value is infinite: there is no direction."""
+    w = tl.load(COEFFICIENTS + row * 5 + column).to(tl.float32)
+    return tl.where(tl.abs(value) == INF, 0.0, w)
+
+
+@triton.jit
+def _any_coefficient(COEFFICIENTS, row):
+    column = tl.arange(0, 8)
+    w = tl.load(COEFFICIENTS + row * 5 + column, mask=column < 5, other=0.0)
+    return tl.max((w != 0).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def _look(X, columns, inside, needed, multiplier, cap, FORM: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of z, not read (and 0) unless `needed`; a mask that is the same everywhere keeps loads wide."""
+    mask = needed
+    if MASKED:
+        mask = inside & needed
+    return _transform(tl.load(X + columns, mask=mask, other=0.0), multiplier, cap, FORM)
+
+
+@triton.jit
+def _slope(z, multiplier, cap, FORM: tl.constexpr):
+    """d z / d raw logit; z = cap * tanh(multiplier * x), both with the temperature in them."""
+    slope = 1.0
+    if FORM == SCALED:
+        slope = multiplier
+    elif FORM == SOFTCAPPED:
+        t = z / cap
+        slope = multiplier * cap * (1.0 - t * t)
+    return slope
+
+
+@triton.jit
+def _write(X, columns, gradient, V, width, TAIL: tl.constexpr, MASKED: tl.constexpr):
+    """Store a tile of a gradient, 0 past V."""
+    if MASKED:
+        gradient = tl.where(columns < V, gradient, 0.0)
+        tl.store(X + columns, gradient.to(X.dtype.element_ty), mask=_inside(columns, width, TAIL))
+    else:
+        tl.store(X + columns, gradient.to(X.dtype.element_ty))
+
+
+@triton.jit
+def _row_gradient(
+    P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, columns, norms, values, needs, used, w, second,
+    V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap, sums,
+    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, WITH_GRAMIAN: tl.constexpr,
+    TAIL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile: g = p * sum of w * (log-ratio - its mean) * dz/dx. Returns the grown Gramian sums."""
+    norm_p, norm_q, norm_r, norm_n = norms
+    entropy, full, prior, shift, masked = values
+    needs_p, needs_q, needs_r, needs_n = needs
+    uses_full, uses_prior, uses_shift, uses_masked = used
+    inside = True
+    if MASKED:
+        inside = _inside(columns, V, TAIL)
+    zp = _look(P, columns, inside, needs_p, student_multiplier, student_cap, STUDENT_FORM, MASKED)
+    zq = _look(Q, columns, inside, needs_q, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
+    lp, lq = zp - norm_p, zq - norm_q
+    p = _exp(lp) * _slope(zp, student_multiplier, student_cap, STUDENT_FORM)
+    # p may be 0 by its slope; the support is that of the distribution.
+    support = _exp(lp) > 0
+    if MASKED:
+        support = support & inside
+    support = support & needs_p
+
+    # The selects keep 0 * inf away: a stream is read when any of its pairs is used, the others may be infinite.
+    d_full = tl.where(uses_full, lp - lq - full, 0.0)
+    total = w[0] * (-lp - entropy) + w[1] * d_full
+    other = 0.0
+    if OUT_SECOND is not None:
+        other = second[0] * (-lp - entropy) + second[1] * d_full
+    d_vis, d_lang = d_full, 0.0
+    if KIND != TEACHER_PRIOR:
+        zn = _look(N, columns, inside, needs_n, student_multiplier, student_cap, STUDENT_FORM, MASKED)
+        ln = zn - norm_n
+    if (KIND != MATCHED) or (OUT_N is not None) or WITH_GRAMIAN:
+        zr = _look(R, columns, inside, needs_r, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
+        lr = zr - norm_r
+    if KIND != MATCHED:
+        d_prior = tl.where(uses_prior, lp - lr - prior, 0.0)
+        total += w[2] * d_prior
+        if OUT_SECOND is not None:
+            other += second[2] * d_prior
+        d_vis -= d_prior
+        d_lang = d_prior
+    if KIND == BAYES:
+        d_shift = tl.where(uses_shift, lp - ln - shift, 0.0)
+        total += w[3] * d_shift
+        d_vis += d_shift
+        if OUT_SECOND is not None:
+            other += second[3] * d_shift
+
+    lang, cross, vis = sums
+    if WITH_GRAMIAN:
+        g_vis = tl.where(support, p * d_vis, 0.0)
+        vis += _sum(g_vis * g_vis)
+        if KIND == TEACHER_PRIOR:
+            g_lang = tl.where(support, p * d_lang, 0.0)
+            lang += _sum(g_lang * g_lang)
+            cross += _sum(g_lang * g_vis)
+    if (KIND != TEACHER_PRIOR) and ((OUT_N is not None) or WITH_GRAMIAN):
+        n = _exp(ln) * _slope(zn, student_multiplier, student_cap, STUDENT_FORM)
+        support_n = (_exp(ln) > 0) & needs_n
+        if MASKED:
+            support_n = support_n & inside
+        g_masked = tl.where(support_n, n * tl.where(uses_masked, ln - lr - masked, 0.0), 0.0)
+        if WITH_GRAMIAN:
+            lang += _sum(g_masked * g_masked)
+        if OUT_N is not None:
+            _write(OUT_N, columns, g_masked * w[4], V, OUT_N_w, TAIL, MASKED)
+    _write(OUT_P, columns, tl.where(support, p * total, 0.0), V, OUT_P_w, TAIL, MASKED)
+    if OUT_SECOND is not None:
+        _write(OUT_SECOND, columns, tl.where(support, p * other, 0.0), V, OUT_SECOND_w, TAIL, MASKED)
+    return lang, cross, vis
+
+
+GRADIENT_ARGUMENTS = (
+    "P", "Q", "R", "N", "VALUES_", "NORMALIZERS", "COEFFICIENTS", "SECOND", "OUT_P", "OUT_N", "OUT_SECOND", "GRAMIAN",
+    "P_s", "Q_s", "R_s", "N_s", "OUT_P_s", "OUT_N_s", "OUT_SECOND_s", "OUT_P_w", "OUT_N_w", "OUT_SECOND_w",
+    "V", "width", "tiles", "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GRADIENT_ARGUMENTS)
+def gradients_kernel(
+    P,  # (tokens, >= V)
+    Q,  # (tokens, >= V)
+    R,  # (tokens, >= V)
+    N,  # (tokens, >= V) or None
+    VALUES_,  # (tokens, 5)
+    NORMALIZERS,  # (tokens, 4)
+    COEFFICIENTS,  # (tokens, 5)
+    SECOND,  # (tokens, 5) or None
+    OUT_P,  # (tokens, OUT_P_w)
+    OUT_N,  # (tokens, OUT_N_w) or None
+    OUT_SECOND,  # (tokens, OUT_SECOND_w) or None
+    GRAMIAN,  # (tokens, splits, 3) or None
+    P_s, Q_s, R_s, N_s, OUT_P_s, OUT_N_s, OUT_SECOND_s, OUT_P_w, OUT_N_w, OUT_SECOND_w,
+    V, width, tiles, splits,
+    student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
+    ALIGN: tl.constexpr, TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    entropy = tl.load(VALUES_ + row * 5)
+    full = tl.load(VALUES_ + row * 5 + 1)
+    prior = tl.load(VALUES_ + row * 5 + 2)
+    shift = tl.load(VALUES_ + row * 5 + 3)
+    masked = tl.load(VALUES_ + row * 5 + 4)
+    w = (_coefficient(COEFFICIENTS, row, 0, entropy), _coefficient(COEFFICIENTS, row, 1, full),
+         _coefficient(COEFFICIENTS, row, 2, prior), _coefficient(COEFFICIENTS, row, 3, shift),
+         _coefficient(COEFFICIENTS, row, 4, masked))  # fmt: skip
+    second = w
+    active = _any_coefficient(COEFFICIENTS, row)
+    if SECOND is not None:
+        second = (_coefficient(SECOND, row, 0, entropy), _coefficient(SECOND, row, 1, full),
+                  _coefficient(SECOND, row, 2, prior), _coefficient(SECOND, row, 3, shift), 0.0)  # fmt: skip
+        active = active | _any_coefficient(SECOND, row)
+
+    # A pair is used when a coefficient asks for it, or the Gramian, unless its value is infinite.
+    measured = active & (GRAMIAN is not None)
+    uses_full = ((w[1] != 0) | (second[1] != 0) | measured) & (tl.abs(full) != INF)
+    uses_prior = ((w[2] != 0) | (second[2] != 0) | measured) & (tl.abs(prior) != INF)
+    uses_shift = ((w[3] != 0) | (second[3] != 0) | measured) & (tl.abs(shift) != INF)
+    uses_masked = ((w[4] != 0) | measured) & (tl.abs(masked) != INF)
+    if KIND == MATCHED:
+        uses_prior = uses_prior & False
+    if KIND != BAYES:
+        uses_shift = uses_shift & False
+    if KIND == TEACHER_PRIOR:
+        uses_masked = uses_masked & False
+    needs_p = (w[0] != 0) | (second[0] != 0) | uses_full | uses_prior | uses_shift
+    needs = (needs_p, uses_full, uses_prior | uses_masked, uses_shift | uses_masked)
+    used = (uses_full, uses_prior, uses_shift, uses_masked)
+    values = (entropy, full, prior, shift, masked)
+    norms = (tl.load(NORMALIZERS + row * 4), tl.load(NORMALIZERS + row * 4 + 1), tl.load(NORMALIZERS + row * 4 + 2),
+             tl.load(NORMALIZERS + row * 4 + 3))  # fmt: skip
+
+    P = _row(P, row, P_s, ALIGN)
+    Q = _row(Q, row, Q_s, ALIGN)
+    R = _row(R, row, R_s, ALIGN)
+    OUT_P = _row(OUT_P, row, OUT_P_s, ALIGN)
+    if KIND != TEACHER_PRIOR:
+        N = _row(N, row, N_s, ALIGN)
+    if OUT_N is not None:
+        OUT_N = _row(OUT_N, row, OUT_N_s, ALIGN)
+    if OUT_SECOND is not None:
+        OUT_SECOND = _row(OUT_SECOND, row, OUT_SECOND_s, ALIGN)
+
+    begin = part * tiles * TILE
+    stop = tl.minimum(begin + tiles * TILE, width)
+    whole = begin + tl.maximum(tl.minimum(stop, V) - begin, 0) // TILE * TILE
+    zero = tl.zeros([LANES], tl.float32)
+    sums = (zero, zero, zero)
+    for start in range(begin, whole, TILE):
+        sums = _row_gradient(
+            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), norms, values, needs, used, w,
+            second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+            sums, KIND, STUDENT_FORM, TEACHER_FORM, GRAMIAN is not None, TAIL, False,
+        )  # fmt: skip
+    for start in range(whole, stop, TILE):  # the tile that V cuts, and those that are padding only
+        sums = _row_gradient(
+            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), norms, values, needs, used, w,
+            second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+            sums, KIND, STUDENT_FORM, TEACHER_FORM, GRAMIAN is not None, TAIL, True,
+        )  # fmt: skip
+    if GRAMIAN is not None:
+        line = GRAMIAN + (row * splits + part) * 3
+        tl.store(line, tl.sum(sums[0], 0))
+        tl.store(line + 1, tl.sum(sums[1], 0))
+        tl.store(line + 2, tl.sum(sums[2], 0))
+
+
+# Launchers.
+
+
+def _form(scale: float, softcap: float, temperature: float) -> tuple[int, float, float]:
+    """(form, multiplier, cap) of `_transform`; work that would change nothing is left out when compiling."""
+    if softcap:
+        return SOFTCAP_FORM, scale / softcap, softcap / temperature
+    multiplier = scale / temperature
+    return (PLAIN_FORM if multiplier == 1.0 else SCALED_FORM), multiplier, 0.0
+
+
+def _settings(transform: LogitTransform) -> tuple[tuple[float, float, float, float], dict[str, int]]:
+    """The kernels' trailing scalars and the constants that depend on the transform."""
+    student_form, student_multiplier, student_cap = _form(
+        transform.student_scale, transform.student_softcap, transform.temperature
+    )
+    teacher_form, teacher_multiplier, teacher_cap = _form(
+        transform.teacher_scale, transform.teacher_softcap, transform.temperature
+    )
+    constants = {
+        "KIND": DECOMPOSITION_CODES[transform.decomposition],
+        "STUDENT_FORM": student_form,
+        "TEACHER_FORM": teacher_form,
+    }
+    return (student_multiplier, student_cap, teacher_multiplier, teacher_cap), constants
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _check(logits: tuple[Tensor | None, ...]) -> None:
+    for tensor in logits:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"the Triton kernels take float32, bfloat16 and float16 logits and compute in float32, got {tensor.dtype}; "
+                'use backend="reference" for it'
+            )
+        if tensor is not None and tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"logits need unit stride along the vocabulary, got strides {tensor.stride()}")
+
+
+def _widths(shape: config.Geometry, tensors: tuple[Tensor | None, ...], columns: tuple[int, ...]) -> dict[str, int]:
+    """ALIGN and TAIL: full-width loads and stores where every row start, and the row's end, allow them.
+
+    Only two values each (all or one element), so that every variant is one that the compile gate has read. Real
+    vocabularies are multiples of 16; others pay with narrow loads, which the cache line still serves together.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    aligned = all(
+        config.common_alignment(t.element_size(), t.data_ptr(), t.stride(0) * t.element_size())
+        >= min(shape.vector, config.LOAD_BYTES // t.element_size())
+        for t in present
+    )
+    even = aligned and all(count % shape.vector == 0 for count in columns)
+    return {"ALIGN": shape.vector if aligned else 1, "TAIL": shape.vector if even else 1}
+
+
+def _tile(shape: config.Geometry) -> dict[str, int]:
+    return {"LOADS": shape.loads, "LANES": shape.lanes, "VECTOR": shape.vector}
+
+
+_tuned_warps: dict[tuple[Any, ...], int] = {}
+
+
+def _warps(launch: Callable[[int], None], key: tuple[Any, ...], device: torch.device) -> int | None:
+    """The measured best number of warps when autotuning is asked for, else None. Never while a graph is captured."""
+    if device.type == "cpu" or not config.autotune_requested() or torch.cuda.is_current_stream_capturing():
+        return None
+    if key not in _tuned_warps:
+        from triton.testing import do_bench  # imports much that nothing else here needs
+
+        timings = {warps: do_bench(lambda w=warps: launch(w)) for warps in config.CANDIDATE_WARPS}
+        _tuned_warps[key] = min(timings, key=lambda warps: timings[warps])
+    return _tuned_warps[key]
+
+
+def divergences(
+    student: Tensor,  # (tokens, >= vocab)
+    teacher: Tensor,  # (tokens, >= vocab)
+    masked_teacher: Tensor,  # (tokens, >= vocab)
+    masked_student: Tensor | None,  # (tokens, >= vocab)
+    transform: LogitTransform,
+    token_weights: Tensor | None = None,  # (tokens,): rows of weight 0 are not read, their results are 0
+) -> tuple[Tensor, Tensor]:
+    """`divergences` of `decomposed_kl/reference.py`: values (tokens, 5) and log_normalizers (tokens, 4), float32.
+
+    Raises:
+        ValueError: float64 logits, or logits without unit stride along the vocabulary.
+    """
+    streams = (student, teacher, masked_teacher, masked_student)
+    _check(streams)
+    tokens, vocab = student.shape[0], transform.vocab_size
+    values = student.new_empty((tokens, VALUES), dtype=torch.float32)
+    log_normalizers = student.new_empty((tokens, STREAMS), dtype=torch.float32)
+    if tokens == 0:
+        return values, log_normalizers
+    if token_weights is not None:
+        token_weights = token_weights.contiguous()
+    scalars, constants = _settings(transform)
+    device = config.describe_device(student.device)
+
+    def launch(warps: int | None) -> None:
+        shape = config.geometry(device, student.element_size(), warps)
+        splits, tiles = config.split_row(device, shape, tokens, vocab)
+        workspace = None
+        if splits > 1:
+            workspace = values.new_empty((tokens, splits, WORKSPACE_STATES))
+        divergences_kernel[(tokens, splits)](
+            *streams, token_weights, values, log_normalizers, workspace, *map(_stride, streams), vocab, tiles, splits,
+            *scalars, **constants, **_widths(shape, streams, (vocab,)), **_tile(shape), num_warps=shape.warps,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[(tokens,)](
+                workspace, token_weights, values, log_normalizers, splits,
+                KIND=constants["KIND"], PARTS=triton.next_power_of_2(splits), num_warps=1,
+            )  # fmt: skip
+
+    with torch.cuda.device_of(student):
+        launch(_warps(launch, ("divergences", tokens, vocab, student.dtype, *constants.values()), student.device))
+    return values, log_normalizers
+
+
+def logit_gradients(
+    student: Tensor,  # (tokens, >= vocab)
+    teacher: Tensor,  # (tokens, >= vocab)
+    masked_teacher: Tensor,  # (tokens, >= vocab)
+    masked_student: Tensor | None,  # (tokens, >= vocab)
+    values: Tensor,  # (tokens, 5), of `divergences`
+    log_normalizers: Tensor,  # (tokens, 4), of `divergences`
+    coefficients: Tensor,  # (tokens, 5): d objective / d values
+    transform: LogitTransform,
+    *,
+    out_student: Tensor,  # (tokens, >= vocab)
+    out_masked_student: Tensor | None = None,  # (tokens, >= vocab)
+    second_coefficients: Tensor | None = None,  # (tokens, 5): of a second objective of the student's logits
+    out_second: Tensor | None = None,  # (tokens, >= vocab)
+    row_gramian: Tensor | None = None,  # (tokens, 3)
+) -> None:
+    """`logit_gradients` of `decomposed_kl/reference.py`: writes the outputs, each of which may be an input.
+
+    Raises:
+        ValueError: float64 logits or outputs, or tensors without unit stride along the vocabulary.
+    """
+    streams = (student, teacher, masked_teacher, masked_student)
+    outputs = (out_student, out_masked_student, out_second)
+    _check((*streams, *outputs))
+    tokens, vocab = student.shape[0], transform.vocab_size
+    if tokens == 0:
+        return
+    if second_coefficients is not None:
+        second_coefficients = second_coefficients.contiguous()
+    rows = (values.contiguous(), log_normalizers.contiguous(), coefficients.contiguous(), second_coefficients)
+    scalars, constants = _settings(transform)
+    device = config.describe_device(student.device)
+    output_widths = tuple(0 if out is None else out.shape[1] for out in outputs)
+    width = max(output_widths)
+
+    def launch(warps: int | None, outputs: tuple[Tensor | None, ...] = outputs) -> None:
+        shape = config.geometry(device, student.element_size(), warps)
+        splits, tiles = config.split_row(device, shape, tokens, width)
+        parts = None
+        if row_gramian is not None:
+            parts = values.new_empty((tokens, splits, 3), dtype=torch.float32)
+        columns = (vocab, *(out.shape[1] for out in outputs if out is not None))
+        gradients_kernel[(tokens, splits)](
+            *streams, *rows, *outputs, parts, *map(_stride, (*streams, *outputs)), *output_widths, vocab, width, tiles,
+            splits, *scalars, **constants, **_widths(shape, (*streams, *outputs), columns), **_tile(shape),
+            num_warps=shape.warps,
+        )  # fmt: skip
+        if row_gramian is not None and parts is not None:
+            row_gramian.copy_(parts.sum(1))  # the second stage of split rows
+
+    def trial(warps: int) -> None:
+        # Timing repeats the launch: into scratch, because outputs may be inputs.
+        launch(warps, tuple(None if out is None else torch.empty_like(out) for out in outputs))
+
+    with torch.cuda.device_of(student):
+        key = ("gradients", tokens, width, vocab, student.dtype, out_student.dtype, out_second is None,
+               row_gramian is None, *constants.values())  # fmt: skip
+        launch(_warps(trial, key, student.device))

@@ -1,0 +1,119 @@
+"""Launch heuristics of the Triton kernels of `decomposed_kl`: sizes, each with its reason.
+
+Nobody has run these kernels on a GPU yet. The reasons are arithmetic (bytes in flight, instructions per element) and
+what `docs/compile_report.md` shows (registers), not timings; `AUTOTUNE` exists to let a GPU overrule them.
+
+Called by `decomposed_kl/triton.py` only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+LOAD_BYTES = 16  # the widest load of every supported GPU is 128 bits per thread
+AUTOTUNE_VARIABLE = "VGS_KERNELS_TRITON_AUTOTUNE"  # "1": time CANDIDATE_WARPS at the first call of each shape
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one program (thread block) walks a row.
+
+    A tile is `loads x lanes x vector` consecutive columns: each thread takes `loads` pieces of `vector` elements, so
+    that every sum along a tile stays inside one thread until the row ends.
+    """
+
+    warps: int
+    lanes: int  # threads of the program
+    vector: int  # elements of one full-width load
+    loads: int  # full-width loads per thread, stream and tile
+
+    @property
+    def tile(self) -> int:
+        return self.loads * self.lanes * self.vector
+
+
+@dataclass(frozen=True)
+class Heuristics:
+    """The free numbers of the launch; one instance per kind of device."""
+
+    warps: int
+    elements_per_lane: int
+    programs_per_processor: int
+    waves: int
+    minimum_tiles: int
+
+
+# warps=4: 128 threads read 2 KiB per stream and tile; a program this small leaves room for many others, whose loads
+#   overlap its arithmetic (there is no barrier inside a row, so programs never wait for each other).
+# elements_per_lane=8: one 128-bit load of 16-bit logits, two of fp32. Each new maximum costs about 25 instructions per
+#   thread and tile whatever the tile holds; 8 elements bring that under a quarter of the work. 16 would double the live
+#   registers and halve the threads that hide the latency of memory.
+# programs_per_processor=8: 1024 threads, what 64 registers per thread allow on a 64 Ki-register processor; the compile
+#   gate holds the kernels under that. 48-64 bytes in flight per thread are then 48-64 KiB per processor, above the
+#   20-45 KiB that bandwidth x latency asks for on H100 and B200 (3.35 and 8 TB/s over 132 and 148 processors, 0.8 us).
+# waves=4: programs differ little in length, so a last partial wave idles at most a fifth of the launch.
+# minimum_tiles=8: a program ends in some 20 reductions across its warps, about the time of one or two tiles; eight keep
+#   that a small part.
+NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=8, waves=4, minimum_tiles=8)
+# AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program.
+AMD = Heuristics(warps=2, elements_per_lane=8, programs_per_processor=8, waves=4, minimum_tiles=8)
+# The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
+INTERPRETER = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1)
+
+CANDIDATE_WARPS = (2, 4, 8)  # what autotuning tries
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the heuristics need to know of a device."""
+
+    heuristics: Heuristics
+    processors: int
+    warp_size: int
+
+
+@cache
+def describe_device(device: torch.device) -> Device:
+    """Properties are read once per device; none of this waits for the GPU."""
+    if device.type == "cpu":
+        return Device(INTERPRETER, processors=1, warp_size=32)
+    properties = torch.cuda.get_device_properties(device)
+    warp_size = getattr(properties, "warp_size", 32)
+    return Device(AMD if torch.version.hip else NVIDIA, properties.multi_processor_count, warp_size)
+
+
+def geometry(device: Device, itemsize: int, warps: int | None = None) -> Geometry:
+    """The tile of a program, for logits of `itemsize` bytes."""
+    warps = device.heuristics.warps if warps is None else warps
+    vector = LOAD_BYTES // itemsize
+    return Geometry(
+        warps=warps,
+        lanes=warps * device.warp_size,
+        vector=vector,
+        loads=max(1, device.heuristics.elements_per_lane // vector),
+    )
+
+
+def split_row(device: Device, shape: Geometry, tokens: int, columns: int) -> tuple[int, int]:
+    """Return (programs per row, tiles per program): one program where the rows alone fill the device for `waves`."""
+    tiles = max(1, math.ceil(columns / shape.tile))
+    heuristics = device.heuristics
+    wanted = device.processors * heuristics.programs_per_processor * heuristics.waves
+    splits = min(math.ceil(wanted / max(tokens, 1)), tiles // heuristics.minimum_tiles)
+    tiles_per_program = math.ceil(tiles / max(1, splits))
+    return math.ceil(tiles / tiles_per_program), tiles_per_program
+
+
+def common_alignment(itemsize: int, *addresses_and_strides: int) -> int:
+    """The largest power of two, in elements and at most a full-width load, that divides all of them (in bytes)."""
+    return math.gcd(LOAD_BYTES, *addresses_and_strides) // itemsize or 1
+
+
+def autotune_requested() -> bool:
+    """Off unless the variable says otherwise: timing launches at a call's first shape surprises whoever waits for it."""
+    return os.environ.get(AUTOTUNE_VARIABLE) == "1"
