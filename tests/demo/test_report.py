@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from vgs_distill.demo.charts import Series, line_chart, moving_average
 from vgs_distill.demo.report import data_uri, render_report
-from vgs_distill.demo.results import spread, summarize
+from vgs_distill.demo.results import gallery, spread, summarize
 from vgs_distill.demo.table import percent, results_table
 
 VOID = {"meta", "img", "br", "line", "polyline"}
@@ -76,6 +76,17 @@ def test_the_summary_is_the_arithmetic_of_the_runs(results):
 
 def test_one_seed_has_no_deviation():
     assert spread([0.5])["deviation"] is None
+
+
+@pytest.mark.parametrize("count", [12, 36, 100, 240, 768])
+def test_the_gallery_is_spread_and_shows_every_type(world, count):
+    examples = world.balanced_test(count, 0)
+    shown = gallery(examples, None, {}, [], [], [])
+    assert len(shown) == 12
+    assert {item["question_type"] for item in shown} == set(world.question_types)
+    assert shown[-1]["index"] >= count // 2 - 1
+    for item in shown:
+        assert item["question"] == examples[item["index"]].question
 
 
 def test_results_are_plain_json(results):

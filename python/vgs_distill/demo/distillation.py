@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.demo.methods import Method
 from vgs_distill.demo.models import banned_token_ids
 from vgs_distill.demo.recipes import DistillationRecipe
@@ -86,8 +87,6 @@ def distill(
     `seed` sets the order of the prompts and the sampling; every method of a seed meets the same prompts in the same
     order. `scratch` is where the trainer may put its own files; nothing of interest is left there.
     """
-    from vgs_distill import VGSConfig, VGSTrainer
-
     steering: dict[str, Any] = {"steering": "none"}
     if method.steered:
         steering = {

@@ -134,10 +134,14 @@ def gallery(
     seeds: Sequence[int],
     methods: Sequence[Method],
 ) -> list[dict[str, Any]]:
-    """The head of the balanced test set with every model's answer, of the first seed that has finished.
+    """Examples spread over the balanced test set with every model's answer, of the first seed that has finished.
 
-    Not picked by outcome: the first examples are shown whoever got them right, with each question type in turn.
+    Not picked by outcome: evenly spaced, whoever got them right, with each question type in turn.
     """
+    types = len({example.question_type for example in examples})
+    spacing = max(1, len(examples) // GALLERY_SIZE)
+    while math.gcd(spacing, types) > 1:  # the types take turns: a common factor would show some types only
+        spacing -= 1
     first = next((seed for seed in seeds if seed in starts), None)
     written: dict[str, Any] = {}
     if teacher is not None:
@@ -157,7 +161,7 @@ def gallery(
             "against_prior": example.against_prior,
             "answers": {who: dict(judgements[index]) for who, judgements in written.items()},
         }
-        for index, example in enumerate(examples[:GALLERY_SIZE])
+        for index, example in list(enumerate(examples))[::spacing][:GALLERY_SIZE]
     ]
 
 
