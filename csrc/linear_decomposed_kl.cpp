@@ -1,11 +1,9 @@
-// Schemas of the CPU helpers of linear_decomposed_kl. The caller is vgs_kernels/linear_decomposed_kl/native.py, the
+// Schemas of the CPU helpers of linear_decomposed_kl. The caller is vgs_kernels/linear_decomposed_kl/products.py and column_filter.py, the
 // implementations are in cpu/linear_decomposed_kl.cpp.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
   m.def("transpose(Tensor input, Tensor(a!) out) -> ()");
-  m.def("advise_huge_pages(Tensor(a!) buffer) -> ()");
   m.def(
-      "select_columns(Tensor gradient, float tolerance, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) "
-      "-> Tensor(b!)");
+      "select_columns(Tensor gradient, float tolerance, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) -> int");
 }

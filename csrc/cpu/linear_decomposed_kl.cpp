@@ -1,14 +1,10 @@
 // CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 #include "common.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace vgs {
 namespace {
@@ -79,24 +75,10 @@ void transpose(const Tensor& input, Tensor out) {
   }
 }
 
-// A fresh gradient the size of the head is 76,000 page faults of 4 KiB in bf16; with 2 MiB pages it is 150. A hint: a
-// kernel without huge pages ignores it.
-void advise_huge_pages(Tensor buffer) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  const uintptr_t bytes = static_cast<uintptr_t>(buffer.numel()) * element_size(element_of(buffer, "buffer"));
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)buffer;
-#endif
-}
-
 // The columns of a matrix that carry all but `tolerance` of its Frobenius norm, ascending. The smallest columns are
 // dropped: with a histogram of the squared norms by their leading bits (an eighth of an octave a bin) everything below
-// the largest bin edge whose sum is still at most tolerance^2 of the total.
-Tensor select_columns(const Tensor& gradient, double tolerance, int64_t cpu_level, Tensor squares, Tensor columns) {
+// the largest bin edge whose sum is still at most tolerance^2 of the total. Returns how many were kept.
+int64_t select_columns(const Tensor& gradient, double tolerance, int64_t cpu_level, Tensor squares, Tensor columns) {
   const int64_t rows = gradient.size(0), width = gradient.size(1);
   STD_TORCH_CHECK(gradient.dim() == 2 && (gradient.stride(1) == 1 || width == 1),
                   "gradient must be a matrix with unit stride along the vocabulary");
@@ -138,7 +120,7 @@ Tensor select_columns(const Tensor& gradient, double tolerance, int64_t cpu_leve
   int64_t count = 0;
   for (int64_t v = 0; v < width; ++v)
     if (bin_of(square[v]) >= kept_from) column[count++] = v;
-  return torch::stable::narrow(columns, 0, 0, count);
+  return count;
 }
 
 }  // namespace
@@ -146,6 +128,5 @@ Tensor select_columns(const Tensor& gradient, double tolerance, int64_t cpu_leve
 
 STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("transpose", TORCH_BOX(&vgs::transpose));
-  m.impl("advise_huge_pages", TORCH_BOX(&vgs::advise_huge_pages));
   m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
 }

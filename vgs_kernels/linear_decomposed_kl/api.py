@@ -19,7 +19,9 @@ from ..decomposed_kl.api import (
 from ..types import DecomposedKL, LinearDecomposedKL, LMHead
 from . import op
 
-DEFAULT_MAX_CHUNK_BYTES = 96 * 2**20
+# 128 tokens of three bf16 streams at a vocabulary of 151,936, with room for scratch below 128 MiB. The head gradient is
+# read and written once per chunk, so that longer chunks are faster.
+DEFAULT_MAX_CHUNK_BYTES = 112 * 2**20
 
 
 def linear_decomposed_kl(
@@ -35,7 +37,9 @@ def linear_decomposed_kl(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     steering_weights: Tensor | None = None,  # (2,)
+    accumulate_head_grad: bool = False,
     max_chunk_bytes: int = DEFAULT_MAX_CHUNK_BYTES,
+    gradient_filter: float | None = None,
     backend: str | None = None,
 ) -> LinearDecomposedKL:
     r"""Token-weighted decomposed reverse KL straight from hidden states; `(tokens, vocab)` logits never exist.
@@ -94,14 +98,24 @@ def linear_decomposed_kl(
     """
     check_decomposition(decomposition, masked_student_hidden is not None, "masked_student_hidden")
     check_positive("temperature", temperature)
-    _check_stream("student", student_hidden, student_head, student_hidden)
-    _check_stream("teacher", teacher_hidden, teacher_head, student_hidden)
+    if torch.is_autocast_enabled(student_hidden.device.type):
+        dtype = torch.get_autocast_dtype(student_hidden.device.type)
+        student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.to(dtype)
+        masked_teacher_hidden = masked_teacher_hidden.to(dtype)
+        masked_student_hidden = None if masked_student_hidden is None else masked_student_hidden.to(dtype)
+        student, teacher = _cast(student_head, dtype), _cast(teacher_head, dtype)
+    else:
+        student, teacher = student_head, teacher_head
+    _check_stream("student", student_hidden, student, student_hidden)
+    _check_stream("teacher", teacher_hidden, teacher, student_hidden)
     _check_like("masked_teacher_hidden", masked_teacher_hidden, "teacher_hidden", teacher_hidden)
     if masked_student_hidden is not None:
         _check_like("masked_student_hidden", masked_student_hidden, "student_hidden", student_hidden)
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes must be positive, got {max_chunk_bytes}")
-    sizes = {"student head": student_head.weight.shape[0], "teacher head": teacher_head.weight.shape[0]}
+    if gradient_filter is not None and not 0.0 < gradient_filter < 1.0:
+        raise ValueError(f"gradient_filter must be between 0 and 1, or None, got {gradient_filter}")
+    sizes = {"student head": student.weight.shape[0], "teacher head": teacher.weight.shape[0]}
     vocab_size = resolve_vocab_size(sizes, vocab_size)
     tokens = student_hidden.shape[0]
     if token_weights is None:
@@ -109,39 +123,76 @@ def linear_decomposed_kl(
     _check_vector("token_weights", token_weights, tokens, student_hidden)
     if steering_weights is not None:
         _check_vector("steering_weights", steering_weights, 2, student_hidden)
+    elif accumulate_head_grad:
+        raise ValueError("accumulate_head_grad adds the gradient of the objective: pass steering_weights with it")
 
     grad = torch.is_grad_enabled()
-    hidden_requires_grad = student_hidden.requires_grad or (
-        masked_student_hidden is not None and masked_student_hidden.requires_grad
-    )
-    lang, vis, objective, values, gramian, *_gradients = op.linear_decomposed_kl(
-        student_hidden,
-        masked_student_hidden,
+    needs_hidden = grad and any(t is not None and t.requires_grad for t in (student_hidden, masked_student_hidden))
+    needs_weight = grad and student.weight.requires_grad
+    needs_bias = grad and student.bias is not None and student.bias.requires_grad
+    weight_grad = bias_grad = None
+    if accumulate_head_grad:
+        weight_grad = _existing_grad(student_head.weight) if needs_weight else None
+        bias_grad = _existing_grad(student_head.bias) if needs_bias and student_head.bias is not None else None
+    lang, vis, objective, values, gramian, *gradients = op.linear_decomposed_kl(
+        student_hidden.detach(),
+        None if masked_student_hidden is None else masked_student_hidden.detach(),
         teacher_hidden.detach(),
         masked_teacher_hidden.detach(),
-        student_head.weight,
-        student_head.bias,
-        teacher_head.weight.detach(),
-        None if teacher_head.bias is None else teacher_head.bias.detach(),
+        student.weight.detach(),
+        None if student.bias is None else student.bias.detach(),
+        teacher.weight.detach(),
+        None if teacher.bias is None else teacher.bias.detach(),
         token_weights.detach(),
         None if steering_weights is None else steering_weights.detach(),
-        grad and hidden_requires_grad,
-        grad and student_head.weight.requires_grad,
-        grad and student_head.bias is not None and student_head.bias.requires_grad,
+        weight_grad,
+        bias_grad,
+        needs_hidden,
+        needs_weight,
+        needs_bias,
         op.chunk_length(student_hidden, masked_student_hidden is not None, sizes.values(), max_chunk_bytes),
+        gradient_filter or 0.0,
         decomposition,
         vocab_size,
         float(temperature),
-        float(student_head.logit_scale),
-        float(teacher_head.logit_scale),
-        check_softcap("student_head.softcap", student_head.softcap),
-        check_softcap("teacher_head.softcap", teacher_head.softcap),
+        float(student.logit_scale),
+        float(teacher.logit_scale),
+        check_softcap("student_head.softcap", student.softcap),
+        check_softcap("teacher_head.softcap", teacher.softcap),
         backends.resolve("decomposed_kl", student_hidden.device, backend),
     )
-    tokens_parts = DecomposedKL(*(part.detach() for part in combine_parts(decomposition, values)))
+    if needs_hidden or needs_weight or needs_bias:
+        lang, vis, objective = op.attach_gradients(
+            lang,
+            vis,
+            objective,
+            student_hidden,
+            masked_student_hidden,
+            student.weight,
+            student.bias,
+            *gradients,
+            steering_weights is not None,
+        )
+    tokens_parts = DecomposedKL(*combine_parts(decomposition, values))
     if steering_weights is None:
         return LinearDecomposedKL(lang, vis, None, tokens_parts, gramian)
     return LinearDecomposedKL(lang.detach(), vis.detach(), objective, tokens_parts, gramian)
+
+
+def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
+    """What autocast does to the operands of a linear layer."""
+    return head._replace(
+        weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype)
+    )
+
+
+def _existing_grad(parameter: Tensor) -> Tensor:
+    """The gradient to be added to, made where there is none."""
+    if not parameter.is_leaf:
+        raise ValueError("accumulate_head_grad needs a head whose weight and bias are leaf tensors (parameters)")
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _check_stream(name: str, hidden: Tensor, head: LMHead, like: Tensor) -> None:

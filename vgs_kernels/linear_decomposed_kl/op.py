@@ -1,17 +1,21 @@
-"""The registered operator of `linear_decomposed_kl`: projection, losses and gradients, a chunk of tokens at a time.
+"""The registered operators of `linear_decomposed_kl`: projection, losses and gradients, a chunk of tokens at a time.
 
 `(tokens, vocab)` logits never exist as a whole. A chunk of tokens is projected, the divergences and the logit gradients
-are formed in that chunk while it is hot, and multiplied back into hidden and head gradients at once: the gradients are
-outputs of the forward pass, and `backward` only scales them (out of place, so that it can run twice). Cost in units of
+are formed in that chunk while it is hot, and multiplied back into hidden and head gradients at once. Cost in units of
 one tokens x width x vocab product: 3 projections (4 with the masked student), then dH and dW once for `objective`,
 once per component for `lang` and `vis`.
 
-Called by `linear_decomposed_kl/api.py` only; the logit work is that of the backends of `decomposed_kl`.
+Two operators: `vgs_kernels::linear_decomposed_kl` computes values and gradients and knows nothing of autograd;
+`vgs_kernels::attach_gradients` ties the three scalars to the gradients that belong to them, which `backward` only scales
+(out of place, so that it can run twice).
+
+Called by `linear_decomposed_kl/api.py` only; the logit work is that of the backends of `decomposed_kl`, the products
+are in `products.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -21,9 +25,13 @@ from .. import backend as backends
 from ..decomposed_kl.api import combine_parts
 from ..decomposed_kl.reference import VALUES, component_coefficients
 from ..types import LogitTransform, accumulation_dtype
+from .column_filter import ColumnFilter
+from .products import Products, projection_dtype
+
+Rows = slice | Tensor  # of the tokens of a chunk: a slice, or indices
 
 
-@torch.library.custom_op("vgs_kernels::linear_decomposed_kl", mutates_args=())
+@torch.library.custom_op("vgs_kernels::linear_decomposed_kl", mutates_args=("weight_grad", "bias_grad"))
 def linear_decomposed_kl(
     student_hidden: Tensor,  # (tokens, student width)
     masked_student_hidden: Tensor | None,  # (tokens, student width)
@@ -35,10 +43,13 @@ def linear_decomposed_kl(
     teacher_bias: Tensor | None,  # (>= vocab,)
     token_weights: Tensor,  # (tokens,)
     steering_weights: Tensor | None,  # (2,)
+    weight_grad: Tensor | None,  # (>= vocab, student width): the objective's gradient is added to it
+    bias_grad: Tensor | None,  # (>= vocab,): the same
     needs_hidden_grad: bool,
     needs_weight_grad: bool,
     needs_bias_grad: bool,
     chunk_tokens: int,
+    gradient_filter: float,
     decomposition: str,
     vocab_size: int,
     temperature: float,
@@ -62,42 +73,31 @@ def linear_decomposed_kl(
     dtype = accumulation_dtype(student_hidden.dtype)
     values = student_hidden.new_zeros((tokens, VALUES), dtype=dtype)
     row_gramians = student_hidden.new_zeros((tokens, 3), dtype=dtype)
+    products = Products(student_hidden.device, student_hidden.dtype, backend == "native")
     gradients = _Gradients(
         student_hidden, student_weight, student_bias, masked_student_hidden is not None, steering_weights is not None,
-        needs_hidden_grad, needs_weight_grad, needs_bias_grad,
+        needs_hidden_grad, needs_weight_grad, needs_bias_grad, weight_grad, bias_grad, gradient_filter, products,
     )  # fmt: skip
-    student_buffer = teacher_buffer = None
-    for start in range(0, tokens, chunk_tokens):
-        rows = slice(start, min(start + chunk_tokens, tokens))
-        count = rows.stop - rows.start
+    gradients.begin()
+    logits = _Logits(student_hidden, student_weight, teacher_weight, masked_student_hidden is not None)
+    for rows in _chunks(token_weights, chunk_tokens):
         weights = token_weights[rows].to(dtype)
-        # A skipped token may hold NaN, and 0 * NaN would reach the head gradient through the products below.
-        skipped = (weights == 0)[:, None]
-        students = [student_hidden[rows].masked_fill(skipped, 0)]
-        if masked_student_hidden is not None:
-            students.append(masked_student_hidden[rows].masked_fill(skipped, 0))
-        student_rows = torch.cat(students)  # (streams * count, student width)
-        teacher_rows = torch.cat([teacher_hidden[rows], masked_teacher_hidden[rows]]).masked_fill(
-            skipped.repeat(2, 1), 0
-        )
-        student_logits = student_buffer = _project(student_rows, student_weight, student_bias, student_buffer)
-        teacher_logits = teacher_buffer = _project(teacher_rows, teacher_weight, teacher_bias, teacher_buffer)
-        student, masked_student = (
-            student_logits[:count],
-            student_logits[count:] if len(students) == 2 else None,
-        )
-        teacher, masked_teacher = teacher_logits[:count], teacher_logits[count:]
-
+        student_rows = _gather((student_hidden, masked_student_hidden), rows, weights)
+        teacher_rows = _gather((teacher_hidden, masked_teacher_hidden), rows, weights)
+        chunk = logits.of_chunk(weights.shape[0])
+        products.project(student_rows, student_weight, student_bias, chunk.students)
+        products.project(teacher_rows, teacher_weight, teacher_bias, chunk.teachers)
         chunk_values, log_normalizers = kernels.divergences(
-            student, teacher, masked_teacher, masked_student, transform, weights
+            chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, transform, weights
         )
         values[rows] = chunk_values
         if gradients.wanted:
             lang, vis = component_coefficients(decomposition, weights)
-            gradients.add_chunk(
-                kernels, transform, rows, student_rows, student, teacher, masked_teacher, masked_student,
-                chunk_values, log_normalizers, lang, vis, steering_weights, row_gramians[rows],
+            row_gramians[rows] = gradients.add_chunk(
+                kernels, transform, rows, student_rows, chunk, chunk_values, log_normalizers, lang, vis,
+                steering_weights,
             )  # fmt: skip
+    gradients.finish()
 
     # Where the weight is 0 the value is 0, and 0 * inf cannot arise.
     parts = combine_parts(decomposition, values)
@@ -114,8 +114,63 @@ def linear_decomposed_kl(
     return lang, vis, objective, values, gramian, *gradients.outputs()
 
 
+def _chunks(token_weights: Tensor, chunk_tokens: int) -> Iterator[Rows]:
+    """Rows of every chunk. On a CPU tokens of weight 0 are left out; on a GPU counting them would wait for it."""
+    tokens = token_weights.shape[0]
+    if not token_weights.is_cuda:
+        active = token_weights.nonzero().squeeze(1)
+        if active.shape[0] < tokens:
+            yield from active.split(chunk_tokens) if active.numel() else ()
+            return
+    for start in range(0, tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, tokens))
+
+
+def _gather(streams: tuple[Tensor, Tensor | None], rows: Rows, weights: Tensor) -> Tensor:
+    """The rows of a chunk of one or two streams, stacked. Those of weight 0 are 0: they may hold NaN, and 0 * NaN
+    would reach the head gradient through the products."""
+    stacked = torch.cat([hidden[rows] for hidden in streams if hidden is not None])  # (streams * n, width)
+    if isinstance(rows, Tensor):
+        return stacked
+    skipped = (weights == 0).repeat(stacked.shape[0] // weights.shape[0])
+    return stacked.masked_fill_(skipped[:, None], 0)
+
+
+class _Chunk:
+    """Views of the logits of n tokens. Rows of one model are adjacent; so are those of the masked teacher and the
+    student where their vocabularies are equally long, so that both gradients of teacher_prior make one matrix."""
+
+    def __init__(self, teachers: Tensor, students: Tensor, n: int, joined: Tensor | None) -> None:
+        self.teachers, self.students = teachers, students  # (2 * n, vocab), (n or 2 * n, vocab)
+        self.teacher, self.masked_teacher = teachers[:n], teachers[n:]
+        self.student = students[:n]
+        self.masked_student = students[n:] if students.shape[0] > n else None
+        self.masked_teacher_and_student = None if joined is None else joined[n : 3 * n]
+
+
+class _Logits:
+    """The logit buffer of one call, reused by every chunk: fresh memory costs as much as the pass that fills it."""
+
+    def __init__(self, hidden: Tensor, student_weight: Tensor, teacher_weight: Tensor, has_masked_student: bool) -> None:
+        self._students = 2 if has_masked_student else 1
+        self._vocab = student_weight.shape[0], teacher_weight.shape[0]
+        self._like = hidden
+        self._buffer: Tensor | None = None
+
+    def of_chunk(self, n: int) -> _Chunk:
+        student_vocab, teacher_vocab = self._vocab
+        size = n * (2 * teacher_vocab + self._students * student_vocab)
+        if self._buffer is None:
+            self._buffer = self._like.new_empty(size, dtype=projection_dtype(self._like))
+        split = 2 * n * teacher_vocab
+        teachers = self._buffer[:split].view(2 * n, teacher_vocab)
+        students = self._buffer[split:size].view(self._students * n, student_vocab)
+        joined = self._buffer[:size].view(-1, student_vocab) if student_vocab == teacher_vocab else None
+        return _Chunk(teachers, students, n, joined)
+
+
 class _Gradients:
-    """The gradient buffers of one call, filled chunk by chunk."""
+    """The gradient buffers of one call, filled chunk by chunk. Index 0 is lang; 1 is vis, or the objective."""
 
     def __init__(
         self,
@@ -127,184 +182,227 @@ class _Gradients:
         needs_hidden: bool,
         needs_weight: bool,
         needs_bias: bool,
+        weight_grad: Tensor | None = None,
+        bias_grad: Tensor | None = None,
+        gradient_filter: float = 0.0,
+        products: Products | None = None,
     ) -> None:
         self.combined = combined
         self.has_masked_student = has_masked_student
-        self.wanted = needs_hidden or needs_weight or needs_bias
+        self.products = products or Products(student_hidden.device, student_hidden.dtype, native=False)
+        self.filter = ColumnFilter(gradient_filter, self.products.native) if gradient_filter else None
+        self.student_weight, self.student_bias = student_weight, student_bias
+        nothing = student_weight.new_empty(0)
         lang_hidden = needs_hidden and (has_masked_student or not combined)
         self.hidden = [
-            torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
-            if wanted
-            else student_hidden.new_empty(0)
+            torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if wanted else nothing
             for wanted in (lang_hidden, needs_hidden)
         ]
         # Partial sums over chunks are kept in the accumulation dtype where the device multiplies into it for free.
-        head_dtype = _projection_dtype(student_weight)
+        head_dtype = projection_dtype(student_weight)
         self.weight = [
-            torch.zeros_like(student_weight, dtype=head_dtype, memory_format=torch.contiguous_format)
+            torch.empty_like(student_weight, dtype=head_dtype, memory_format=torch.contiguous_format)
             if wanted
-            else student_weight.new_empty(0)
-            for wanted in (needs_weight and not combined, needs_weight)
+            else nothing
+            for wanted in (needs_weight and not combined, needs_weight and weight_grad is None)
         ]
         self.bias = [
-            torch.zeros_like(student_bias, dtype=accumulation_dtype(student_bias.dtype))
+            torch.empty_like(student_bias, dtype=accumulation_dtype(student_bias.dtype))
             if wanted and student_bias is not None
-            else student_weight.new_empty(0)
-            for wanted in (needs_bias and not combined, needs_bias)
+            else nothing
+            for wanted in (needs_bias and not combined, needs_bias and bias_grad is None)
         ]
-        self.student_weight = student_weight
-        self.student_bias = student_bias
+        # What the chunks add to: the buffers above, or the gradients that the caller wants to be added to.
+        self.into_weight = [self.weight[0], self.weight[1] if weight_grad is None else weight_grad]
+        self.into_bias = [self.bias[0], self.bias[1] if bias_grad is None else bias_grad]
+        self.wanted = needs_hidden or any(t.numel() for t in (*self.into_weight, *self.into_bias))
+        self._accumulates = weight_grad is not None
+
+    def begin(self) -> None:
+        """Prepare the memory. The first chunk writes into the head gradient; zeros would cost a pass of their own."""
+        if self.filter is not None:
+            self._accumulates = True
+            for weight in self.weight:
+                weight.zero_()
+        for bias in self.bias:
+            bias.zero_()
+        for hidden in self.hidden:
+            hidden.zero_()
+
+    def finish(self) -> None:
+        """Without a chunk (no tokens, or all of weight 0) nothing was written yet."""
+        if not self._accumulates:
+            for weight in self.weight:
+                weight.zero_()
 
     def add_chunk(
         self,
         kernels: ModuleType,
         transform: LogitTransform,
-        rows: slice,
-        student_rows: Tensor,  # (streams * count, width)
-        student: Tensor,  # (count, vocab) logits; overwritten with their gradient where dtypes allow
-        teacher: Tensor,
-        masked_teacher: Tensor,
-        masked_student: Tensor | None,
+        rows: Rows,
+        student_rows: Tensor,  # (streams * n, width)
+        chunk: _Chunk,  # logits; overwritten with their gradient where dtypes allow
         values: Tensor,
         log_normalizers: Tensor,
-        lang: Tensor,  # (count, 5)
-        vis: Tensor,  # (count, 5)
+        lang: Tensor,  # (n, 5)
+        vis: Tensor,  # (n, 5)
         steering_weights: Tensor | None,
-        row_gramian: Tensor,  # (count, 3)
-    ) -> None:
-        count = student.shape[0]
+    ) -> Tensor:
+        """Add the gradients of a chunk, return its rows of the logit Gramian, (n, 3)."""
+        n = chunk.student.shape[0]
+        row_gramian = values.new_empty((n, 3))
         if steering_weights is not None:
             pair = steering_weights.to(lang.dtype)
             lang, vis = lang * pair[0], vis * pair[1]
         # Gradients go to the dtype of the hidden states, in place over the logits when that is their dtype too.
-        reuse = student.dtype == student_rows.dtype
-        if masked_student is not None:
-            both: Tensor = (
-                _joined(student, masked_student) if reuse else student_rows.new_empty(2 * count, student.shape[1])
-            )
+        reuse = chunk.student.dtype == student_rows.dtype
+        streams = (chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, values, log_normalizers)
+        if chunk.masked_student is not None:
+            both = chunk.students if reuse else torch.empty_like(chunk.students, dtype=student_rows.dtype)
             kernels.logit_gradients(
-                student, teacher, masked_teacher, masked_student, values, log_normalizers, lang + vis, transform,
-                out_student=both[:count], out_masked_student=both[count:], row_gramian=row_gramian,
+                *streams, lang + vis, transform,
+                out_student=both[:n], out_masked_student=both[n:], row_gramian=row_gramian,
             )  # fmt: skip
             if self.combined:
-                self._accumulate(1, both, student_rows)
+                hidden = self._add(1, both, student_rows)
             else:
-                self._accumulate(0, both[count:], student_rows[count:])
-                self._accumulate(1, both[:count], student_rows[:count])
-            for component, part in enumerate((both[count:], both[:count])):
-                self._write_hidden(component, rows, part)
-            return
-        separate = not self.combined
-        out_student = student if reuse else torch.empty_like(student, dtype=student_rows.dtype)
-        out_second = None
-        if separate:
-            fits = reuse and masked_teacher.shape == student.shape  # padded vocabularies may differ
-            out_second = masked_teacher if fits else torch.empty_like(out_student)
-        kernels.logit_gradients(
-            student, teacher, masked_teacher, None, values, log_normalizers, vis if separate else lang + vis, transform,
-            out_student=out_student, second_coefficients=lang if separate else None, out_second=out_second,
-            row_gramian=row_gramian,
-        )  # fmt: skip
-        for component, gradient in ((0, out_second), (1, out_student)):
-            if gradient is not None:
-                self._accumulate(component, gradient, student_rows)
-                self._write_hidden(component, rows, gradient)
+                hidden = torch.cat([self._add(1, both[:n], student_rows[:n]), self._add(0, both[n:], student_rows[n:])])
+            self._write_hidden(1, rows, hidden[:n])
+            self._write_hidden(0, rows, hidden[n:])
+        elif self.combined:
+            out = chunk.student if reuse else torch.empty_like(chunk.student, dtype=student_rows.dtype)
+            kernels.logit_gradients(*streams, lang + vis, transform, out_student=out, row_gramian=row_gramian)
+            self._write_hidden(1, rows, self._add(1, out, student_rows))
+        else:
+            both = chunk.masked_teacher_and_student if reuse else None
+            if both is None:
+                both = student_rows.new_empty((2 * n, chunk.student.shape[1]))
+            kernels.logit_gradients(
+                *streams, vis, transform,
+                out_student=both[n:], second_coefficients=lang, out_second=both[:n], row_gramian=row_gramian,
+            )  # fmt: skip
+            if self.filter is None:
+                self._add_head(0, both[:n], student_rows)
+                self._add_head(1, both[n:], student_rows)
+                hidden = self._hidden_product(both)
+            else:
+                hidden = torch.cat([self._add(0, both[:n], student_rows), self._add(1, both[n:], student_rows)])
+            self._write_hidden(0, rows, hidden[:n])
+            self._write_hidden(1, rows, hidden[n:])
+        self._accumulates = True
+        return row_gramian
 
-    def _write_hidden(self, component: int, rows: slice, logit_gradient: Tensor) -> None:
-        out = self.hidden[component]
-        if out.numel():
-            torch.mm(_narrowed(logit_gradient, self.student_weight), self.student_weight, out=out[rows])
-
-    def _accumulate(self, component: int, logit_gradient: Tensor, hidden: Tensor) -> None:
-        weight, bias = self.weight[component], self.bias[component]
+    def _add(self, component: int, logit_gradient: Tensor, hidden: Tensor) -> Tensor:
+        """Add to the head gradients; return the hidden gradient, (rows, width), empty rows where it is not wanted."""
+        if self.filter is None:
+            self._add_head(component, logit_gradient, hidden)
+            return self._hidden_product(logit_gradient)
+        columns = self.filter.columns(logit_gradient)
+        kept = logit_gradient.index_select(1, columns)  # (rows, columns)
+        weight, bias = self.into_weight[component], self.into_bias[component]
         if weight.numel():
-            if weight.dtype == hidden.dtype:
-                weight.addmm_(logit_gradient.t(), hidden)
-            else:
-                weight.add_(torch.mm(logit_gradient.t(), hidden, out_dtype=weight.dtype))
+            weight.index_add_(0, columns, (kept.t() @ hidden).to(weight.dtype))
+        if bias.numel():
+            bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))
+        if not self.hidden[1].numel():
+            return hidden.new_empty(hidden.shape[0], 0)
+        return kept @ self.student_weight.index_select(0, columns)
+
+    def _add_head(self, component: int, logit_gradient: Tensor, hidden: Tensor) -> None:
+        weight, bias = self.into_weight[component], self.into_bias[component]
+        if weight.numel():
+            self.products.head_gradient(logit_gradient, hidden, weight, self._accumulates)
         if bias.numel():
             bias.add_(logit_gradient.sum(0, dtype=bias.dtype))
+
+    def _hidden_product(self, logit_gradient: Tensor) -> Tensor:
+        if not self.hidden[1].numel():
+            return logit_gradient.new_empty(logit_gradient.shape[0], 0)
+        out = logit_gradient.new_empty(logit_gradient.shape[0], self.student_weight.shape[1])
+        self.products.hidden_gradient(logit_gradient, self.student_weight, out)
+        return out
+
+    def _write_hidden(self, component: int, rows: Rows, gradient: Tensor) -> None:
+        if self.hidden[component].numel():
+            self.hidden[component][rows] = gradient
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         weight = [w.to(self.student_weight.dtype) for w in self.weight]
         bias = self.bias if self.student_bias is None else [b.to(self.student_bias.dtype) for b in self.bias]
-        return self.hidden[0], weight[0], bias[0], self.hidden[1], weight[1], bias[1]
-
-
-def _narrowed(logit_gradient: Tensor, weight: Tensor) -> Tensor:
-    return logit_gradient if logit_gradient.dtype == weight.dtype else logit_gradient.to(weight.dtype)
-
-
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """The one tensor whose two halves of rows `first` and `second` are."""
-    return first.as_strided((first.shape[0] + second.shape[0], first.shape[1]), first.stride())
-
-
-def _projection_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of projected logits: GPUs multiply bf16 and fp16 into fp32 at no extra cost, CPUs do not."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return hidden.dtype
+        return tuple(  # type: ignore[return-value]
+            # An operator may not return one tensor twice: what does not apply is a new empty tensor each time.
+            t if t.numel() else t.new_empty(t.shape)
+            for t in (self.hidden[0], weight[0], bias[0], self.hidden[1], weight[1], bias[1])
+        )
 
 
 def chunk_length(hidden: Tensor, has_masked_student: bool, vocab_sizes: Iterable[int], max_bytes: int) -> int:
     """The number of tokens whose logits (and gradients, where they cannot overwrite the logits) fit `max_bytes`."""
     student_vocab, teacher_vocab = vocab_sizes
-    itemsize = torch.empty((), dtype=_projection_dtype(hidden), device="meta").element_size()
+    itemsize = projection_dtype(hidden).itemsize
     students = 2 if has_masked_student else 1
     row_bytes = (students * student_vocab + 2 * teacher_vocab) * itemsize
-    if itemsize != hidden.element_size():
+    if itemsize != hidden.element_size() or (students == 1 and student_vocab != teacher_vocab):
         row_bytes += 2 * student_vocab * hidden.element_size()
     return max(1, max_bytes // row_bytes)
-
-
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
-    """hidden @ weight.T + bias, (rows, vocab), into the first rows of `buffer` when there is one."""
-    dtype = _projection_dtype(hidden)
-    if dtype != hidden.dtype:
-        logits = torch.mm(hidden, weight.t(), out_dtype=dtype)
-    else:
-        if buffer is None:
-            buffer = hidden.new_empty(hidden.shape[0], weight.shape[0])
-        logits = torch.mm(hidden, weight.t(), out=buffer[: hidden.shape[0]])
-    return logits if bias is None else logits.add_(bias)
 
 
 @linear_decomposed_kl.register_fake
 def _(  # type: ignore[no-untyped-def]
     student_hidden, masked_student_hidden, teacher_hidden, masked_teacher_hidden, student_weight, student_bias,
-    teacher_weight, teacher_bias, token_weights, steering_weights, needs_hidden_grad, needs_weight_grad,
-    needs_bias_grad, *_settings,
+    teacher_weight, teacher_bias, token_weights, steering_weights, weight_grad, bias_grad, needs_hidden_grad,
+    needs_weight_grad, needs_bias_grad, *_settings,
 ):  # fmt: skip
     dtype = accumulation_dtype(student_hidden.dtype)
     gradients = _Gradients(
         student_hidden, student_weight, student_bias, masked_student_hidden is not None, steering_weights is not None,
-        needs_hidden_grad, needs_weight_grad, needs_bias_grad,
+        needs_hidden_grad, needs_weight_grad, needs_bias_grad, weight_grad, bias_grad,
     )  # fmt: skip
     scalars = [student_hidden.new_empty((), dtype=dtype) for _ in range(3)]
     values = student_hidden.new_empty((student_hidden.shape[0], VALUES), dtype=dtype)
     return *scalars, values, student_hidden.new_empty((2, 2), dtype=dtype), *gradients.outputs()
 
 
+@torch.library.custom_op("vgs_kernels::attach_gradients", mutates_args=())
+def attach_gradients(
+    lang: Tensor,  # ()
+    vis: Tensor,  # ()
+    objective: Tensor,  # ()
+    student_hidden: Tensor,
+    masked_student_hidden: Tensor | None,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    lang_hidden: Tensor,  # gradients, in the order in which `linear_decomposed_kl` returns them; empty for none
+    lang_weight: Tensor,
+    lang_bias: Tensor,
+    vis_hidden: Tensor,
+    vis_weight: Tensor,
+    vis_bias: Tensor,
+    combined: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return copies of the scalars whose gradients are those given: of `objective` alone if `combined`."""
+    return lang.clone(), vis.clone(), objective.clone()
+
+
+@attach_gradients.register_fake
+def _(lang, vis, objective, *_others):  # type: ignore[no-untyped-def]
+    return torch.empty_like(lang), torch.empty_like(vis), torch.empty_like(objective)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    masked_student_hidden = inputs[1]
-    _lang, _vis, _objective, *others = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*others)
-    ctx.inputs = len(inputs)
-    ctx.has_masked_student = masked_student_hidden is not None
-    ctx.combined = inputs[9] is not None
-    ctx.save_for_backward(*others[2:])
+    ctx.has_masked_student = inputs[4] is not None
+    ctx.combined = inputs[-1]
+    ctx.save_for_backward(*inputs[7:13], inputs[3])
 
 
 def _scaled(scale: Tensor | None, gradient: Tensor) -> Tensor | None:
     """scale * gradient, out of place; None where either is missing."""
     if scale is None or gradient.numel() == 0:
         return None
-    if not scale.is_cuda and scale.item() == 1.0:
-        return (
-            gradient  # head-sized: a copy costs a tenth of a projection. Reading the scale on a GPU would wait for it.
-        )
+    if not torch.compiler.is_compiling() and not scale.is_cuda and scale.item() == 1.0:
+        # Head-sized: a copy costs a tenth of a projection. Reading the scale on a GPU would wait for it.
+        return gradient
     return gradient * scale.to(gradient.dtype)
 
 
@@ -314,8 +412,8 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first + second
 
 
-def _backward(ctx, grad_lang, grad_vis, grad_objective, *_others):  # type: ignore[no-untyped-def]
-    lang_hidden, lang_weight, lang_bias, vis_hidden, vis_weight, vis_bias = ctx.saved_tensors
+def _backward(ctx, grad_lang, grad_vis, grad_objective):  # type: ignore[no-untyped-def]
+    lang_hidden, lang_weight, lang_bias, vis_hidden, vis_weight, vis_bias, source = ctx.saved_tensors
     if ctx.combined:
         grad_lang = grad_vis = grad_objective
     from_lang, from_vis = _scaled(grad_lang, lang_hidden), _scaled(grad_vis, vis_hidden)
@@ -325,7 +423,31 @@ def _backward(ctx, grad_lang, grad_vis, grad_objective, *_others):  # type: igno
         grad_student, grad_masked = _sum(from_lang, from_vis), None
     grad_weight = _sum(_scaled(grad_lang, lang_weight), _scaled(grad_vis, vis_weight))
     grad_bias = _sum(_scaled(grad_lang, lang_bias), _scaled(grad_vis, vis_bias))
-    return (grad_student, grad_masked, None, None, grad_weight, grad_bias, *(None,) * (ctx.inputs - 6))
+    gradients = [grad_student, grad_masked, grad_weight, grad_bias]
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = [None if g is None else first_order_only(g, source) for g in gradients]
+    return (None, None, None, *gradients, *(None,) * 7)
 
 
-linear_decomposed_kl.register_autograd(_backward, setup_context=_setup_context)
+attach_gradients.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("vgs_kernels::first_order_only", mutates_args=())
+def first_order_only(gradient: Tensor, source: Tensor) -> Tensor:
+    """A copy of `gradient` that says so when it is differentiated again."""
+    return gradient.clone()
+
+
+@first_order_only.register_fake
+def _(gradient, source):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gradient)
+
+
+def _no_double_backward(ctx, *_grads: Tensor):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "vgs_kernels: linear_decomposed_kl has no second derivative; call backward without create_graph=True, "
+        "or write the loss with plain torch operations where you need one"
+    )
+
+
+first_order_only.register_autograd(_no_double_backward)
