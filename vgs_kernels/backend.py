@@ -23,28 +23,39 @@ import torch
 logger = logging.getLogger("vgs_kernels")
 
 ENVIRONMENT_VARIABLE = "VGS_KERNELS_BACKEND"
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "foreach", "reference")
 
 # op -> backend -> module. One op, one folder.
 _MODULES: dict[str, dict[str, str]] = {
     "decomposed_kl": {
         "native": "vgs_kernels.decomposed_kl.native",
+        "triton": "vgs_kernels.decomposed_kl.triton",
         "reference": "vgs_kernels.decomposed_kl.reference",
     },
     "gradient_gramian": {
+        "native": "vgs_kernels.gradient_gramian.native",
+        "foreach": "vgs_kernels.gradient_gramian.foreach",
         "reference": "vgs_kernels.gradient_gramian.reference",
     },
     "combine_gradients": {
+        "native": "vgs_kernels.combine_gradients.native",
+        "foreach": "vgs_kernels.combine_gradients.foreach",
         "reference": "vgs_kernels.combine_gradients.reference",
     },
 }
 
+# Of the ops on lists of tensors: without the extension, plain torch that launches once for many tensors.
+_LISTS = ("native", "foreach", "reference")
+
 # op -> device type -> backends, fastest first. "cuda" is also what PyTorch calls a ROCm device.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "decomposed_kl": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "gradient_gramian": {"cpu": ("reference",), "cuda": ("reference",)},
-    "combine_gradients": {"cpu": ("reference",), "cuda": ("reference",)},
+    "decomposed_kl": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "gradient_gramian": {"cpu": _LISTS, "cuda": _LISTS},
+    "combine_gradients": {"cpu": _LISTS, "cuda": _LISTS},
 }
+
+# backend -> dtypes, where not every floating dtype. Kernels that accumulate in float32 cannot stand in for float64.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -87,10 +98,12 @@ def _triton_problem(device_type: str) -> str | None:
     return None
 
 
-def _problem(op: str, backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run `op` on `device_type`; None when it can."""
+def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why `backend` cannot run `op` on `device_type`, for inputs of `dtype` where it is given; None when it can."""
     if backend not in _MODULES[op]:
         return f"{op} has no {backend} implementation"
+    if dtype is not None and dtype not in _DTYPES.get(backend, (dtype,)):
+        return f'{backend} kernels do not compute in {dtype}: use backend="reference"'
     if backend == "native":
         problem = _native_problem()
         if problem is not None:
@@ -103,11 +116,11 @@ def _problem(op: str, backend: str, device_type: str) -> str | None:
 
 
 @cache
-def _automatic(op: str, device_type: str) -> str:
+def _automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     preference = _PREFERENCE[op].get(device_type, ("reference",))
     problems: list[tuple[str, str]] = []
     for backend in preference:
-        problem = _problem(op, backend, device_type)
+        problem = _problem(op, backend, device_type, dtype)
         if problem is None:
             for missing, why in problems:
                 logger.warning("%s on %s runs on %s, not on %s: %s.", op, device_type, backend, missing, why)
@@ -116,8 +129,8 @@ def _automatic(op: str, device_type: str) -> str:
     raise AssertionError("the reference backend is always available")
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """Return the name of the backend that runs `op` on `device`.
+def resolve(op: str, device: torch.device, backend: str | None = None, dtype: torch.dtype | None = None) -> str:
+    """Return the name of the backend that runs `op` on `device`, for inputs of `dtype` where it is given.
 
     Raises:
         ValueError: `backend` (or `VGS_KERNELS_BACKEND`) is not a backend's name.
@@ -125,12 +138,12 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     """
     requested = backend or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if requested is None:
-        return _automatic(op, device.type)
+        return _automatic(op, device.type, dtype)
     if requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}, or None for automatic")
     if backend is None and requested not in _MODULES[op]:
-        return _automatic(op, device.type)  # the variable speaks for the ops that have such a backend
-    problem = _problem(op, requested, device.type)
+        return _automatic(op, device.type, dtype)  # the variable speaks for the ops that have such a backend
+    problem = _problem(op, requested, device.type, dtype)
     if problem is not None:
         raise BackendUnavailableError(f"backend {requested!r} cannot run {op} on {device.type}: {problem}")
     return requested

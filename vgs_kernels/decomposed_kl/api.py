@@ -101,7 +101,7 @@ def decomposed_kl(
 
     leading = student_logits.shape[:-1]
     rows = [None if t is None else _as_rows(t) for t in (*streams.values(), None)[:4]]
-    chosen = backends.resolve("decomposed_kl", student_logits.device, backend)
+    chosen = backends.resolve("decomposed_kl", student_logits.device, backend, student_logits.dtype)
     values, _ = op.divergences(
         *rows,
         decomposition,

@@ -1,7 +1,7 @@
 """Triton backend of `decomposed_kl`, for CUDA and ROCm: the two functions of `decomposed_kl/reference.py`.
 
-`divergences` reads every stream once. `logit_gradients` is a second look, in place where the caller wants it. fp32, bf16
-and fp16 logits, fp32 inside; fp64 belongs to the reference backend.
+`divergences` reads every stream once. `logit_gradients` is a second look, in place where the caller wants it. fp32,
+bf16 and fp16 logits, fp32 inside; fp64 belongs to the reference backend.
 
 Legend, inside kernels:
     p q r n         streams: student, teacher, masked teacher, masked student ("n": no image)
@@ -21,6 +21,9 @@ reads what another program of the same launch writes. There are no atomics; the 
 In `logit_gradients` each element is loaded by the program that overwrites it, before it does.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (Triton reads the annotations of kernels itself.)
+
 from __future__ import annotations
 
 import math
@@ -34,12 +37,13 @@ from torch import Tensor
 
 from ..types import LogitTransform
 from . import triton_config as config
-from .reference import STREAMS, VALUES, component_coefficients  # noqa: F401  (the interface of a backend module)
+from .reference import STREAMS, VALUES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DECOMPOSITION_CODES = {"teacher_prior": 0, "bayes": 1, "matched": 2}
 PLAIN_FORM, SCALED_FORM, SOFTCAP_FORM = range(3)  # what lies between a raw logit and z
 
+# Python numbers are visible to kernels only as constexpr.
 TEACHER_PRIOR = tl.constexpr(0)
 BAYES = tl.constexpr(1)
 MATCHED = tl.constexpr(2)
@@ -48,8 +52,8 @@ SOFTCAPPED = tl.constexpr(SOFTCAP_FORM)
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
 LN2 = tl.constexpr(math.log(2.0))
 INF = tl.constexpr(math.inf)
-STATES = tl.constexpr(17)  # numbers that describe a part of a row, the tuple `state`
-WORKSPACE_STATES = 17
+WORKSPACE_STATES = 17  # numbers that describe a part of a row, the tuple `state`
+STATES = tl.constexpr(WORKSPACE_STATES)
 
 
 @triton.jit
@@ -59,8 +63,8 @@ def _exp(x):
 
 @triton.jit
 def _tanh(x):
-    # From exp2, because libdevice.tanh has no interpreter. 1 - 2 / (exp(2x) + 1) loses all digits near 0: a series there,
-    # whose next term is under 1e-8 relative at 0.25.
+    # From exp2, because libdevice.tanh has no interpreter. 1 - 2 / (exp(2x) + 1) loses all digits near 0: a series
+    # there, whose next term is under 1e-8 relative at 0.25.
     y = x * x
     series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
@@ -92,7 +96,7 @@ def _inside(columns, V, TAIL: tl.constexpr):
 
 @triton.jit
 def _row(X, row, stride, ALIGN: tl.constexpr):
-    """Start of a row. 64-bit: row * stride passes 2^31. ALIGN, in elements, is the launcher's promise for wide loads."""
+    """Start of a row, in 64 bits: row * stride passes 2^31. ALIGN, in elements, is the launcher's promise."""
     return tl.multiple_of(X + row * stride, ALIGN * (X.dtype.element_ty.primitive_bitwidth // 8))
 
 
@@ -252,8 +256,8 @@ def _read(
 
 
 FORWARD_ARGUMENTS = (
-    "P", "Q", "R", "N", "WEIGHTS", "OUT", "NORMALIZERS", "WORKSPACE", "P_s", "Q_s", "R_s", "N_s", "V", "tiles", "splits",
-    "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
+    "P", "Q", "R", "N", "WEIGHTS", "OUT", "NORMALIZERS", "WORKSPACE", "P_s", "Q_s", "R_s", "N_s", "V", "tiles",
+    "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
 )  # fmt: skip
 
 
@@ -608,7 +612,7 @@ def _check(logits: tuple[Tensor | None, ...]) -> None:
     for tensor in logits:
         if tensor is not None and tensor.dtype not in DTYPES:
             raise ValueError(
-                f"the Triton kernels take float32, bfloat16 and float16 logits and compute in float32, got {tensor.dtype}; "
+                f"the Triton kernels take float32, bfloat16 and float16 logits, not {tensor.dtype}; "
                 'use backend="reference" for it'
             )
         if tensor is not None and tensor.shape[1] > 1 and tensor.stride(1) != 1:

@@ -1,7 +1,7 @@
 """Launch heuristics of the Triton kernels of `decomposed_kl`: sizes, each with its reason.
 
 Nobody has run these kernels on a GPU yet. The reasons are arithmetic (bytes in flight, instructions per element) and
-what `docs/compile_report.md` shows (registers), not timings; `AUTOTUNE` exists to let a GPU overrule them.
+what `docs/compile_report.md` shows (registers), not timings; autotuning exists to let a GPU overrule them.
 
 Called by `decomposed_kl/triton.py` only.
 """
@@ -50,18 +50,19 @@ class Heuristics:
 
 # warps=4: 128 threads read 2 KiB per stream and tile; a program this small leaves room for many others, whose loads
 #   overlap its arithmetic (there is no barrier inside a row, so programs never wait for each other).
-# elements_per_lane=8: one 128-bit load of 16-bit logits, two of fp32. Each new maximum costs about 25 instructions per
-#   thread and tile whatever the tile holds; 8 elements bring that under a quarter of the work. 16 would double the live
+# elements_per_lane=8: one 128-bit load of 16-bit logits, two of fp32. Each tile costs some 25 instructions per thread
+#   for the new maxima whatever it holds; 8 elements bring that under a quarter of the work. 16 would double the live
 #   registers and halve the threads that hide the latency of memory.
-# programs_per_processor=8: 1024 threads, what 64 registers per thread allow on a 64 Ki-register processor; the compile
-#   gate holds the kernels under that. 48-64 bytes in flight per thread are then 48-64 KiB per processor, above the
-#   20-45 KiB that bandwidth x latency asks for on H100 and B200 (3.35 and 8 TB/s over 132 and 148 processors, 0.8 us).
+# programs_per_processor=6: what about 80 registers per thread allow on a processor with 64 Ki registers; the compile
+#   report shows 60-75 for the two common decompositions and up to 128 for `bayes`, which fits 4. At 48-64 bytes in
+#   flight per thread that is 36-48 KiB per processor (bayes 32), near or above the 20-45 KiB that bandwidth x latency
+#   asks for on H100 and B200 (data sheets: 3.35 and 8 TB/s over 132 and 148 processors; 0.8 us assumed).
 # waves=4: programs differ little in length, so a last partial wave idles at most a fifth of the launch.
 # minimum_tiles=8: a program ends in some 20 reductions across its warps, about the time of one or two tiles; eight keep
 #   that a small part.
-NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=8, waves=4, minimum_tiles=8)
+NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
 # AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program.
-AMD = Heuristics(warps=2, elements_per_lane=8, programs_per_processor=8, waves=4, minimum_tiles=8)
+AMD = Heuristics(warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
 # The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
 INTERPRETER = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1)
 
@@ -115,5 +116,5 @@ def common_alignment(itemsize: int, *addresses_and_strides: int) -> int:
 
 
 def autotune_requested() -> bool:
-    """Off unless the variable says otherwise: timing launches at a call's first shape surprises whoever waits for it."""
+    """Off unless the variable says otherwise: timing at the first call of each shape surprises whoever waits for it."""
     return os.environ.get(AUTOTUNE_VARIABLE) == "1"
