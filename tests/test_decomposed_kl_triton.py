@@ -1,8 +1,8 @@
 """The Triton kernels of `decomposed_kl` against float64, on a GPU or in Triton's interpreter.
 
 On a machine with a GPU these tests run on it. Everywhere, `test_in_the_interpreter` runs this file once more in a
-process where TRITON_INTERPRET=1 (it must be set before triton is imported), on CPU tensors, under the bounds guard. What
-the interpreter cannot show: speed, races between programs, and the rounding of the GPU's exp2.
+process where TRITON_INTERPRET=1 (it must be set before triton is imported), on CPU tensors, under the bounds guard.
+What the interpreter cannot show: speed, races between programs, and the rounding of the GPU's exp2.
 
 Tolerance: error against float64 at most twice that of plain torch (the reference backend) in the same dtype, plus FLOOR
 times the magnitude.

@@ -1,0 +1,67 @@
+"""The compile gate: shipped Triton launches compiled for GPUs that are not here, and their machine code read.
+
+Reports are cached in pytest's cache under a hash of the sources and Triton's version. `python -m
+benchmarks.compile_report` compiles more (every variant on every architecture) and writes docs/compile_report.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1 turns the compiler off", allow_module_level=True)
+
+from tests.triton_support import compile_gate  # noqa: E402
+from tests.triton_support.compile_gate import Report, Variant  # noqa: E402
+
+
+def _report(variant: Variant, cache: pytest.Cache) -> Report:
+    key = f"vgs_compile/{compile_gate.source_hash()}/{variant}".replace(" ", "_").replace(">", "-")
+    stored = cache.get(key, None)
+    if stored is None:
+        stored = compile_gate.to_json(compile_gate.read_report(compile_gate.compile_variant(variant)))
+        cache.set(key, stored)
+    return Report(**stored)
+
+
+@pytest.mark.parametrize("variant", compile_gate.gated_variants(), ids=str)
+def test_shipped_launches(variant: Variant, pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    assert compile_gate.problems(variant, _report(variant, pytestconfig.cache)) == []
+
+
+def test_a_planted_spill_is_found() -> None:
+    variant = Variant("sm_90", "divergences", "bayes")
+    report = compile_gate.read_report(compile_gate.compile_variant(variant, maxnreg=40))
+    assert report.stack > 0
+    assert report.local_accesses > 0
+    assert any("spills" in problem for problem in compile_gate.problems(variant, report))
+
+
+def test_a_planted_spill_is_found_on_amd() -> None:
+    variant = Variant("gfx942", "divergences", "bayes", "fp32")
+    report = compile_gate.read_report(compile_gate.compile_variant(variant, waves_per_eu=8))
+    assert report.spills > 0
+    assert any("spills" in problem for problem in compile_gate.problems(variant, report))
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_a_planted_misaligned_stride_is_found(architecture: str) -> None:
+    """Compiled without the promise that rows start at 16 bytes, judged as if it had been given."""
+    for kernel in ("divergences", "gradients"):
+        unaligned = Variant(architecture, kernel, "matched", aligned=False, even=False)
+        report = compile_gate.read_report(compile_gate.compile_variant(unaligned))
+        judged = Variant(architecture, kernel, "matched")
+        assert any("128 bits wide" in problem for problem in compile_gate.problems(judged, report))
+
+
+def test_row_offsets_are_formed_in_64_bits() -> None:
+    """Strides arrive as 32-bit integers; the product with the row must not stay there."""
+    for kernel in ("divergences", "gradients"):
+        intermediate = compile_gate.compile_variant(Variant("sm_90", kernel, "matched")).asm["ttir"]
+        extended = [line.split("=")[0].strip() for line in intermediate.splitlines() if "arith.extsi" in line]
+        products = [line for line in intermediate.splitlines() if "arith.muli" in line and "i64" in line]
+        assert len(products) >= 4, "one for each stream"
+        assert any(name in product for name in extended for product in products)

@@ -1,0 +1,265 @@
+"""Compile every shipped launch of the Triton kernels for GPUs that are not here, and read the machine code.
+
+What the gate holds, per variant (`problems`):
+* no stack, no local memory: a spill would send accumulators through memory once per tile;
+* loads of logits inside the loops over tiles are 128 bits wide where the launcher promises aligned rows;
+* no barrier and no exchange between threads inside those loops: rows wait for memory only;
+* registers under REGISTER_LIMIT.
+
+Used by `tests/test_triton_compile.py` and `benchmarks/compile_report.py`. Reads SASS with the nvdisasm and cuobjdump
+that come with triton, and the assembly that LLVM prints for AMD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vgs_kernels.decomposed_kl import triton as kernels
+from vgs_kernels.decomposed_kl import triton_config as config
+
+ARCHITECTURES: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMS = {"plain": kernels.PLAIN_FORM, "scaled": kernels.SCALED_FORM, "softcap": kernels.SOFTCAP_FORM}
+
+# 128 registers still let a processor of 64 Ki registers hold four 128-thread programs, with 32 KiB of loads in flight
+# in `bayes`. The limit is what the heuristics assume (`triton_config.NVIDIA`), not a taste.
+REGISTER_LIMIT = 128
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel: what the launcher's constants and argument types can be."""
+
+    architecture: str
+    kernel: str  # divergences, gradients or merge
+    decomposition: str
+    dtype: str = "bf16"
+    out_dtype: str | None = None  # of gradients, where it is not dtype
+    form: str = "plain"
+    aligned: bool = True  # rows start at multiples of 16 bytes
+    even: bool = True  # the vocabulary is a multiple of a full-width load
+    split: bool = False  # the forward of split rows
+    warps: int | None = None  # None: what the heuristics choose
+
+    def __str__(self) -> str:
+        notes = [
+            self.architecture,
+            self.kernel,
+            self.decomposition,
+            self.dtype + (f">{self.out_dtype}" * bool(self.out_dtype)),
+        ]
+        notes += [self.form] * (self.form != "plain") + ["unaligned"] * (not self.aligned)
+        notes += ["odd vocabulary"] * (not self.even) + ["split"] * self.split
+        notes += [f"{self.warps} warps"] * (self.warps is not None)
+        return " ".join(notes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of a variant shows."""
+
+    registers: int
+    stack: int  # bytes per thread
+    local_accesses: int  # LDL and STL, or scratch loads and stores
+    spills: int
+    loads: int  # of global memory, inside loops
+    wide_loads: int  # those of 128 bits or more
+    stores: int
+    wide_stores: int
+    waits: int  # barriers and exchanges between threads inside loops
+
+    @property
+    def wide_share(self) -> float:
+        return self.wide_loads / self.loads if self.loads else 1.0
+
+
+def shipped_variants(architecture: str) -> list[Variant]:
+    """Every combination of kernel, decomposition and dtype, and each other option where registers are tightest."""
+    variants = [
+        Variant(architecture, kernel, decomposition, dtype)
+        for kernel in ("divergences", "gradients")
+        for decomposition in kernels.DECOMPOSITION_CODES
+        for dtype in DTYPES
+    ]
+    for kernel in ("divergences", "gradients"):
+        worst = Variant(architecture, kernel, "bayes")
+        variants += [replace(worst, dtype=dtype, form="softcap") for dtype in ("fp32", "bf16")]
+        variants += [
+            replace(worst, form="scaled"),
+            replace(worst, even=False),
+            replace(worst, aligned=False, even=False),
+        ]
+    variants.append(Variant(architecture, "divergences", "bayes", "fp32", split=True))
+    variants.append(Variant(architecture, "gradients", "teacher_prior", "fp32", out_dtype="bf16"))
+    variants.append(Variant(architecture, "merge", "bayes", "fp32"))
+    return variants
+
+
+def gated_variants() -> list[Variant]:
+    """What the test compiles cold: all of sm_90 and gfx942, and of the others the two dtypes logits usually have."""
+    chosen = []
+    for architecture in ARCHITECTURES:
+        everything = shipped_variants(architecture)
+        if architecture in ("sm_90", "gfx942"):
+            chosen += everything
+        else:
+            chosen += [v for v in everything[:18] if v.dtype != "fp16"]
+    return chosen
+
+
+def _device(architecture: str) -> config.Device:
+    target = ARCHITECTURES[architecture]
+    heuristics = config.AMD if target.backend == "hip" else config.NVIDIA
+    return config.Device(heuristics, processors=1, warp_size=target.warp_size)
+
+
+def compile_variant(variant: Variant, **options: Any) -> Any:
+    """Compile for the variant's architecture with the launcher's own constants; `options` plant faults."""
+    target = ARCHITECTURES[variant.architecture]
+    shape = config.geometry(_device(variant.architecture), DTYPES[variant.dtype].itemsize, variant.warps)
+    logits, out = f"*{variant.dtype}", f"*{variant.out_dtype or variant.dtype}"
+    two_teachers = variant.decomposition == "teacher_prior"
+    constants: dict[str, Any] = {"KIND": kernels.DECOMPOSITION_CODES[variant.decomposition]}
+    pointers = dict.fromkeys(("WEIGHTS", "OUT", "NORMALIZERS", "WORKSPACE", "VALUES_", "COEFFICIENTS"), "*fp32")
+    pointers |= dict.fromkeys(("P", "Q", "R", "N"), logits) | dict.fromkeys(("OUT_P", "OUT_N", "OUT_SECOND"), out)
+    pointers |= dict.fromkeys(("SECOND", "GRAMIAN"), "*fp32")
+    scalars = dict.fromkeys(("student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap"), "fp32")
+    if variant.kernel == "merge":
+        function, warps = kernels.merge_kernel, 1
+        constants["PARTS"] = 32
+    else:
+        function = kernels.divergences_kernel if variant.kernel == "divergences" else kernels.gradients_kernel
+        warps = shape.warps
+        form = FORMS[variant.form]
+        constants |= {"STUDENT_FORM": form, "TEACHER_FORM": form, **kernels._tile(shape)}
+        constants |= {"ALIGN": shape.vector if variant.aligned else 1, "TAIL": shape.vector if variant.even else 1}
+        if two_teachers:
+            constants |= {"N": None, "OUT_N": None}
+        else:
+            constants |= {"SECOND": None, "OUT_SECOND": None}
+        if variant.kernel == "divergences" and not variant.split:
+            constants["WORKSPACE"] = None
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i32")
+        for name in function.arg_names
+    }
+    positions = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=positions)
+    return triton.compile(source, target=target, options={"num_warps": warps, **options})
+
+
+def read_report(compiled: Any) -> Report:
+    return _read_amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_nvidia(compiled.asm["cubin"])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _loop_lines(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> list[str]:
+    """The instructions between a label and a later branch back to it."""
+    labels = {match[1]: index for index, line in enumerate(lines) if (match := label.match(line))}
+    inside: set[int] = set()
+    for index, line in enumerate(lines):
+        match = branch.search(line)
+        if match and labels.get(match[1], index) < index:
+            inside.update(range(labels[match[1]], index))
+    return [lines[index] for index in sorted(inside)]
+
+
+def _read_nvidia(cubin: bytes) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = _tool("nvdisasm", "-c", file.name)
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    lines = sass.splitlines()
+    loops = _loop_lines(lines, re.compile(r"^(\.L_x_\d+):"), re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)"))
+    body = "\n".join(loops)
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Report(
+        registers=registers,
+        stack=stack,
+        local_accesses=local,
+        spills=local,
+        loads=len(re.findall(r"\bLDG\b", body)),
+        wide_loads=len(re.findall(r"\bLDG\.\S*(?:128|256)\b", body)),
+        stores=len(re.findall(r"\bSTG\b", body)),
+        wide_stores=len(re.findall(r"\bSTG\.\S*(?:128|256)\b", body)),
+        waits=len(re.findall(r"\b(?:BAR|SHFL|LDS|STS)\b", body)),
+    )
+
+
+def _read_amd(assembly: str) -> Report:
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, assembly)[1])  # type: ignore[index]
+
+    lines = assembly.splitlines()
+    loops = _loop_lines(lines, re.compile(r"^(\.LBB\d+_\d+):"), re.compile(r"\bs_c?branch\S*\s+(\.LBB\d+_\d+)"))
+    body = "\n".join(loops)
+    access = r"\b(?:global|buffer)_{}_\w+"
+    wide = r"\b(?:global|buffer)_{}_dwordx4"
+    return Report(
+        registers=number(r"\.vgpr_count:\s+(\d+)"),
+        stack=number(r"; ScratchSize: (\d+)"),
+        local_accesses=len(re.findall(r"\bscratch_(?:load|store)", assembly)),
+        spills=number(r"\.vgpr_spill_count:\s+(\d+)"),
+        loads=len(re.findall(access.format("load"), body)),
+        wide_loads=len(re.findall(wide.format("load"), body)),
+        stores=len(re.findall(access.format("store"), body)),
+        wide_stores=len(re.findall(wide.format("store"), body)),
+        waits=len(re.findall(r"\b(?:s_barrier|ds_\w+)", body)),
+    )
+
+
+def problems(variant: Variant, report: Report) -> list[str]:
+    """Why the variant must not ship; empty when it may."""
+    found = []
+    if report.stack or report.local_accesses or report.spills:
+        found.append(f"spills: stack {report.stack}, {report.local_accesses} local accesses, {report.spills} spills")
+    if report.registers > REGISTER_LIMIT:
+        found.append(f"{report.registers} registers, more than {REGISTER_LIMIT}")
+    if report.waits:
+        found.append(f"{report.waits} barriers or exchanges between threads inside a loop")
+    if variant.kernel != "merge" and variant.aligned:
+        if not report.loads:
+            found.append("no loads found inside loops: the reader no longer understands the machine code")
+        # The loop that V cuts is inside the gradient's loops as well; an odd vocabulary loads narrowly there.
+        if variant.even and report.wide_share < 1.0:
+            found.append(f"only {report.wide_loads} of {report.loads} loads are 128 bits wide")
+        if not variant.even and not report.wide_loads:
+            found.append("no load is 128 bits wide")
+    return found
+
+
+def source_hash() -> str:
+    """Changes when a cached report may no longer hold."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in (kernels.__file__, config.__file__, __file__):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def to_json(report: Report) -> dict[str, int]:
+    return asdict(report)
