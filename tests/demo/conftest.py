@@ -57,7 +57,7 @@ def evaluation(accuracy: float, completion: str = "answer : one") -> dict[str, A
         "by_question_type": {"where": accuracy, "count": accuracy},
         "against_prior": accuracy,
         "well_formed": 1.0,
-        "judgements": [judgement(completion, "one", True), judgement("no idea", None, False)] * 8,
+        "judgements": [judgement(completion, "one", True), judgement("no idea", None, False)] * 120,
     }
 
 
