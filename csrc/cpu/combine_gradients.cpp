@@ -11,6 +11,8 @@
 namespace vgs {
 namespace {
 
+constexpr int64_t kStreamingBytes = int64_t{32} << 20;  // of all results; above the second-level caches of a socket
+
 const CombineKernels& combine_kernels_of_level(int64_t level) {
   switch (checked_level(level)) {
 #ifdef VGS_HAVE_AVX512
@@ -35,6 +37,9 @@ void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& we
   const CombineKernels& kernels = combine_kernels_of_level(cpu_level);
   GradientLists lists(lang, vis, &out);
   const Chunks chunks(lists.pairs());
+  int64_t bytes = 0;
+  for (const GradientPair& pair : lists.pairs()) bytes += pair.size * element_size(pair.out_element);
+  const bool streaming = bytes > kStreamingBytes;
   chunks.for_each([&](int64_t, const Chunk& chunk) {
     const GradientPair& pair = *chunk.pair;
     char* target = static_cast<char*>(pair.out) + chunk.begin * element_size(pair.out_element);
@@ -46,7 +51,7 @@ void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& we
       return;
     }
     kernels.combine(a, pair.lang_element, weight[0], b, pair.vis_element, weight[1], target, pair.out_element,
-                    chunk.end - chunk.begin, is_double);
+                    chunk.end - chunk.begin, is_double, streaming);
   });
   lists.finish();
 }

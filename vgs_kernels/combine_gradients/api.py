@@ -39,7 +39,7 @@ def combine_gradients(
         out: Where g goes, one tensor per parameter; may be the tensors of ``grads_lang`` or ``grads_vis``.
         max_norm: Largest global norm of g; None for no clipping.
         gramian: G, if it is already known (summed over processes for sharded parameters); computed otherwise.
-        backend: ``"native"``, ``"reference"`` or None for the fastest that runs on the device.
+        backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
         The global norm of what was written to ``out``, a scalar on the device. Deterministic, no host synchronisation.

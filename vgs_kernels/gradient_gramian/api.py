@@ -38,7 +38,7 @@ def gradient_gramian(
         grads_vis: Gradients of the visual part, of the same shapes; None counts as zero.
         process_group: Sum the three numbers over this group, for parameters sharded across processes (FSDP). Leave
             out when every process holds whole, already averaged gradients (DDP).
-        backend: ``"native"``, ``"reference"`` or None for the fastest that runs on the device.
+        backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
         Shape (2, 2), float32 (float64 if a gradient is float64), on the gradients' device. Deterministic, no host

@@ -1,0 +1,49 @@
+"""Native backend of `combine_gradients`: launches the compiled kernels of `csrc/combine_gradients.cpp`.
+
+One pass: both gradients are read, their combination is written. The weights are read on the device, and a component of
+weight 0 is not read at all. Called by `combine_gradients/api.py` only, through `vgs_kernels.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
+
+_ops = torch.ops.vgs_kernels_native
+
+# Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default, -1 the highest that runs here.
+# Tests force it.
+cpu_level = -1
+
+
+def problem(device_type: str) -> str | None:
+    """Why these kernels cannot run on a device type; None when they can."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key and torch._C._dispatch_has_kernel_for_dispatch_key("vgs_kernels_native::combine", key):
+        return None
+    return f"the compiled extension was built without {device_type} kernels"
+
+
+def combine(
+    lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]
+) -> None:
+    """As `reference.combine`. Tensors that are not dense in memory in one common order go through a copy."""
+    if not out:
+        return
+    nothing = out[0].new_empty(0)
+    _ops.combine(
+        [nothing if g is None else g for g in lang],
+        [nothing if g is None else g for g in vis],
+        weights.contiguous(),
+        cpu_level,
+        out,
+    )
+
+
+@torch.library.register_fake("vgs_kernels_native::combine")
+def _(lang, vis, weights, cpu_level, out):  # type: ignore[no-untyped-def]
+    return None

@@ -1,0 +1,69 @@
+"""Backend of `gradient_gramian` for installs without the extension: plain torch, many tensors at a time.
+
+The tensors of a batch are gathered into one buffer (`torch.cat`, a few launches for any number of tensors) and
+multiplied there: the number of launches follows the number of entries, not of tensors, and a CPU still has a batch in
+its cache when it multiplies it. torch's own `_foreach` functions have no inner product. This is a module of its own and
+not the reference, which stays a loop over pairs that anyone can check, and that this one is tested against.
+
+Called by `gradient_gramian/api.py` only; `combine_gradients/foreach.py` shares the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Entries of a batch. On a CPU three float32 buffers of it fit the second-level cache; a GPU has little to gain beyond it.
+CPU_BATCH = 2**16
+GPU_BATCH = 2**22
+
+Piece = tuple[int, int, int]  # (index of the tensor, first entry, last entry + 1)
+
+
+def inner_products(lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """As `reference.inner_products`."""
+    device = next(g.device for g in (*lang, *vis) if g is not None)
+    total = torch.zeros(3, dtype=dtype, device=device)
+    sizes = [max(0 if g is None else g.numel() for g in pair) for pair in zip(lang, vis, strict=True)]
+    flat_lang, flat_vis = flattened(lang), flattened(vis)
+    for batch in batches(sizes, device):
+        a, b = gathered(flat_lang, batch, dtype, device), gathered(flat_vis, batch, dtype, device)
+        total += torch.stack([a.dot(a), a.dot(b), b.dot(b)])
+    return total
+
+
+def batches(sizes: Sequence[int], device: torch.device) -> Iterator[list[Piece]]:
+    """Cut tensors of these sizes into batches of one length, the last one shorter. Large tensors are cut, too."""
+    limit = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    batch: list[Piece] = []
+    room = limit
+    for index, size in enumerate(sizes):
+        begin = 0
+        while begin < size:
+            end = min(size, begin + room)
+            batch.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+def flattened(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if gradient is None else gradient.reshape(-1) for gradient in gradients]
+
+
+def gathered(flat: Sequence[Tensor | None], batch: list[Piece], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The entries of a batch in one tensor of `dtype`; None counts as zeros."""
+    pieces = []
+    for index, begin, end in batch:
+        gradient = flat[index]
+        if gradient is None:
+            pieces.append(torch.zeros(end - begin, dtype=dtype, device=device))
+        else:
+            pieces.append(gradient[begin:end])
+    return torch.cat(pieces).to(dtype)

@@ -1,0 +1,47 @@
+"""Native backend of `gradient_gramian`: launches the compiled kernels of `csrc/gradient_gramian.cpp`.
+
+One pass over both lists for all three numbers. Sums are formed per chunk of a tensor and then over the chunks, in an
+order that depends on the sizes of the tensors alone: the result is the same on every run and for every number of
+threads. Entries are multiplied in float32 (float64 for float64 gradients); the sums over chunks are float64.
+
+Called by `gradient_gramian/api.py` only, through `vgs_kernels.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
+
+_ops = torch.ops.vgs_kernels_native
+
+# Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default, -1 the highest that runs here.
+# Tests force it.
+cpu_level = -1
+
+
+def problem(device_type: str) -> str | None:
+    """Why these kernels cannot run on a device type; None when they can."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key and torch._C._dispatch_has_kernel_for_dispatch_key("vgs_kernels_native::inner_products", key):
+        return None
+    return f"the compiled extension was built without {device_type} kernels"
+
+
+def inner_products(lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """As `reference.inner_products`. Tensors that are not dense in memory in one common order are copied first."""
+    nothing = next(g for g in (*lang, *vis) if g is not None).new_empty(0)
+    return _ops.inner_products(
+        [nothing if g is None else g for g in lang],
+        [nothing if g is None else g for g in vis],
+        dtype == torch.float64,
+        cpu_level,
+    )
+
+
+@torch.library.register_fake("vgs_kernels_native::inner_products")
+def _(lang, vis, float64, cpu_level):  # type: ignore[no-untyped-def]
+    return lang[0].new_empty(3, dtype=torch.float64 if float64 else torch.float32)
