@@ -98,6 +98,7 @@ def _triton_problem(device_type: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # so that torch.compile does not trace imports
 def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot run `op` on `device_type`, for inputs of `dtype` where it is given; None when it can."""
     if backend not in _MODULES[op]:
@@ -115,6 +116,7 @@ def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None 
     return None
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     preference = _PREFERENCE[op].get(device_type, ("reference",))

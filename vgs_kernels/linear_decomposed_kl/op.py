@@ -20,6 +20,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import backend as backends
 from ..decomposed_kl.api import combine_parts
@@ -400,8 +401,9 @@ def _scaled(scale: Tensor | None, gradient: Tensor) -> Tensor | None:
     """scale * gradient, out of place; None where either is missing."""
     if scale is None or gradient.numel() == 0:
         return None
-    if not torch.compiler.is_compiling() and not scale.is_cuda and scale.item() == 1.0:
-        # Head-sized: a copy costs a tenth of a projection. Reading the scale on a GPU would wait for it.
+    # Head-sized: a copy costs a tenth of a projection. Reading the scale on a GPU would wait for it, and there is
+    # nothing to read while a graph is traced.
+    if not scale.is_cuda and not is_in_torch_dispatch_mode() and scale.item() == 1.0:
         return gradient
     return gradient * scale.to(gradient.dtype)
 
