@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vgs_kernels import LMHead
@@ -35,5 +35,16 @@ def logit_scale(config: PretrainedConfig) -> float:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """A sharded parameter gathered once, so that the chunks of the loss do not gather it again each."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """A sharded parameter gathered once, so that the chunks of the loss do not gather it again each.
+
+    The loss reads the head's weight without calling the head, so FSDP2's hooks may leave it sharded. Every process then
+    forms the gradient of its own tokens only: it is a partial sum, averaged over processes as FSDP2 does. Without the
+    placements, `full_tensor` would take it for the same on all processes and keep one process's share.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole

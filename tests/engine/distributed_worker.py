@@ -1,0 +1,135 @@
+"""One process of the distributed tests: trains the same global batches in every way asked for and saves the results.
+
+Run by `torchrun` (or alone, for the single-process reference) from `test_distributed.py`:
+
+    python tests/engine/distributed_worker.py OUTPUT_DIR single|ddp|fsdp2
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+GLOBAL_BATCH = 8
+STEPS = 5
+CASES = [
+    (steering, decomposition, checkpointing, accumulation)
+    for steering, decomposition in (("exact", "matched"), ("exact", "teacher_prior"), ("amortized", "matched"))
+    for checkpointing in (False, True)
+    for accumulation in (1, 2)
+]
+
+
+def case_name(case: tuple[str, str, bool, int]) -> str:
+    steering, decomposition, checkpointing, accumulation = case
+    return f"{steering}-{decomposition}-{'checkpointing' if checkpointing else 'plain'}-{accumulation}"
+
+
+def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) -> dict[str, Any]:
+    import torch
+    from torch.distributed.tensor import DTensor
+    from transformers import TrainerCallback
+    from vgs_distill import VGSConfig, VGSTrainer
+    from vgs_distill.demo.models import build_model, build_processor
+    from vgs_distill.demo.recipes import ModelSize
+    from vgs_distill.demo.worlds import make_world, to_prompt_dataset
+
+    steering, decomposition, checkpointing, accumulation = case
+    world = make_world("shapes")
+    processor = build_processor(world.words)
+    torch.manual_seed(1)
+    student = build_model(ModelSize(text_width=32, vision_width=32), processor)
+    torch.manual_seed(2)
+    teacher = build_model(ModelSize(text_width=48, vision_width=32), processor).eval()
+    trainer = VGSTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=VGSConfig(
+            output_dir=str(output_dir / "run"),
+            steering=steering,
+            decomposition=decomposition,
+            refresh_every=3,
+            max_steps=STEPS,
+            per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
+            gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=checkpointing,
+            max_completion_length=5,
+            top_k=1,  # greedy, so that completions do not depend on which process samples them
+            optim="sgd",  # AdamW would blow rounding of tiny gradients up to whole steps
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            bf16=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=3,
+        ),
+        train_dataset=to_prompt_dataset(world.training_questions(48, seed=5, prior=0.5)),
+        processing_class=processor,
+    )
+    gradients: dict[str, Any] = {}
+
+    class Tap(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+            if state.global_step == 0:
+                for name, p in model.named_parameters():
+                    if p.grad is not None:
+                        whole = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                        gradients[name.removeprefix("module.")] = whole.detach().clone()
+
+    trainer.add_callback(Tap())
+    trainer.train()
+    wrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    parameters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in wrapped.named_parameters()
+    }
+    losses = [row["loss/full"] for row in trainer.state.log_history if "loss/full" in row]
+    sharded = any(isinstance(p, DTensor) for p in wrapped.parameters())
+    return {"parameters": parameters, "gradients": gradients, "losses": torch.tensor(losses), "sharded": sharded}
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate 1.15 turns FSDP on for devices of its accelerator list only; FSDP2 itself runs on CPU with gloo."""
+    from accelerate import DistributedType, PartialState
+
+    original = PartialState.__init__
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = initialise  # type: ignore[method-assign]
+
+
+def main() -> None:
+    output_dir, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "fsdp2":
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+        }
+    import torch
+
+    torch.set_num_threads(1)
+    if mode == "fsdp2":
+        allow_fsdp_on_cpu()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    results = {case_name(case): train(case, output_dir, processes) for case in CASES}
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(results, output_dir / f"{mode}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

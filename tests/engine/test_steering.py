@@ -1,0 +1,159 @@
+"""The gradient pair, the Gramian predictor, and amortized steering in a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from vgs_distill import VGSTrainer
+from vgs_distill.steering import GradientPair, GramianPredictor, direction_cosine, no_gradient
+from vgs_distill.trainer import STEERING_STATE_FILE
+
+from tests.engine.test_trainer import step_logs
+from vgs_kernels import VisualGradientSteering
+
+
+def gramian(lang: float, vis: float, cosine: float = 0.0) -> torch.Tensor:
+    cross = cosine * (lang * vis) ** 0.5
+    return torch.tensor([[lang, cross], [cross, vis]])
+
+
+def test_the_pair_combines_accumulated_gradients() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    pair = GradientPair([*layer.parameters(), *frozen.parameters()])
+    lang_total, vis_total = (
+        [torch.zeros_like(p) for p in layer.parameters()],
+        [torch.zeros_like(p) for p in layer.parameters()],
+    )
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        lang, vis = layer(x).square().sum(), layer(x).sum()
+        for total, loss in ((lang_total, lang), (vis_total, vis)):
+            for sum_, g in zip(
+                total, torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True), strict=True
+            ):
+                sum_ += g
+        pair.accumulate_lang()
+        lang.backward()
+        pair.accumulate_vis()
+        vis.backward()
+        pair.end_micro_batch()
+        assert all(p.grad is None for p in layer.parameters())
+    record = pair.combine(VisualGradientSteering(0.6), replicated=False)
+    assert record is not None
+
+    def norm(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([p.flatten() for p in parts]).norm()
+
+    for p, a, b in zip(layer.parameters(), lang_total, vis_total, strict=True):
+        torch.testing.assert_close(p.grad, 0.4 * a / norm(lang_total) + 0.6 * b / norm(vis_total))
+    assert frozen.weight.grad is None
+
+
+def test_a_pair_without_any_gradient_leaves_none() -> None:
+    layer = nn.Linear(2, 2)
+    pair = GradientPair(layer.parameters())
+    pair.accumulate_lang()
+    no_gradient(torch.device("cpu")).backward()
+    pair.accumulate_vis()
+    no_gradient(torch.device("cpu")).backward()
+    pair.end_micro_batch()
+    assert pair.combine(VisualGradientSteering(), replicated=False) is None
+    assert layer.weight.grad is None
+
+
+def test_the_predictor_scales_the_logit_gramian() -> None:
+    predictor = GramianPredictor(refresh_every=4, drift=3.0)
+    assert predictor.refresh_due()
+    predictor.refresh(gramian(8.0, 18.0, 0.5), gramian(2.0, 2.0))
+    torch.testing.assert_close(predictor.predict(), gramian(8.0, 18.0, 0.5))
+    predictor.observe(gramian(4.0, 1.0))
+    torch.testing.assert_close(predictor.predict(), gramian(16.0, 9.0, 0.5))
+
+
+def test_a_refresh_is_due_on_schedule_and_on_drift() -> None:
+    predictor = GramianPredictor(refresh_every=3, drift=2.0)
+    predictor.refresh(gramian(1.0, 1.0), gramian(1.0, 1.0))
+    due = []
+    for _ in range(3):
+        due.append(predictor.refresh_due())
+        predictor.observe(gramian(1.0, 1.0))
+    assert due == [False, False, True]
+    predictor.refresh(gramian(1.0, 1.0), gramian(1.0, 1.0))
+    predictor.observe(gramian(1.0, 3.9))  # norms apart by less than 2
+    assert not predictor.refresh_due()
+    predictor.observe(gramian(1.0, 4.1))
+    assert predictor.refresh_due()
+
+
+def test_a_component_that_appears_is_measured_at_once() -> None:
+    predictor = GramianPredictor(refresh_every=100, drift=2.0)
+    predictor.refresh(gramian(1.0, 0.0), gramian(1.0, 0.0))
+    assert torch.isfinite(predictor.predict()).all()
+    assert not predictor.refresh_due()
+    predictor.observe(gramian(1.0, 0.5))
+    assert predictor.refresh_due()
+
+
+def test_the_state_survives_json() -> None:
+    predictor = GramianPredictor(refresh_every=5, drift=2.0)
+    predictor.refresh(gramian(0.3, 0.7, -0.2), gramian(0.11, 0.13))
+    predictor.observe(gramian(0.17, 0.19))
+    copy = GramianPredictor(refresh_every=5, drift=2.0)
+    copy.load_state_dict(json.loads(json.dumps(predictor.state_dict())), torch.device("cpu"))
+    assert torch.equal(copy.predict(), predictor.predict())
+    assert copy.state_dict() == predictor.state_dict()
+
+
+def test_direction_cosine_is_that_of_the_combined_gradients() -> None:
+    torch.manual_seed(1)
+    lang, vis = torch.randn(2, 50).unbind()
+    stacked = torch.stack([lang, vis])
+    first, second = torch.tensor([0.2, 0.9]), torch.tensor([1.3, 0.4])
+    expected = torch.cosine_similarity(first @ stacked, second @ stacked, 0)
+    torch.testing.assert_close(direction_cosine(stacked @ stacked.T, first, second), expected)
+
+
+def test_amortized_steering_refreshes_and_follows_the_exact_direction(make_trainer: Callable[..., VGSTrainer]) -> None:
+    trainer = make_trainer(steering="amortized", refresh_every=3, refresh_drift=100.0, max_steps=7)
+    trainer.train()
+    rows = step_logs(trainer)
+    assert [row.get("steering/refreshed") for row in rows] == [1.0, None, None, 1.0, None, None, 1.0]
+    for row in rows:
+        assert ("gradient/cosine" in row) == ("steering/refreshed" in row)
+        assert row["steering/weight_ratio"] > 0
+    for row in (rows[3], rows[6]):
+        assert row["steering/direction_cosine"] > 0.95
+        assert row["steering/predicted_weight_ratio"] == pytest.approx(row["steering/weight_ratio"], rel=0.5)
+
+
+def test_amortized_with_a_refresh_every_step_is_exact(make_trainer: Callable[..., VGSTrainer]) -> None:
+    parameters = []
+    for settings in ({"steering": "exact"}, {"steering": "amortized", "refresh_every": 1}):
+        trainer = make_trainer(max_steps=3, **settings)
+        trainer.train()
+        parameters.append([p.detach().clone() for p in trainer.model.parameters()])
+    for a, b in zip(*parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_amortized_run_ends_with_the_same_parameters(
+    make_trainer: Callable[..., VGSTrainer], tmp_path: Path
+) -> None:
+    settings = {"steering": "amortized", "refresh_every": 4, "max_steps": 6}
+    straight = make_trainer(**settings)
+    straight.train()
+    stopped = make_trainer(**settings, save_strategy="steps", save_steps=3, output_dir=str(tmp_path / "stopped"))
+    stopped.train()
+    checkpoint = tmp_path / "stopped" / "checkpoint-3"
+    assert (checkpoint / STEERING_STATE_FILE).exists()
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
