@@ -37,6 +37,11 @@ class Decomposition(str, Enum):
     teacher_prior = "teacher_prior"
 
 
+class Steering(str, Enum):
+    exact = "exact"
+    amortized = "amortized"
+
+
 @app.command()
 def demo(
     task: Annotated[
@@ -46,6 +51,10 @@ def demo(
     decomposition: Annotated[
         list[Decomposition] | None,
         typer.Option(help="Steered variants beside the monolithic baseline; repeat for several. (default: matched)"),
+    ] = None,
+    steering: Annotated[
+        list[Steering] | None,
+        typer.Option(help="How the variants get their gradient; repeat for both. (default: exact)"),
     ] = None,
     gamma: Annotated[
         float | None,
@@ -71,6 +80,7 @@ def demo(
             task.value,
             seeds=range(seeds),
             decompositions=[d.value for d in decomposition or [Decomposition.matched]],
+            steering=[s.value for s in steering or [Steering.exact]],
             gamma=gamma,
             steps=steps,
             output_dir=output_dir or Path("runs") / f"demo-{task.value}",

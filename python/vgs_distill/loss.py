@@ -6,6 +6,7 @@ Called by the trainer; it hands in how to run a backbone, so that this file know
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ def decomposed_loss(
     image_tokens: ImageTokens,
     run_student: RunBackbone,
     run_teacher: RunBackbone,
+    masked_passes: Callable[[], AbstractContextManager[None]] = nullcontext,
     steering_weights: Tensor | None = None,  # (2,)
 ) -> MicroBatchLoss:
     """Run the streams and split the loss; with `steering_weights` only the weighted sum is differentiable.
@@ -72,9 +74,11 @@ def decomposed_loss(
     teacher_hidden = run_teacher(teacher, batch)  # (rows, completion, teacher width)
     masked_teacher_hidden = masked_student_hidden = None
     if any_image:
-        masked_teacher_hidden = run_teacher(teacher, masked_view(config.image_mask, batch, image_tokens, teacher))
-        if config.decomposition != "teacher_prior":
-            masked_student_hidden = run_student(student, masked_view(config.image_mask, batch, image_tokens, student))
+        masked = masked_view(config.image_mask, batch, image_tokens, student)
+        with masked_passes():
+            masked_teacher_hidden = run_teacher(teacher, masked)
+            if config.decomposition != "teacher_prior":
+                masked_student_hidden = run_student(student, masked)
     student_hidden = run_student(student, batch)  # (rows, completion, width)
 
     head = language_head(student, student_hidden)

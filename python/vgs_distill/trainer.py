@@ -99,7 +99,8 @@ class VGSTrainer(DistillationTrainer):
     ``steering/weight_ratio``     weight of the visual gradient over that of the language gradient
     ``steering/refreshed``, ...   at a refresh of ``"amortized"``: the ``steering/predicted_weight_ratio`` and the
                                   ``steering/direction_cosine`` between predicted and measured update
-    ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering
+    ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering; and, part of
+                                  teacher and student, in the ``time/masked`` forward passes
     ============================  =====================================================================================
 
     A token whose loss is not finite (the student puts mass where a teacher has none) is named in a warning and the
@@ -241,6 +242,7 @@ class VGSTrainer(DistillationTrainer):
             self._image_tokens,
             run_student=self._run_backbone,
             run_teacher=self._run_teacher,
+            masked_passes=lambda: self._timer.span("masked"),
             steering_weights=None if self._plan is None else self._plan.weights,
         )
 
@@ -378,6 +380,8 @@ class VGSTrainer(DistillationTrainer):
         step = times.pop("step")
         parts = {name: times.get(name, 0.0) for name in ("rollout", "teacher", "steering")}
         parts["student"] = step - sum(parts.values())
+        if self.args.steering != "none":
+            parts["masked"] = times.get("masked", 0.0)
         for name, seconds in parts.items():
             self._metrics["train"][f"time/{name}"].append(seconds)
 

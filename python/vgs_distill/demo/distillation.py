@@ -41,11 +41,14 @@ HISTORY_KEYS = (
     "gradient/cosine",
     "steering/gamma",
     "steering/weight_ratio",
+    "steering/predicted_weight_ratio",
+    "steering/direction_cosine",
     "step_time",
     "time/rollout",
     "time/teacher",
     "time/student",
     "time/steering",
+    "time/masked",
 )
 """What is kept of each step's log, where the method logs it. Losses in nats per token, times in seconds."""
 
@@ -90,7 +93,7 @@ def distill(
     steering: dict[str, Any] = {"steering": "none"}
     if method.steered:
         steering = {
-            "steering": "exact",
+            "steering": method.steering,
             "decomposition": method.decomposition,
             "gamma": method.gamma,
             "gamma_schedule": "constant",

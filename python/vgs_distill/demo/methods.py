@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vgs_distill.demo.recipes import MAX_WEIGHT_RATIO, STEERING_GAMMA
 
 DECOMPOSITIONS = tuple(STEERING_GAMMA)
+STEERING = ("exact", "amortized")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Method:
     decomposition: str | None = None
     gamma: float | None = None
     max_weight_ratio: float | None = None
+    steering: str = "none"
 
     @property
     def steered(self) -> bool:
@@ -32,16 +34,23 @@ class Method:
 OPD = Method("opd", "OPD")
 
 
-def methods_for(decompositions: Sequence[str], gamma: float | None) -> tuple[Method, ...]:
-    """The baseline and one steered method per decomposition; `gamma=None` takes each one's recommended value."""
+def methods_for(
+    decompositions: Sequence[str], gamma: float | None, steering: Sequence[str] = ("exact",)
+) -> tuple[Method, ...]:
+    """The baseline and one steered method per decomposition and mode of steering.
+
+    `gamma=None` takes each decomposition's recommended value.
+    """
     steered = (
         Method(
-            name=f"vgs-{name.replace('_', '-')}",
-            label=f"VGS {name.replace('_', ' ')}",
+            name=f"vgs-{name.replace('_', '-')}" + ("" if mode == "exact" else f"-{mode}"),
+            label=f"VGS {name.replace('_', ' ')}" + ("" if mode == "exact" else f" ({mode})"),
             decomposition=name,
             gamma=STEERING_GAMMA[name] if gamma is None else gamma,
             max_weight_ratio=MAX_WEIGHT_RATIO[name],
+            steering=mode,
         )
         for name in dict.fromkeys(decompositions)
+        for mode in dict.fromkeys(steering)
     )
     return (OPD, *steered)

@@ -54,7 +54,7 @@ from vgs_distill.demo.worlds import Example
 SCHEMA = 1
 GALLERY_SIZE = 12
 _DISTRIBUTIONS = ("vgs-kernels", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy")
-_TIME_PARTS = ("rollout", "teacher", "student", "steering")
+_TIME_PARTS = ("rollout", "teacher", "student", "steering", "masked")
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -225,6 +225,9 @@ def _method_summary(method: Method, seeds: Sequence[int], runs: Sequence[dict[st
         cosines = [row["gradient/cosine"] for row in rows if "gradient/cosine" in row]
         summary["cosine"] = _mean(cosines)
         summary["absolute_cosine"] = _mean(map(abs, cosines))
+        directions = [row["steering/direction_cosine"] for row in rows if "steering/direction_cosine" in row]
+        if directions:
+            summary["direction_cosine"] = {"mean": _mean(directions), "worst": min(directions)}
     return summary
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vgs_distill.demo.methods import DECOMPOSITIONS, Method, methods_for
+from vgs_distill.demo.methods import DECOMPOSITIONS, STEERING, Method, methods_for
 from vgs_distill.demo.progress import Display, make_display
 from vgs_distill.demo.recipes import DemoRecipe, demo_recipe
 from vgs_distill.demo.report import render_report
@@ -77,6 +77,7 @@ def run_demo(
     seeds: Sequence[int] = (0,),
     decompositions: Sequence[str] = ("matched",),
     gamma: float | None = None,
+    steering: Sequence[str] = ("exact",),
     steps: int | None = None,
     output_dir: str | os.PathLike[str] = "runs/demo",
     quick: bool = False,
@@ -90,6 +91,7 @@ def run_demo(
         seeds: one student start, and one run of each method, per seed.
         decompositions: the steered variants, from "matched", "bayes" and "teacher_prior"; may be empty.
         gamma: weight of the visual direction in [0, 1] for every variant; None takes each one's recommended value.
+        steering: how the variants get their gradient, from "exact" and "amortized"; one run for each.
         steps: distillation steps; None takes the recipe's.
         output_dir: receives `results.json`, `report.html` and one folder per student.
         quick: fewer steps and a smaller test set. Says less, but within about a minute.
@@ -105,6 +107,7 @@ def run_demo(
         seeds=seeds,
         decompositions=decompositions,
         gamma=gamma,
+        steering=steering,
         steps=steps,
         output_dir=output_dir,
         quick=quick,
@@ -138,6 +141,7 @@ def check_request(
     seeds: Sequence[int] = (0,),
     decompositions: Sequence[str] = ("matched",),
     gamma: float | None = None,
+    steering: Sequence[str] = ("exact",),
     steps: int | None = None,
     output_dir: str | os.PathLike[str] = "runs/demo",
     quick: bool = False,
@@ -155,6 +159,9 @@ def check_request(
     for name in decompositions:
         if name not in DECOMPOSITIONS:
             raise DemoError(f"There is no decomposition called {name!r}; choose from: {', '.join(DECOMPOSITIONS)}.")
+    for mode in steering:
+        if mode not in STEERING:
+            raise DemoError(f"There is no steering called {mode!r}; choose from: {', '.join(STEERING)}.")
     # Written so that NaN fails too.
     if gamma is not None and not 0.0 <= gamma <= 1.0:
         raise DemoError(f"gamma must lie between 0 (language only) and 1 (vision only), got {gamma}.")
@@ -164,7 +171,7 @@ def check_request(
         raise DemoError(f"jobs must be 1 or more, got {jobs}.")
     folder = Path(output_dir).expanduser().resolve()
     _check_writable(folder)
-    methods = methods_for(decompositions, gamma)
+    methods = methods_for(decompositions, gamma, steering)
     return DemoRequest(
         recipe=demo_recipe(task, quick=quick, steps=steps),
         seeds=tuple(seeds),
