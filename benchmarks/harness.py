@@ -15,11 +15,13 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECORDS = Path(__file__).resolve().parent / "records"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 MIB = 2**20
-
-
-# --------------------------------------------------------------------------------------------------------- environment
+BLOCK = 8192  # rows that are widened to fp64 at a time
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -104,9 +104,6 @@ def _cpu_name() -> str:
 def _git(*arguments: str) -> str:
     result = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else ""
-
-
-# -------------------------------------------------------------------------------------------------------------- timing
 
 
 @dataclass
@@ -198,9 +195,6 @@ def copy_call(nbytes: int, device: str = "cpu") -> Callable[[], None]:
     return copy
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
 MEMORY_METHOD = {
     "cuda": "peak of torch.cuda.max_memory_allocated, minus before the call, minus its results",
     "cpu": "peak of the resident set (VmHWM, reset before the call), minus VmRSS before it, minus its results",
@@ -275,9 +269,6 @@ def _status_bytes(key: str) -> int:
     return int(found[1]) * 1024
 
 
-# ---------------------------------------------------------------------------------------------------------------- gate
-
-
 @dataclass(frozen=True)
 class Check:
     """One line of a correctness gate: an error against fp64 and what it may be."""
@@ -318,15 +309,19 @@ class Gate:
         return "\n".join(lines)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels accumulate in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """|result - exact| / |exact| in the 2-norm, in fp64; |result - exact| where `exact` is 0."""
-    exact = exact.to(torch.float64)
-    norm = exact.norm().item()
-    difference = (result.to(torch.float64) - exact).norm().item()
-    return difference / norm if norm else difference
-
-
-# ------------------------------------------------------------------------------------------------------------- records
+    """|result - exact| / |exact| in the 2-norm, in fp64; |result - exact| where `exact` is 0. Any size: in blocks."""
+    norm = difference = 0.0
+    for mine, theirs in zip(result.detach().split(BLOCK), exact.detach().split(BLOCK), strict=True):
+        wide = theirs.to(torch.float64)
+        norm += wide.square().sum().item()
+        difference += (mine.to(torch.float64) - wide).square().sum().item()
+    return math.sqrt(difference / norm) if norm else math.sqrt(difference)
 
 
 @dataclass
@@ -339,11 +334,13 @@ class Row:
     bytes_moved: int | None = None  # by the byte model that the record names
     peak_bytes: int | None = None  # above inputs and gradients
     floor: str | None = None  # name of the row that holds this one's floor
+    baseline: str | None = None  # name of the row that this one's speedup is against
+    calls: int = 1  # the figure is this many times the median of `seconds` (one call per teacher: 2)
     note: str = ""
 
     @property
     def median(self) -> float | None:
-        return statistics.median(self.seconds) if self.seconds else None
+        return self.calls * statistics.median(self.seconds) if self.seconds else None
 
 
 @dataclass
@@ -448,14 +445,89 @@ def finished_record(
     return None
 
 
-# -------------------------------------------------------------------------------------------------- processes, printing
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after that long (main thread, not on Windows)."""
+
+    def expire(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a benchmark, for `run_cases`."""
+
+    label: str
+    arguments: Sequence[str]
+    threads: int
+    expected_seconds: float
+    finished: Record | None  # of an earlier run; the case is then shown, not measured
+
+
+def run_cases(module: str, cases: Sequence[Case]) -> int:
+    """Run the unfinished cases, each in a fresh process, with an estimate before; 0 unless one failed."""
+    remaining = [case for case in cases if case.finished is None]
+    expected = sum(case.expected_seconds for case in remaining)
+    print(f"{module}: {len(remaining)} of {len(cases)} cases to measure, about {expected / 60:.1f} min", flush=True)
+    status = 0
+    for case in cases:
+        print(f"\n== {case.label}", flush=True)
+        if case.finished is not None:
+            print(f"on record (--force measures again)\n{describe_record(case.finished)}", flush=True)
+            status = status or int(not case.finished.gate.passed)
+        else:
+            status = run_case(module, case.arguments, case.threads) or status
+    return status
 
 
 def run_case(module: str, arguments: Sequence[str], threads: int) -> int:
-    """Run one case in a fresh process with that many threads everywhere; its exit status."""
-    variables = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    """Run one case in a fresh process with that many threads (0: as they are); its exit status."""
+    variables = dict(os.environ)
+    if threads:
+        variables |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=REPOSITORY, env=variables, check=False).returncode
+
+
+def table_rows(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a record's table. Ratios appear only beside a green gate."""
+    header = ["", "median", "range", "× floor", "speedup", "peak memory", "bytes moved"]
+    cells = []
+    for row in record.rows:
+        timed = bool(row.seconds) and record.gate.passed
+        over_floor = record.ratio(row.name, row.floor) if timed and row.floor else None
+        speedup = record.ratio(row.baseline, row.name) if timed and row.baseline else None
+        cells.append(
+            [
+                row.label,
+                row.note or "not measured" if row.median is None else seconds_text(row.median),
+                f"{row.calls * min(row.seconds):.3g} to {row.calls * max(row.seconds):.3g}" if row.seconds else "",
+                "" if over_floor is None else f"{over_floor:.2f}",
+                "" if speedup is None else f"{speedup:.2f}×",
+                bytes_text(row.peak_bytes),
+                bytes_text(row.bytes_moved),
+            ]
+        )
+    return header, cells
+
+
+def describe_record(record: Record) -> str:
+    """A record for the terminal: case, gate, table, thresholds."""
+    case = ", ".join(f"{key} {value}" for key, value in record.case.items())
+    parts = [f"{record.benchmark}: {case}", record.gate.describe()]
+    if record.rows:
+        parts.append(text_table(*table_rows(record)))
+    if record.gate.passed:
+        parts += [threshold.describe() for threshold in record.thresholds]
+    return "\n".join(parts)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
