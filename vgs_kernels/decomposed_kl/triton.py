@@ -95,9 +95,9 @@ def _inside(columns, V, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _row(X, row, stride, ALIGN: tl.constexpr):
-    """Start of a row, in 64 bits: row * stride passes 2^31. ALIGN, in elements, is the launcher's promise."""
-    return tl.multiple_of(X + row * stride, ALIGN * (X.dtype.element_ty.primitive_bitwidth // 8))
+def _row(X, row, stride, VECTOR: tl.constexpr):
+    """Start of a row, in 64 bits: row * stride passes 2^31. The launcher has checked that VECTOR divides it."""
+    return tl.multiple_of(X + row * stride, VECTOR * (X.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
@@ -277,7 +277,7 @@ def divergences_kernel(
     V, tiles, splits,
     student_multiplier, student_cap, teacher_multiplier, teacher_cap,
     KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
-    ALIGN: tl.constexpr, TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -288,11 +288,11 @@ def divergences_kernel(
     begin = part * tiles * TILE
     stop = tl.where(active, tl.minimum(begin + tiles * TILE, V), begin)  # a skipped row has no columns to read
     whole = begin + (stop - begin) // TILE * TILE
-    P = _row(P, row, P_s, ALIGN)
-    Q = _row(Q, row, Q_s, ALIGN)
-    R = _row(R, row, R_s, ALIGN)
+    P = _row(P, row, P_s, VECTOR)
+    Q = _row(Q, row, Q_s, VECTOR)
+    R = _row(R, row, R_s, VECTOR)
     if KIND != TEACHER_PRIOR:
-        N = _row(N, row, N_s, ALIGN)
+        N = _row(N, row, N_s, VECTOR)
 
     low = tl.full([LANES], -INF, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
@@ -503,7 +503,7 @@ def gradients_kernel(
     V, width, tiles, splits,
     student_multiplier, student_cap, teacher_multiplier, teacher_cap,
     KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
-    ALIGN: tl.constexpr, TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -542,16 +542,16 @@ def gradients_kernel(
     norms = (tl.load(NORMALIZERS + row * 4), tl.load(NORMALIZERS + row * 4 + 1), tl.load(NORMALIZERS + row * 4 + 2),
              tl.load(NORMALIZERS + row * 4 + 3))  # fmt: skip
 
-    P = _row(P, row, P_s, ALIGN)
-    Q = _row(Q, row, Q_s, ALIGN)
-    R = _row(R, row, R_s, ALIGN)
-    OUT_P = _row(OUT_P, row, OUT_P_s, ALIGN)
+    P = _row(P, row, P_s, VECTOR)
+    Q = _row(Q, row, Q_s, VECTOR)
+    R = _row(R, row, R_s, VECTOR)
+    OUT_P = _row(OUT_P, row, OUT_P_s, VECTOR)
     if KIND != TEACHER_PRIOR:
-        N = _row(N, row, N_s, ALIGN)
+        N = _row(N, row, N_s, VECTOR)
     if OUT_N is not None:
-        OUT_N = _row(OUT_N, row, OUT_N_s, ALIGN)
+        OUT_N = _row(OUT_N, row, OUT_N_s, VECTOR)
     if OUT_SECOND is not None:
-        OUT_SECOND = _row(OUT_SECOND, row, OUT_SECOND_s, ALIGN)
+        OUT_SECOND = _row(OUT_SECOND, row, OUT_SECOND_s, VECTOR)
 
     begin = part * tiles * TILE
     stop = tl.minimum(begin + tiles * TILE, width)
@@ -619,24 +619,31 @@ def _check(logits: tuple[Tensor | None, ...]) -> None:
             raise ValueError(f"logits need unit stride along the vocabulary, got strides {tensor.stride()}")
 
 
-def _widths(shape: config.Geometry, tensors: tuple[Tensor | None, ...], columns: tuple[int, ...]) -> dict[str, int]:
-    """ALIGN and TAIL: full-width loads and stores where every row start, and the row's end, allow them.
-
-    Only two values each (all or one element), so that every variant is one that the compile gate has read. Real
-    vocabularies are multiples of 16; others pay with narrow loads, which the cache line still serves together.
-    """
-    present = [tensor for tensor in tensors if tensor is not None]
-    aligned = all(
-        config.common_alignment(t.element_size(), t.data_ptr(), t.stride(0) * t.element_size())
-        >= min(shape.vector, config.LOAD_BYTES // t.element_size())
-        for t in present
-    )
-    even = aligned and all(count % shape.vector == 0 for count in columns)
-    return {"ALIGN": shape.vector if aligned else 1, "TAIL": shape.vector if even else 1}
+def _aligned(tensors: tuple[Tensor | None, ...], vector: int) -> bool:
+    """Whether every row of every tensor starts at a multiple of `vector` elements, or of a full-width load."""
+    for tensor in tensors:
+        if tensor is not None:
+            size = tensor.element_size()
+            needed = min(vector * size, config.LOAD_BYTES)
+            if tensor.data_ptr() % needed or tensor.stride(0) * size % needed:
+                return False
+    return True
 
 
-def _tile(shape: config.Geometry) -> dict[str, int]:
-    return {"LOADS": shape.loads, "LANES": shape.lanes, "VECTOR": shape.vector}
+def _tile(shape: config.Geometry, *columns: int) -> dict[str, int]:
+    """The constants of a tile. TAIL keeps loads wide where rows end, when all rows end at whole vectors."""
+    even = all(count % shape.vector == 0 for count in columns)
+    return {
+        "TAIL": shape.vector if even else 1, "LOADS": shape.loads, "LANES": shape.lanes, "VECTOR": shape.vector,
+    }  # fmt: skip
+
+
+def _options(shape: config.Geometry, forward_kind: int | None = None) -> dict[str, int]:
+    """Launch options. Only the forward of `bayes` needs its registers capped: elsewhere a cap is taken as a target."""
+    options = {"num_warps": shape.warps}
+    if forward_kind == BAYES.value and shape.maximum_registers is not None:
+        options["maxnreg"] = shape.maximum_registers
+    return options
 
 
 _tuned_warps: dict[tuple[Any, ...], int] = {}
@@ -678,16 +685,18 @@ def divergences(
         token_weights = token_weights.contiguous()
     scalars, constants = _settings(transform)
     device = config.describe_device(student.device)
+    vector = config.LOAD_BYTES // student.element_size()
 
     def launch(warps: int | None) -> None:
-        shape = config.geometry(device, student.element_size(), warps)
+        shape = config.geometry(device, student.element_size(), warps, aligned=_aligned(streams, vector))
         splits, tiles = config.split_row(device, shape, tokens, vocab)
         workspace = None
         if splits > 1:
             workspace = values.new_empty((tokens, splits, WORKSPACE_STATES))
         divergences_kernel[(tokens, splits)](
             *streams, token_weights, values, log_normalizers, workspace, *map(_stride, streams), vocab, tiles, splits,
-            *scalars, **constants, **_widths(shape, streams, (vocab,)), **_tile(shape), num_warps=shape.warps,
+            *scalars, **constants, **_tile(shape, vocab),
+            **_options(shape, constants["KIND"]),
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(tokens,)](
@@ -732,11 +741,13 @@ def logit_gradients(
     rows = (values.contiguous(), log_normalizers.contiguous(), coefficients.contiguous(), second_coefficients)
     scalars, constants = _settings(transform)
     device = config.describe_device(student.device)
+    vector = config.LOAD_BYTES // student.element_size()
     output_widths = tuple(0 if out is None else out.shape[1] for out in outputs)
     width = max(output_widths)
 
     def launch(warps: int | None, outputs: tuple[Tensor | None, ...] = outputs) -> None:
-        shape = config.geometry(device, student.element_size(), warps)
+        aligned = _aligned((*streams, *outputs), vector)
+        shape = config.geometry(device, student.element_size(), warps, aligned=aligned)
         splits, tiles = config.split_row(device, shape, tokens, width)
         parts = None
         if row_gramian is not None:
@@ -744,8 +755,7 @@ def logit_gradients(
         columns = (vocab, *(out.shape[1] for out in outputs if out is not None))
         gradients_kernel[(tokens, splits)](
             *streams, *rows, *outputs, parts, *map(_stride, (*streams, *outputs)), *output_widths, vocab, width, tiles,
-            splits, *scalars, **constants, **_widths(shape, (*streams, *outputs), columns), **_tile(shape),
-            num_warps=shape.warps,
+            splits, *scalars, **constants, **_tile(shape, *columns), **_options(shape),
         )  # fmt: skip
         if row_gramian is not None and parts is not None:
             row_gramian.copy_(parts.sum(1))  # the second stage of split rows

@@ -29,8 +29,9 @@ class Geometry:
 
     warps: int
     lanes: int  # threads of the program
-    vector: int  # elements of one full-width load
-    loads: int  # full-width loads per thread, stream and tile
+    vector: int  # elements of one load: 128 bits, or one element where rows start anywhere
+    loads: int  # loads per thread, stream and tile
+    maximum_registers: int | None  # per thread, in the forward of bayes; None leaves it to the compiler
 
     @property
     def tile(self) -> int:
@@ -46,6 +47,7 @@ class Heuristics:
     programs_per_processor: int
     waves: int
     minimum_tiles: int
+    maximum_registers: int | None
 
 
 # warps=4: 128 threads read 2 KiB per stream and tile; a program this small leaves room for many others, whose loads
@@ -60,11 +62,21 @@ class Heuristics:
 # waves=4: programs differ little in length, so a last partial wave idles at most a fifth of the launch.
 # minimum_tiles=8: a program ends in some 20 reductions across its warps, about the time of one or two tiles; eight keep
 #   that a small part.
-NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
-# AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program.
-AMD = Heuristics(warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
+# maximum_registers=128, for the forward of `bayes` only: left alone, the compiler takes 143-150 there on sm_120, which
+#   fits three programs; held to 128 it fits four and still spills nothing, which the compile gate checks. Kernels that
+#   need fewer must not be capped: the compiler then spends up to the cap (75 became 106 in a gradient).
+NVIDIA = Heuristics(
+    warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8, maximum_registers=128
+)
+# AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program. Asked for four wavefronts per
+# SIMD (128 registers), the compiler spills in fp32 `bayes`, so it is not asked; it takes up to 135, which fits three.
+AMD = Heuristics(
+    warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8, maximum_registers=None
+)
 # The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
-INTERPRETER = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1)
+INTERPRETER = Heuristics(
+    warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1, maximum_registers=None
+)
 
 CANDIDATE_WARPS = (2, 4, 8)  # what autotuning tries
 
@@ -88,15 +100,21 @@ def describe_device(device: torch.device) -> Device:
     return Device(AMD if torch.version.hip else NVIDIA, properties.multi_processor_count, warp_size)
 
 
-def geometry(device: Device, itemsize: int, warps: int | None = None) -> Geometry:
-    """The tile of a program, for logits of `itemsize` bytes."""
+def geometry(device: Device, itemsize: int, warps: int | None = None, aligned: bool = True) -> Geometry:
+    """The tile of a program, for logits of `itemsize` bytes.
+
+    Rows that do not start at multiples of a full-width load are read one element at a time, neighbours by neighbouring
+    threads: a thread that took a whole vector in pieces would make every load of a warp touch eight times the lines.
+    Nothing lies between, so that every variant is one that the compile gate has read; real vocabularies are aligned.
+    """
     warps = device.heuristics.warps if warps is None else warps
-    vector = LOAD_BYTES // itemsize
+    vector = LOAD_BYTES // itemsize if aligned else 1
     return Geometry(
         warps=warps,
         lanes=warps * device.warp_size,
         vector=vector,
         loads=max(1, device.heuristics.elements_per_lane // vector),
+        maximum_registers=device.heuristics.maximum_registers,
     )
 
 
@@ -108,11 +126,6 @@ def split_row(device: Device, shape: Geometry, tokens: int, columns: int) -> tup
     splits = min(math.ceil(wanted / max(tokens, 1)), tiles // heuristics.minimum_tiles)
     tiles_per_program = math.ceil(tiles / max(1, splits))
     return math.ceil(tiles / tiles_per_program), tiles_per_program
-
-
-def common_alignment(itemsize: int, *addresses_and_strides: int) -> int:
-    """The largest power of two, in elements and at most a full-width load, that divides all of them (in bytes)."""
-    return math.gcd(LOAD_BYTES, *addresses_and_strides) // itemsize or 1
 
 
 def autotune_requested() -> bool:
