@@ -6,7 +6,7 @@ Called by the trainer; it hands in how to run a backbone, so that this file know
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -58,10 +58,12 @@ def decomposed_loss(
     image_tokens: ImageTokens,
     run_student: RunBackbone,
     run_teacher: RunBackbone,
-    masked_passes: Callable[[], AbstractContextManager[None]] = nullcontext,
+    span: Callable[[str], AbstractContextManager[None]],
     steering_weights: Tensor | None = None,  # (2,)
 ) -> MicroBatchLoss:
     """Run the streams and split the loss; with `steering_weights` only the weighted sum is differentiable.
+
+    `span` times the passes that steering adds.
 
     Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
     the row itself, so all of its KL(student || teacher) is language.
@@ -75,9 +77,10 @@ def decomposed_loss(
     masked_teacher_hidden = masked_student_hidden = None
     if any_image:
         masked = masked_view(config.image_mask, batch, image_tokens, student)
-        with masked_passes():
+        with span("masked_teacher"):
             masked_teacher_hidden = run_teacher(teacher, masked)
-            if config.decomposition != "teacher_prior":
+        if config.decomposition != "teacher_prior":
+            with span("masked_student"):
                 masked_student_hidden = run_student(student, masked)
     student_hidden = run_student(student, batch)  # (rows, completion, width)
 

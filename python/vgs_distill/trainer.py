@@ -99,8 +99,9 @@ class VGSTrainer(DistillationTrainer):
     ``steering/weight_ratio``     weight of the visual gradient over that of the language gradient
     ``steering/refreshed``, ...   at a refresh of ``"amortized"``: the ``steering/predicted_weight_ratio`` and the
                                   ``steering/direction_cosine`` between predicted and measured update
-    ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering; and, part of
-                                  teacher and student, in the ``time/masked`` forward passes
+    ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering; and of the
+                                  forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of
+                                  teacher and student
     ============================  =====================================================================================
 
     A token whose loss is not finite (the student puts mass where a teacher has none) is named in a warning and the
@@ -242,7 +243,7 @@ class VGSTrainer(DistillationTrainer):
             self._image_tokens,
             run_student=self._run_backbone,
             run_teacher=self._run_teacher,
-            masked_passes=lambda: self._timer.span("masked"),
+            span=self._timer.span,
             steering_weights=None if self._plan is None else self._plan.weights,
         )
 
@@ -381,7 +382,7 @@ class VGSTrainer(DistillationTrainer):
         parts = {name: times.get(name, 0.0) for name in ("rollout", "teacher", "steering")}
         parts["student"] = step - sum(parts.values())
         if self.args.steering != "none":
-            parts["masked"] = times.get("masked", 0.0)
+            parts |= {name: times.get(name, 0.0) for name in ("masked_teacher", "masked_student")}
         for name, seconds in parts.items():
             self._metrics["train"][f"time/{name}"].append(seconds)
 

@@ -48,7 +48,8 @@ HISTORY_KEYS = (
     "time/teacher",
     "time/student",
     "time/steering",
-    "time/masked",
+    "time/masked_teacher",
+    "time/masked_student",
 )
 """What is kept of each step's log, where the method logs it. Losses in nats per token, times in seconds."""
 

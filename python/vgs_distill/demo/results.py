@@ -54,7 +54,7 @@ from vgs_distill.demo.worlds import Example
 SCHEMA = 1
 GALLERY_SIZE = 12
 _DISTRIBUTIONS = ("vgs-kernels", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy")
-_TIME_PARTS = ("rollout", "teacher", "student", "steering", "masked")
+_TIME_PARTS = ("rollout", "teacher", "student", "steering", "masked_teacher", "masked_student")
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
