@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +55,9 @@ def plan(sources: list[str] | None = None) -> Plan:
     compiler = cxx_compiler()
     if compiler is None:
         return _without_extension("no C++ compiler was found (c++, g++ or clang++ on the PATH, or $CXX)")
-    # torch takes the folder of the `nvcc` it finds for CUDA's home; behind a symbolic link that is the wrong one.
     nvcc = shutil.which("nvcc")
     if nvcc and not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
-        os.environ["CUDA_HOME"] = str(Path(nvcc).resolve().parent.parent)
+        os.environ["CUDA_HOME"] = _toolkit(nvcc)
     try:
         import torch
     except ImportError:
@@ -69,6 +70,14 @@ def plan(sources: list[str] | None = None) -> Plan:
     if missing and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {missing}")
     return Plan(native=True, cuda=not missing, reason=missing)
+
+
+def _toolkit(nvcc: str) -> str:
+    """The CUDA toolkit of an `nvcc`, from nvcc itself: torch takes the folder above the one it finds nvcc in, which is
+    wrong, and fails on `-lcudart`, where that file is a symbolic link or a script."""
+    report = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", report.stderr, re.MULTILINE)
+    return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent)
 
 
 def _without_extension(reason: str) -> Plan:
