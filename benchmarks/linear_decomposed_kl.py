@@ -322,7 +322,7 @@ def measure(shape: dict[str, int], dtype: str, threads: int, device: str, args: 
     gate, peer_errors = run_gate(heads, dtype, min(GATE_TOKENS, shape["tokens"]))
     print(gate.describe(), flush=True)
     record = Record(
-        NAME, case_of(shape, dtype, threads, device), gate, [], harness.environment(device), sources=digest(),
+        NAME, harness.case_of(shape, dtype, threads), gate, [], harness.environment(device), sources=digest(),
         facts={
             "backend": backend.resolve("decomposed_kl", torch.device(device)),
             "peer_errors_at_kl": peer_errors,
@@ -379,16 +379,8 @@ def skip_unwarmed(
     return skipped
 
 
-def case_of(shape: dict[str, int], dtype: str, threads: int, device: str) -> dict[str, Any]:
-    return {**shape, "dtype": dtype} | ({"threads": threads} if device == "cpu" else {})
-
-
 def digest() -> str:
     return harness.source_digest(Path(__file__), Path(peers.__file__))
-
-
-def show(record: Record) -> None:
-    print(harness.describe_record(record), flush=True)
 
 
 def expected_seconds(shape: dict[str, int], dtype: str, threads: int) -> float:
@@ -397,57 +389,28 @@ def expected_seconds(shape: dict[str, int], dtype: str, threads: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.case_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--teacher-width", type=int, help="default: the student's")
     parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--dtype", default="bf16,fp32", help="comma-separated: bf16, fp16, fp32, fp64")
-    parser.add_argument("--threads", default="1,2", help="comma-separated; ignored on a GPU")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every call; fast calls take up to three times")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds below which a call takes further turns")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, Liger's too")
-    parser.add_argument("--quick", action="store_true", help="64 tokens, width 256, vocabulary 8192, no compile")
-    parser.add_argument("--force", action="store_true", help="measure again what is on record")
-    parser.add_argument("--records", type=Path, default=harness.RECORDS)
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this process measures the one case
     args = parser.parse_args(arguments)
     if args.quick:
         args.tokens, args.width, args.vocab, args.no_compile, args.budget = 64, 256, 8192, True, 0.2
     shape = {
-        "tokens": args.tokens, "width": args.width, "teacher_width": args.teacher_width or args.width,
+        "tokens": args.tokens,
+        "width": args.width,
+        "teacher_width": args.teacher_width or args.width,
         "vocab": args.vocab,
-    }  # fmt: skip
-    threads = [int(n) for n in args.threads.split(",")] if args.device == "cpu" else [0]
-    cases = [(dtype, n) for dtype in args.dtype.split(",") for n in threads]
-    if args.here:
-        ((dtype, count),) = cases
-        if args.device == "cpu":
-            torch.set_num_threads(count)
-        record = measure(shape, dtype, count, args.device, args)
-        print("record:", harness.write_record(record, args.records))
-        show(record)
-        return 0 if record.gate.passed else 1
-    return harness.run_cases(
+    }
+    return harness.drive(
         "benchmarks.linear_decomposed_kl",
-        [
-            harness.Case(
-                label=f"{dtype}{f', {n} threads' if n else ''}",
-                arguments=[
-                    *(f"--{key.replace('_', '-')}={value}" for key, value in shape.items()), f"--dtype={dtype}",
-                    f"--threads={n}", f"--device={args.device}", f"--rounds={args.rounds}", f"--budget={args.budget}",
-                    f"--records={args.records.resolve()}", "--here", *(["--no-compile"] if args.no_compile else []),
-                ],
-                threads=n,
-                expected_seconds=expected_seconds(shape, dtype, n),
-                finished=None if args.force else harness.finished_record(
-                    NAME, case_of(shape, dtype, n, args.device), digest(), args.device, args.records
-                ),
-            )
-            for dtype, n in cases
-        ],
-    )  # fmt: skip
+        args,
+        shape,
+        digest(),
+        lambda dtype, threads: measure(shape, dtype, threads, args.device, args),
+        lambda dtype, threads: expected_seconds(shape, dtype, threads),
+    )
 
 
 if __name__ == "__main__":
