@@ -1,13 +1,16 @@
 """Steering policies: functions from the 2x2 Gramian of (lang, vis) gradients to their two weights.
 
 Everything happens on the device of the Gramian, without host synchronisation: `torch.where` stands in the place of
-branches. Layer: public API; pure torch on tensors of four numbers, so there is no backend to choose.
+branches. Layer: public API; pure torch on tensors of four numbers, so there is no backend to choose. The rules of
+TorchJD are policies, too: `torchjd_adapter.py`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+SCALES = ("unit", "preserve")
 
 
 class VisualGradientSteering:
@@ -18,16 +21,19 @@ class VisualGradientSteering:
 
     Called with the Gramian of (g_lang, g_vis), shape (2, 2), returns the two weights
     ``[(1 - gamma) / |g_lang|, gamma / |g_vis|]``, shape (2,), same dtype and device. A component whose norm is zero or
-    not finite gets weight 0, so that the weights are always finite.
+    not finite gets weight 0, so that the weights are always finite; :meth:`usable` tells which ones that are.
 
     Args:
         gamma: In [0, 1]; 0 follows language alone, 1 vision alone. The paper uses 0.7 to 0.9.
         max_weight_ratio: Upper bound on ``weights[1] / weights[0]``, kept by lowering the visual weight. It bounds how
             far a student whose language drifts can be pushed. None for no bound; no effect where the language
             weight is 0.
+        scale: ``"unit"``, the paper's: g as above, of norm at most 1, so that the learning rate alone sets the size of
+            a step. ``"preserve"``: g rescaled to the norm of the plain sum g_lang + g_vis of the usable components, for
+            learning rates, clipping and warm-up that were tuned without steering.
 
     Raises:
-        ValueError: gamma outside [0, 1], max_weight_ratio not positive, or a Gramian that is not 2×2.
+        ValueError: gamma outside [0, 1], max_weight_ratio not positive, an unknown scale, or a Gramian that is not 2×2.
 
     Source: arXiv 2606.00564, the steering rule.
 
@@ -38,25 +44,75 @@ class VisualGradientSteering:
         tensor([0.1000, 0.8000])
     """
 
-    def __init__(self, gamma: float = 0.8, max_weight_ratio: float | None = None) -> None:
+    def __init__(self, gamma: float = 0.8, max_weight_ratio: float | None = None, scale: str = "unit") -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}")
         if max_weight_ratio is not None and not max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {max_weight_ratio}")
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
         self.gamma = gamma
         self.max_weight_ratio = max_weight_ratio
+        self.scale = scale
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        if gramian.shape != (2, 2):
-            raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
-        norms = gramian.diagonal().clamp(min=0.0).sqrt()  # clamp keeps NaN
-        # Below the smallest normal number the quotient overflows.
-        usable = torch.isfinite(norms) & (norms > torch.finfo(norms.dtype).tiny)
-        scales = torch.where(usable, 1.0 / torch.where(usable, norms, 1.0), 0.0)
-        lang, vis = (1.0 - self.gamma) * scales[0], self.gamma * scales[1]
+        usable = usable_components(gramian)
+        norms = gramian.diagonal().clamp(min=0.0).sqrt()
+        inverse = torch.where(usable, 1.0 / torch.where(usable, norms, 1.0), 0.0)
+        lang, vis = (1.0 - self.gamma) * inverse[0], self.gamma * inverse[1]
         if self.max_weight_ratio is not None:
             vis = torch.where(lang > 0, torch.minimum(vis, self.max_weight_ratio * lang), vis)
-        return torch.stack([lang, vis])
+        weights = torch.stack([lang, vis])
+        if self.scale == "preserve":
+            weights = weights * _length_of_sum(gramian, usable) / _length_of_combination(gramian, usable, weights)
+        return weights
+
+    def usable(self, gramian: Tensor) -> Tensor:
+        """Which of (g_lang, g_vis) take part: norm finite and not zero. Shape (2,), bool, on the Gramian's device.
+
+        Ask for it beside the weights, and read it when the step's other metrics are read: that costs no wait.
+        """
+        return usable_components(gramian)
 
     def __repr__(self) -> str:
-        return f"VisualGradientSteering(gamma={self.gamma}, max_weight_ratio={self.max_weight_ratio})"
+        return (
+            f"VisualGradientSteering(gamma={self.gamma}, max_weight_ratio={self.max_weight_ratio}, "
+            f"scale={self.scale!r})"
+        )
+
+
+def usable_components(gramian: Tensor) -> Tensor:
+    """Whether the norm of each gradient is finite and not zero; shape (2,), bool."""
+    if gramian.shape != (2, 2):
+        raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
+    norms = gramian.diagonal().clamp(min=0.0).sqrt()  # clamp keeps NaN
+    # Below the smallest normal number the quotient overflows.
+    return torch.isfinite(norms) & (norms > torch.finfo(norms.dtype).tiny)
+
+
+def _normalised(gramian: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms, and the Gramian of the gradients over their norms; 0 where a component is not usable.
+
+    Squares of weights times entries of the Gramian leave float32's range long before their products do.
+    """
+    norms = torch.where(usable, gramian.diagonal().clamp(min=0.0).sqrt(), 0.0)
+    divisor = torch.where(usable, norms, 1.0)
+    cosines = gramian / divisor[:, None] / divisor
+    return norms, torch.where(usable[:, None] & usable, cosines, 0.0)
+
+
+def _length_of_sum(gramian: Tensor, usable: Tensor) -> Tensor:
+    norms, cosines = _normalised(gramian, usable)
+    largest = norms.max()
+    shares = norms / torch.where(largest > 0, largest, 1.0)
+    return largest * (shares[:, None] * cosines * shares).sum().clamp(min=0.0).sqrt()
+
+
+def _length_of_combination(gramian: Tensor, usable: Tensor, weights: Tensor) -> Tensor:
+    """At least what rounding of the Gramian leaves of parts that cancel, so that dividing by it amplifies no noise."""
+    norms, cosines = _normalised(gramian, usable)
+    parts = weights * norms
+    squares = (parts * parts).sum()
+    square = (parts[:, None] * cosines * parts).sum()
+    noise = 16 * torch.finfo(gramian.dtype).eps * squares
+    return torch.where(squares > 0, torch.maximum(square, noise), 1.0).sqrt()

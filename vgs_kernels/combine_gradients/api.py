@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .. import backend as backends
 from ..gradient_gramian.api import check_gradient_lists, gradient_gramian, local_shard
@@ -36,16 +37,19 @@ def combine_gradients(
         grads_vis: V, of the same shapes; None counts as zero.
         weights: w, shape (2,), on the device of the gradients; read there. A weight of 0 removes its component
             even where that holds inf or NaN.
-        out: Where g goes, one tensor per parameter; may be the tensors of ``grads_lang`` or ``grads_vis``.
+        out: Where g goes, one tensor per parameter; may be the tensors of ``grads_lang`` or ``grads_vis`` beside them,
+            but must not overlap them in any other way.
         max_norm: Largest global norm of g; None for no clipping.
-        gramian: G, if it is already known (summed over processes for sharded parameters); computed otherwise.
+        gramian: G, if it is already known; computed otherwise. Sharded gradients (DTensor) need it, summed over their
+            processes: one process alone does not know the norm.
         backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
         The global norm of what was written to ``out``, a scalar on the device. Deterministic, no host synchronisation.
 
     Raises:
-        ValueError: Lengths, shapes or ``max_norm`` do not fit; nothing has been written.
+        ValueError: What :func:`vgs_kernels.gradient_gramian` raises, or ``out``, ``weights``, ``max_norm`` or
+            ``gramian`` do not fit; nothing has been written.
     """
     device, _ = check_gradient_lists(grads_lang, grads_vis)
     if len(out) != len(grads_lang):
@@ -58,6 +62,10 @@ def combine_gradients(
         raise ValueError(f"weights must have shape (2,) on {device}, got {tuple(weights.shape)} on {weights.device}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
+    if gramian is None and any(isinstance(gradient, DTensor) for gradient in (*grads_lang, *grads_vis)):
+        raise ValueError("sharded gradients need gramian=gradient_gramian(..., process_group=...)")
+    if gramian is not None and gramian.shape != (2, 2):
+        raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
     chosen = backends.resolve("combine_gradients", device, backend)
     if gramian is None:
         gramian = gradient_gramian(grads_lang, grads_vis)
@@ -65,7 +73,8 @@ def combine_gradients(
     # A component of weight 0 may have a non-finite norm, which must not come back as 0 * inf.
     kept = weights != 0
     gramian = torch.where(kept[:, None] & kept[None, :], gramian, 0.0)
-    norm = (weights @ gramian @ weights).clamp(min=0.0).sqrt()
+    # Spelled out: autocast would run `weights @ gramian` in 16 bits.
+    norm = (weights[:, None] * gramian * weights).sum().clamp(min=0.0).sqrt()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         weights, norm = weights * factor, norm * factor

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from .. import backend as backends
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def gradient_gramian(
@@ -45,7 +47,8 @@ def gradient_gramian(
         synchronisation.
 
     Raises:
-        ValueError: The lists differ in length, a pair differs in shape or device, or every entry is None.
+        ValueError: The lists differ in length, a pair differs in shape, device or placement, every entry is None, or a
+            gradient is sparse, not of a floating dtype of 16, 32 or 64 bits, or a DTensor still to be reduced.
 
     Example:
         >>> import torch
@@ -76,16 +79,33 @@ def check_gradient_lists(
     if not given:
         raise ValueError("every gradient is None; pass at least one tensor")
     for index, (lang, vis) in enumerate(zip(grads_lang, grads_vis, strict=True)):
-        if lang is not None and vis is not None and lang.shape != vis.shape:
+        if lang is None or vis is None:
+            continue
+        if lang.shape != vis.shape:
             raise ValueError(
                 f"gradient {index} has shape {tuple(lang.shape)} in grads_lang but {tuple(vis.shape)} in grads_vis"
+            )
+        if _placements(lang) != _placements(vis):
+            raise ValueError(
+                f"gradient {index} is placed as {_placements(lang)} in grads_lang but {_placements(vis)} in grads_vis; "
+                "redistribute one of them"
             )
     device = given[0].device
     for gradient in given:
         if gradient.device != device:
             raise ValueError(f"gradients are on both {device} and {gradient.device}; call once per device and add")
+        if gradient.layout != torch.strided:
+            raise ValueError(f"gradients must be dense, got {gradient.layout}; an Embedding has sparse=False")
+        if gradient.dtype not in DTYPES:
+            raise ValueError(f"gradients must be float32, bfloat16, float16 or float64, got {gradient.dtype}")
+        if any(isinstance(placement, Partial) for placement in _placements(gradient) or ()):
+            raise ValueError("a gradient is a DTensor with a Partial placement; reduce it first (redistribute)")
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in given) else torch.float32
     return device, dtype
+
+
+def _placements(gradient: Tensor) -> tuple[object, ...] | None:
+    return gradient.placements if isinstance(gradient, DTensor) else None
 
 
 def local_shard(gradient: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Entries of a batch. On a CPU three float32 buffers of it fit the second-level cache; a GPU has little to gain beyond it.
+# Entries of a batch. On a CPU three float32 buffers of it fit the second-level cache; a GPU gains little beyond it.
 CPU_BATCH = 2**16
 GPU_BATCH = 2**22
 
