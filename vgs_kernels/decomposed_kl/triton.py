@@ -140,30 +140,36 @@ def _moved(total, s, factor, shift):
 
 
 @triton.jit
-def _pair(total, hole, z, a, e, b, s, factor, shift):
-    """Add a tile to sum e * (a - b) and to the hole; s, factor, shift describe the mass seen before the tile."""
+def _pair(total, hole, m, a, e, b, s, factor, shift):
+    """Add a tile to sum e * (a - b) and to the hole; s, factor, shift describe the mass seen before the tile.
+
+    The hole is found as a + m, not z: keeping the tile of z alive as well costs `bayes` 16 registers.
+    """
     there = b != -INF
     total = _moved(total, s, factor, shift) + _sum(tl.where((e > 0) & there, e * (a - b), 0.0))
-    return total, tl.maximum(hole, _max(tl.where(there, -INF, z)))
+    return total, tl.maximum(hole, _max(tl.where(there, -INF, a)) + m)
 
 
 @triton.jit
 def _grow(state, zp, zq, zr, zn, KIND: tl.constexpr):
     """The state after one more tile."""
     mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
+    # In this order a stream's tile dies before the next is needed: the registers of `bayes` depend on it.
     ap, ep, mp, sp_new, fp, dp = _stream(zp, mp, sp)
-    aq, _eq, mq, sq, _fq, dq = _stream(zq, mq, sq)
-    ar, _er, mr, sr, _fr, dr = _stream(zr, mr, sr)
     self = _moved(self, sp, fp, dp) + _sum(tl.where(ep > 0, ep * ap, 0.0))
-    pq, hole_pq = _pair(pq, hole_pq, zp, ap, ep, aq, sp, fp, dp - dq)
-    if KIND != MATCHED:
-        pr, hole_pr = _pair(pr, hole_pr, zp, ap, ep, ar, sp, fp, dp - dr)
-    if KIND != TEACHER_PRIOR:
+    aq, _eq, mq, sq, _fq, dq = _stream(zq, mq, sq)
+    pq, hole_pq = _pair(pq, hole_pq, mp, ap, ep, aq, sp, fp, dp - dq)
+    if KIND == TEACHER_PRIOR:
+        ar, _er, mr, sr, _fr, dr = _stream(zr, mr, sr)
+    else:
         an, en, mn, sn_new, fn, dn = _stream(zn, mn, sn)
-        nr, hole_nr = _pair(nr, hole_nr, zn, an, en, ar, sn, fn, dn - dr)
         if KIND == BAYES:
-            pn, hole_pn = _pair(pn, hole_pn, zp, ap, ep, an, sp, fp, dp - dn)
+            pn, hole_pn = _pair(pn, hole_pn, mp, ap, ep, an, sp, fp, dp - dn)
+        ar, _er, mr, sr, _fr, dr = _stream(zr, mr, sr)
+        nr, hole_nr = _pair(nr, hole_nr, mn, an, en, ar, sn, fn, dn - dr)
         sn = sn_new
+    if KIND != MATCHED:
+        pr, hole_pr = _pair(pr, hole_pr, mp, ap, ep, ar, sp, fp, dp - dr)
     return mp, sp_new, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr
 
 
@@ -387,7 +393,7 @@ def _slope(z, multiplier, cap, FORM: tl.constexpr):
     if FORM == SCALED:
         slope = multiplier
     elif FORM == SOFTCAPPED:
-        t = z / cap
+        t = z * (1.0 / cap)
         slope = multiplier * cap * (1.0 - t * t)
     return slope
 
@@ -638,14 +644,6 @@ def _tile(shape: config.Geometry, *columns: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _options(shape: config.Geometry, forward_kind: int | None = None) -> dict[str, int]:
-    """Launch options. Only the forward of `bayes` needs its registers capped: elsewhere a cap is taken as a target."""
-    options = {"num_warps": shape.warps}
-    if forward_kind == BAYES.value and shape.maximum_registers is not None:
-        options["maxnreg"] = shape.maximum_registers
-    return options
-
-
 _tuned_warps: dict[tuple[Any, ...], int] = {}
 
 
@@ -695,8 +693,7 @@ def divergences(
             workspace = values.new_empty((tokens, splits, WORKSPACE_STATES))
         divergences_kernel[(tokens, splits)](
             *streams, token_weights, values, log_normalizers, workspace, *map(_stride, streams), vocab, tiles, splits,
-            *scalars, **constants, **_tile(shape, vocab),
-            **_options(shape, constants["KIND"]),
+            *scalars, **constants, **_tile(shape, vocab), num_warps=shape.warps,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(tokens,)](
@@ -755,7 +752,7 @@ def logit_gradients(
         columns = (vocab, *(out.shape[1] for out in outputs if out is not None))
         gradients_kernel[(tokens, splits)](
             *streams, *rows, *outputs, parts, *map(_stride, (*streams, *outputs)), *output_widths, vocab, width, tiles,
-            splits, *scalars, **constants, **_tile(shape, *columns), **_options(shape),
+            splits, *scalars, **constants, **_tile(shape, *columns), num_warps=shape.warps,
         )  # fmt: skip
         if row_gramian is not None and parts is not None:
             row_gramian.copy_(parts.sum(1))  # the second stage of split rows

@@ -31,7 +31,6 @@ class Geometry:
     lanes: int  # threads of the program
     vector: int  # elements of one load: 128 bits, or one element where rows start anywhere
     loads: int  # loads per thread, stream and tile
-    maximum_registers: int | None  # per thread, in the forward of bayes; None leaves it to the compiler
 
     @property
     def tile(self) -> int:
@@ -47,7 +46,6 @@ class Heuristics:
     programs_per_processor: int
     waves: int
     minimum_tiles: int
-    maximum_registers: int | None
 
 
 # warps=4: 128 threads read 2 KiB per stream and tile; a program this small leaves room for many others, whose loads
@@ -56,29 +54,20 @@ class Heuristics:
 #   for the new maxima whatever it holds; 8 elements bring that under a quarter of the work. 16 would double the live
 #   registers and halve the threads that hide the latency of memory.
 # programs_per_processor=6: what about 80 registers per thread allow on a processor with 64 Ki registers; the compile
-#   report shows 60-75 for the two common decompositions and up to 128 for `bayes`, which fits 4. At 48-64 bytes in
+#   report shows 50-80 for the two common decompositions and up to 112 for `bayes`, which fits 4. At 48-64 bytes in
 #   flight per thread that is 36-48 KiB per processor (bayes 32), near or above the 20-45 KiB that bandwidth x latency
 #   asks for on H100 and B200 (data sheets: 3.35 and 8 TB/s over 132 and 148 processors; 0.8 us assumed).
 # waves=4: programs differ little in length, so a last partial wave idles at most a fifth of the launch.
 # minimum_tiles=8: a program ends in some 20 reductions across its warps, about the time of one or two tiles; eight keep
 #   that a small part.
-# maximum_registers=128, for the forward of `bayes` only: left alone, the compiler takes 143-150 there on sm_120, which
-#   fits three programs; held to 128 it fits four and still spills nothing, which the compile gate checks. Kernels that
-#   need fewer must not be capped: the compiler then spends up to the cap (75 became 106 in a gradient).
-NVIDIA = Heuristics(
-    warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8, maximum_registers=128
-)
-# AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program. Asked for four wavefronts per
-# SIMD (128 registers), the compiler spills in fp32 `bayes`, so it is not asked; it takes up to 135, which fits three.
-AMD = Heuristics(
-    warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8, maximum_registers=None
-)
+NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
+# AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program.
+AMD = Heuristics(warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
+# No cap on registers anywhere: the compiler takes a cap as a target. Capped at 128, a gradient that needs 75 took 106.
 # The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
-INTERPRETER = Heuristics(
-    warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1, maximum_registers=None
-)
+INTERPRETER = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1)
 
-CANDIDATE_WARPS = (2, 4, 8)  # what autotuning tries
+CANDIDATE_WARPS = (1, 2, 4)  # what autotuning tries; with 8 the compiler spills in `matched` on sm_100
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,6 @@ def geometry(device: Device, itemsize: int, warps: int | None = None, aligned: b
         lanes=warps * device.warp_size,
         vector=vector,
         loads=max(1, device.heuristics.elements_per_lane // vector),
-        maximum_registers=device.heuristics.maximum_registers,
     )
 
 
