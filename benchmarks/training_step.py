@@ -3,11 +3,12 @@
     python -m benchmarks.training_step                 the demo's model and one of about 100 M parameters
     python -m benchmarks.training_step --model demo    one of them
 
-Every method trains the same student on the same prompts through `VGSTrainer`; the methods take turns (A B C A B C), each
+Every method trains the same student on the same prompts through `VGSTrainer`; methods take turns (A B C A B C), each
 turn a fresh trainer, whose first step is warm-up and is not counted. A step's time is split as the engine logs it:
 rollout, teacher, student (forward and backward) and steering, and the forward passes on the masked prompts, which are
-part of teacher and student. The ratio of amortized steering counts one exact step in every `refresh_every`. `matched` runs the student twice, so its steps hold more model work than OPD's by design;
-the masked passes therefore stand beside the totals.
+part of teacher and student. The ratio of amortized steering counts one exact step in every `refresh_every`. `matched`
+runs the student twice, so its steps hold more model work than OPD's by design; the masked passes therefore stand beside
+the totals.
 
 The gate compares gradients: amortized steering that measures at every step must leave the gradient of exact steering.
 """
