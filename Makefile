@@ -2,6 +2,8 @@
 #
 #   make demo        distil a small vision-language student on this machine (no GPU needed)
 #   make test        lint, types and all tests that this machine can run
+#   make bench       measure the kernels against plain torch, TRL and Liger; write docs/benchmarks.md
+#   make gpu-check   on a machine with a GPU: all tests on it, all benchmarks, and records of both
 #   make lint        what pre-commit runs
 #   make format      rewrite the sources in the house format
 #   make clean       remove builds and caches, keep .venv
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +40,12 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/vgs bench $(ARGS)
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -624,27 +624,28 @@ def bytes_text(nbytes: float | None) -> str:
 
 def plot_lines(
     path: Path,
-    panels: Sequence[
-        tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]
-    ],  # (x label, y label, label -> points)
-    title: str,
+    panels: Sequence[tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]],  # x label, y label, label -> points
+    columns: int,
 ) -> None:
-    """One row of log-log panels as SVG, the same bytes for the same data."""
+    """Log-log panels as SVG, one legend for all; the same bytes for the same data."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
+    count = math.ceil(len(panels) / columns)
     with plt.rc_context({"svg.hashsalt": "vgs", "font.size": 9}):
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
-        for axis, (x_label, y_label, lines) in zip(axes[0], panels, strict=True):
-            for label, points in lines.items():
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1.3, label=label)
+        figure, axes = plt.subplots(count, columns, figsize=(4.2 * columns, 3.3 * count), squeeze=False)
+        handles: dict[str, Any] = {}
+        for axis, (x_label, y_label, lines) in zip(axes.flat, panels, strict=True):
+            for number, (label, points) in enumerate(sorted(lines.items())):
+                xs, ys = zip(*sorted(points), strict=True)
+                color = handles[label].get_color() if label in handles else f"C{max(number, len(handles))}"
+                handles[label] = axis.plot(xs, ys, marker="o", markersize=3, linewidth=1.3, color=color)[0]
             axis.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
             axis.grid(True, which="both", linewidth=0.3, alpha=0.6)
-        axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-        figure.suptitle(title)
-        figure.tight_layout()
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
+        figure.tight_layout(rect=(0, 0.2 / count / 2, 1, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)

@@ -92,6 +92,8 @@ def peaked_streams(tokens: int, heads: tuple[Tensor, Tensor], seed: int = 1) -> 
     frequencies = 1 / torch.arange(1, vocab + 1, device=device, dtype=torch.float64)
     chosen = torch.multinomial(frequencies, tokens * candidates, replacement=True, generator=generator)
     chosen = chosen.reshape(tokens, candidates)
+    # A candidate drawn twice would get twice the logit and all of the mass.
+    repeated = (chosen[:, :, None] == chosen[:, None, :]).tril(-1).any(-1)
     ranks = torch.arange(1, candidates + 1, device=device)
     background = 2.0  # standard deviation of the other logits, so their log-sum-exp is about log(vocab) + 2
     heights = math.log(vocab) + background**2 / 2 + math.log(100) - 2 * ranks.log()
@@ -99,7 +101,7 @@ def peaked_streams(tokens: int, heads: tuple[Tensor, Tensor], seed: int = 1) -> 
     for head in (heads[0], heads[0], heads[1], heads[1]):
         width = head.shape[1]
         noise = torch.empty(tokens, candidates, device=device).normal_(generator=generator)
-        peaks = torch.einsum("tc,tcw->tw", heights + noise, head.detach()[chosen].float())
+        peaks = torch.einsum("tc,tcw->tw", (heights + noise).masked_fill(repeated, 0), head.detach()[chosen].float())
         # The peaks' own projection on other rows is noise too; top it up to the background's deviation.
         missing = (background**2 - peaks.square().sum(1, keepdim=True) / width).clamp_min(0).sqrt()
         peaks += missing * torch.empty(tokens, width, device=device).normal_(generator=generator)

@@ -6,6 +6,7 @@ commands, so that `vgs --help` answers at once.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
@@ -97,6 +98,26 @@ def doctor() -> None:
     from vgs_kernels.__main__ import main as report
 
     report()
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[NAME]... [OPTIONS]")] = None,
+) -> None:
+    """Measure the kernels against plain torch, TRL and Liger, and write docs/benchmarks.md. --help lists the options.
+
+    The benchmarks write records and documentation into the repository, so they are part of it and not of the package.
+    """
+    import vgs_kernels
+
+    repository = Path(vgs_kernels.__file__).resolve().parent.parent
+    if not (repository / "benchmarks" / "harness.py").exists():
+        _fail(
+            "the benchmarks are in the repository, not in the installed package: clone it, "
+            "`pip install --no-build-isolation -e '.[bench]'` there, and call `vgs bench` again"
+        )
+    command = [sys.executable, "-m", "benchmarks", *(arguments or [])]
+    raise typer.Exit(subprocess.run(command, cwd=repository, check=False).returncode)
 
 
 def _fail(sentence: str) -> None:

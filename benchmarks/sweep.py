@@ -1,0 +1,136 @@
+"""How time and memory of `linear_decomposed_kl` grow with tokens, vocabulary and width; the data of the report's plot.
+
+    python -m benchmarks.sweep            three sweeps, bf16, 2 threads; a few minutes
+    python -m benchmarks.sweep --quick    three small points each
+
+One record an axis, rows named `call@value`. Each record's gate runs at the sweep's smallest and largest point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, linear_decomposed_kl, peers
+from benchmarks.harness import Case, Gate, Record, Row
+from vgs_kernels import backend
+
+NAME = "sweep"
+BASE = {"tokens": 128, "vocab": 32768, "width": 512}
+AXES = {
+    "tokens": (32, 64, 128, 256, 512, 1024, 2048),
+    "vocab": (8192, 16384, 32768, 65536, 131072, 151936),
+    "width": (128, 256, 512, 1024, 2048),
+}
+QUICK_BASE = {"tokens": 32, "vocab": 4096, "width": 64}
+QUICK_AXES = {"tokens": (16, 32, 64), "vocab": (2048, 4096, 8192), "width": (32, 64, 128)}
+LABELS = {
+    "naive_decomposed": "plain torch, both components",
+    "naive_monolithic": "plain torch, monolithic reverse KL",
+    "teacher_prior_both": "ours, both components",
+    "teacher_prior_objective": "ours, objective",
+    "floor_7": "7 products alone",
+}
+
+
+def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, args: argparse.Namespace) -> Record:
+    """One record: every call at every value of the axis, the other sizes as in `base`."""
+    start = time.perf_counter()
+    gates, rows = [], []
+    for value in values:
+        shape = base | {axis: value}
+        shape["teacher_width"] = shape["width"]
+        heads = peers.random_heads(shape["width"], shape["width"], shape["vocab"], harness.DTYPES[dtype], args.device)
+        if value in (values[0], values[-1]):
+            gate, _ = linear_decomposed_kl.run_gate(heads, dtype, min(4, shape["tokens"]))
+            print(gate.describe(), flush=True)
+            gates.append(gate)
+            if not gate.passed:
+                break
+        calls, _ = linear_decomposed_kl.prepare_calls(shape, dtype, heads, args.device, compile_peers=False)
+        products = [name for name in calls if name.endswith(("_product", "_student", "_teacher"))]
+        wanted = [*products, *(name for name in LABELS if name in calls)]
+        timings = harness.interleaved(
+            {name: calls[name] for name in wanted}, min_rounds=args.rounds, max_rounds=3 * args.rounds,
+            budget_s=args.budget, device=args.device,
+        )  # fmt: skip
+        floor = next(row for row in linear_decomposed_kl.floor_rows(timings) if row.name == "floor_7")
+        floor.name, floor.label = f"floor_7@{value}", f"{LABELS['floor_7']}, {axis} {value}"
+        rows.append(floor)
+        for name in LABELS:
+            if name in timings:
+                timing = timings[name]
+                rows.append(
+                    Row(
+                        f"{name}@{value}", f"{LABELS[name]}, {axis} {value}", timing.seconds,
+                        peak_bytes=timing.peak_bytes, note=timing.problem or "",
+                        floor=floor.name if name == "teacher_prior_both" else None,
+                        baseline=f"naive_decomposed@{value}" if name == "teacher_prior_both" else None,
+                    )
+                )  # fmt: skip
+        print(f"  {axis} {value}: {harness.seconds_text(rows[-2].median)}", flush=True)
+    case = case_of(axis, base, values, dtype, args.threads)
+    facts = {
+        "backend": backend.resolve("decomposed_kl", torch.device(args.device)),
+        "memory": harness.MEMORY_METHOD[args.device],
+        "case_seconds": time.perf_counter() - start,
+    }
+    gate = Gate(tuple(check for gate in gates for check in gate.checks))
+    return Record(
+        NAME, case, gate, rows if gate.passed else [], harness.environment(args.device), facts=facts, sources=digest()
+    )
+
+
+def case_of(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, threads: int) -> dict[str, object]:
+    fixed = {key: value for key, value in base.items() if key != axis}
+    case = {"axis": axis, "from": values[0], "to": values[-1], **fixed, "dtype": dtype}
+    return case | ({"threads": threads} if threads else {})
+
+
+def digest() -> str:
+    return harness.source_digest(Path(__file__), Path(peers.__file__), Path(linear_decomposed_kl.__file__))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axis", default=",".join(AXES), help="comma-separated: tokens, vocab, width")
+    parser.add_argument("--dtype", default="bf16", choices=tuple(harness.DTYPES))
+    parser.add_argument("--threads", type=int, default=2, help="ignored on a GPU")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--force", action="store_true", help="measure again what is on record")
+    parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    base, axes = (QUICK_BASE, QUICK_AXES) if args.quick else (BASE, AXES)
+    if args.device == "cuda":
+        args.threads = 0
+    if args.here:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        record = measure(args.axis, base, axes[args.axis], args.dtype, args)
+        print(f"record: {harness.write_record(record, args.records)}\n{harness.describe_record(record)}", flush=True)
+        return 0 if record.gate.passed else 1
+    passed_on = [f"--{key}={getattr(args, key)}" for key in ("dtype", "device", "rounds", "budget", "threads")]
+    passed_on += [f"--records={args.records.resolve()}", "--here", *(["--quick"] if args.quick else [])]
+    cases = [
+        Case(
+            axis, [*passed_on, f"--axis={axis}"], args.threads, 5 if args.quick else 60,
+            None if args.force else harness.finished_record(
+                NAME, case_of(axis, base, axes[axis], args.dtype, args.threads), digest(), args.device, args.records
+            ),
+        )
+        for axis in args.axis.split(",")
+    ]  # fmt: skip
+    return harness.run_cases("benchmarks.sweep", cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
