@@ -4,6 +4,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
   m.def("transpose(Tensor input, Tensor(a!) out) -> ()");
+  m.def("head_gradient(Tensor gradient, Tensor hidden, bool accumulate, int cpu_level, Tensor(a!) out) -> ()");
+  m.def("logits(Tensor hidden, Tensor weight, int cpu_level, Tensor(a!) out) -> ()");
   m.def(
       "select_columns(Tensor gradient, float tolerance, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) -> int");
 }

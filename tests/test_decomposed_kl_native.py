@@ -26,9 +26,13 @@ from vgs_kernels.decomposed_kl import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = range(native.highest_cpu_level() + 1)
-PLAIN: dict[str, Any] = dict(
-    temperature=1.0, student_scale=1.0, teacher_scale=1.0, student_softcap=0.0, teacher_softcap=0.0
-)
+PLAIN: dict[str, Any] = {
+    "temperature": 1.0,
+    "student_scale": 1.0,
+    "teacher_scale": 1.0,
+    "student_softcap": 0.0,
+    "teacher_softcap": 0.0,
+}
 
 
 @pytest.fixture(params=LEVELS, ids=lambda level: ("baseline", "avx2", "avx512")[level])
@@ -81,12 +85,16 @@ def run(
     return found
 
 
-def check(logits: list[Any], decomposition: str, options: dict[str, Any] | None = None, vocab: int | None = None) -> None:
+def check(
+    logits: list[Any], decomposition: str, options: dict[str, Any] | None = None, vocab: int | None = None
+) -> None:
     transform = LogitTransform(decomposition, vocab or logits[0].shape[1], **{**PLAIN, **(options or {})})
     dtype = logits[0].dtype
     exact = run(reference, [None if t is None else t.double() for t in logits], transform)
     plain, got = run(reference, logits, transform), run(native, logits, transform)
-    magnitude = max(1.0, *(float(t.double().masked_fill(~t.isfinite(), 0).abs().max()) for t in logits if t is not None))
+    magnitude = max(
+        1.0, *(float(t.double().masked_fill(~t.isfinite(), 0).abs().max()) for t in logits if t is not None)
+    )
     for name, truth in exact.items():
         a, b = got[name].double(), plain[name].double()
         assert torch.equal(a.isinf(), truth.isinf()), name
@@ -110,7 +118,8 @@ def test_random_logits_of_odd_sizes(decomposition: str, dtype: torch.dtype, leve
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_options(decomposition: str, level: int) -> None:
-    options = dict(temperature=1.7, student_scale=0.8, teacher_scale=1.3, student_softcap=20.0, teacher_softcap=30.0)
+    scales = {"temperature": 1.7, "student_scale": 0.8, "teacher_scale": 1.3}
+    options = scales | {"student_softcap": 20.0, "teacher_softcap": 30.0}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         logits = make_streams(decomposition, 4, 2500, dtype, 8.0, 1)
         check(logits, decomposition, options)
@@ -127,7 +136,7 @@ def test_peaked_logits(decomposition: str, level: int) -> None:
     check(logits, decomposition)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_minus_infinity(decomposition: str, dtype: torch.dtype, level: int) -> None:
     infinity = math.inf
@@ -215,7 +224,7 @@ def test_nan_logits_give_nan_not_a_number_that_looks_right(level: int) -> None:
     assert values[1].isfinite().all()
 
 
-@pytest.mark.parametrize("rows", (1, 2, 9))
+@pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_threads_do_not_change_results(decomposition: str, rows: int) -> None:
     """One row is split over its segments, nine are not; bit for bit the same, and the same from run to run."""
@@ -248,7 +257,9 @@ def test_row_offsets_past_two_to_the_31() -> None:
         assert torch.equal(value, got[name]), name
     values, normalizers = native.divergences(student, small[1], small[2], None, transform)
     coefficients = reference.component_coefficients("teacher_prior", torch.ones(rows))[1]
-    native.logit_gradients(student, small[1], small[2], None, values, normalizers, coefficients, transform, out_student=student)
+    native.logit_gradients(
+        student, small[1], small[2], None, values, normalizers, coefficients, transform, out_student=student
+    )
     wanted = torch.empty_like(small[0])
     native.logit_gradients(*small, values, normalizers, coefficients, transform, out_student=wanted)
     assert torch.equal(student, wanted)
@@ -270,7 +281,11 @@ def test_many_tokens_of_an_expanded_row() -> None:
 
 def test_no_tokens() -> None:
     for decomposition in DECOMPOSITIONS:
-        found = run(native, make_streams(decomposition, 0, 17, torch.float32, 1.0, 14), LogitTransform(decomposition, 17, **PLAIN))
+        found = run(
+            native,
+            make_streams(decomposition, 0, 17, torch.float32, 1.0, 14),
+            LogitTransform(decomposition, 17, **PLAIN),
+        )
         assert found["values"].shape == (0, 5)
 
 

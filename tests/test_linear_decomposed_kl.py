@@ -83,7 +83,8 @@ class Problem:
         assert teacher is not None
         assert masked_teacher is not None
         parts = textbook(
-            student, teacher, masked_teacher, masked, self.decomposition, temperature=temperature, vocab_size=vocab_size,
+            student, teacher, masked_teacher, masked, self.decomposition,
+            temperature=temperature, vocab_size=vocab_size,
             student_scale=self.head.logit_scale, teacher_scale=self.teacher_head.logit_scale,
             student_softcap=self.head.softcap, teacher_softcap=self.teacher_head.softcap,
         )  # fmt: skip
@@ -200,7 +201,7 @@ def test_padded_vocabularies_that_differ(decomposition: str, chosen: str) -> Non
         assert_all_close(gradients(getattr(got, part), problem.students), gradients(expected[part], problem.students))
 
 
-@pytest.mark.parametrize("combined", (False, True))
+@pytest.mark.parametrize("combined", [False, True])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_tokens_of_weight_zero_take_no_part(decomposition: str, combined: bool, chosen: str) -> None:
     problem = Problem(decomposition)
@@ -225,8 +226,8 @@ def test_tokens_of_weight_zero_take_no_part(decomposition: str, combined: bool, 
     assert not got[0][skipped].any()
 
 
-@pytest.mark.parametrize("tokens", (0, 5))
-@pytest.mark.parametrize("combined", (False, True))
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("combined", [False, True])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_nothing_to_do(decomposition: str, combined: bool, tokens: int, chosen: str) -> None:
     """No tokens, or all of weight 0."""
@@ -261,7 +262,9 @@ def test_backward_twice_gives_the_same(decomposition: str, chosen: str) -> None:
     got = problem.call(backend=chosen, steering_weights=torch.tensor([1.0, 3.0]))
     first = gradients(got.objective * 0.5, problem.students)
     second = gradients(got.objective * 0.5, problem.students)
-    again = gradients(problem.call(backend=chosen, steering_weights=torch.tensor([1.0, 3.0])).objective, problem.students)
+    again = gradients(
+        problem.call(backend=chosen, steering_weights=torch.tensor([1.0, 3.0])).objective, problem.students
+    )
     for a, b, c in zip(first, second, again, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c * 0.5)
@@ -291,7 +294,7 @@ def test_accumulate_head_grad(decomposition: str, chosen: str) -> None:
         problem.call(accumulate_head_grad=True, backend=chosen)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_error_is_that_of_plain_torch(decomposition: str, dtype: torch.dtype, chosen: str) -> None:
     """In 13 chunks, so that partial sums of the head gradient are rounded 13 times."""
@@ -306,7 +309,9 @@ def test_error_is_that_of_plain_torch(decomposition: str, dtype: torch.dtype, ch
     exact.teacher_head = LMHead(problem.teacher_head.weight.double())
     problem.token_weights = exact.token_weights = None
     truth, plain = exact.textbook(), problem.textbook()
-    got = problem.call(backend=chosen, max_chunk_bytes=8 * (3 + (decomposition != "teacher_prior")) * 1003 * dtype.itemsize)
+    got = problem.call(
+        backend=chosen, max_chunk_bytes=8 * (3 + (decomposition != "teacher_prior")) * 1003 * dtype.itemsize
+    )
     for part in ("lang", "vis"):
         for a, b, t in zip(
             gradients(getattr(got, part), problem.students),
@@ -389,8 +394,8 @@ def gradients_once(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(value, inputs))
 
 
-@pytest.mark.parametrize("decomposition", ("teacher_prior", "matched"))
-@pytest.mark.parametrize("combined", (False, True))
+@pytest.mark.parametrize("decomposition", ["teacher_prior", "matched"])
+@pytest.mark.parametrize("combined", [False, True])
 def test_opcheck(decomposition: str, combined: bool, chosen: str) -> None:
     problem = Problem(decomposition, bias=True, tokens=4, vocab=9)
     masked = None if problem.masked_hidden is None else problem.masked_hidden.detach()
@@ -404,9 +409,19 @@ def test_opcheck(decomposition: str, combined: bool, chosen: str) -> None:
     )  # fmt: skip
     torch.library.opcheck(op.linear_decomposed_kl, arguments)
     results = op.linear_decomposed_kl(*arguments)
-    attached = (*results[:3], problem.hidden, problem.masked_hidden, problem.weight, problem.bias, *results[5:], combined)
+    attached = (
+        *results[:3],
+        problem.hidden,
+        problem.masked_hidden,
+        problem.weight,
+        problem.bias,
+        *results[5:],
+        combined,
+    )
     torch.library.opcheck(op.attach_gradients, attached)
-    torch.library.opcheck(op.first_order_only, (results[0], problem.hidden), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        op.first_order_only, (results[0], problem.hidden), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_wrong_arguments_say_what_is_wrong() -> None:
@@ -417,7 +432,7 @@ def test_wrong_arguments_say_what_is_wrong() -> None:
             masked_teacher_hidden=problem.masked_teacher_hidden, decomposition="teacher_prior",
         )  # fmt: skip
     problem.teacher_hidden = problem.teacher_hidden.float()
-    with pytest.raises(ValueError, match="teacher_hidden is torch.float32"):
+    with pytest.raises(ValueError, match=r"teacher_hidden is torch\.float32"):
         problem.call()
     with pytest.raises(ValueError, match="max_chunk_bytes must be positive"):
         Problem("teacher_prior").call(max_chunk_bytes=0)

@@ -68,6 +68,18 @@ struct Kernels {
   // squares[i] += sum over rows of x[row, begin + i]^2, for the entries [begin, end).
   void (*column_squares)(const void* data, Element, int64_t rows, int64_t row_stride, int64_t begin, int64_t end,
                          float* squares);
+
+  // Of linear_decomposed_kl_kernels.h: rows of the head gradient to give to one thread are a multiple of `tile_rows`;
+  // panels hold n * (width rounded up to `panel_columns`) floats, the scratch of a thread n * tile_rows.
+  int64_t tile_rows, panel_columns;
+  void (*pack_hidden)(const float* hidden, int64_t row_stride, int64_t n, int64_t width, float* panels);
+  void (*head_gradient)(const float* gradient, int64_t gradient_stride, const float* panels, int64_t n, int64_t width,
+                        float* out, int64_t out_stride, int64_t begin, int64_t end, bool accumulate, float* scratch);
+  // Rows of the chunk in a group, and of the weight in a band; panels are [group][width][group rows], the scratch of a
+  // thread one band by one group.
+  int64_t group, logit_band;
+  void (*logits)(const float* panels, const float* weight, int64_t weight_stride, int64_t n, int64_t width, float* out,
+                 int64_t out_stride, int64_t begin, int64_t end, float* scratch);
 };
 
 namespace baseline { extern const Kernels kernels; }

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "decomposed_kl.h"
+#include "linear_decomposed_kl_kernels.h"
 #include "simd.h"
 
 namespace {
@@ -361,5 +362,6 @@ void column_squares(const void* data, Element element, int64_t rows, int64_t row
 
 namespace vgs::VGS_LEVEL {
 extern const Kernels kernels;
-const Kernels kernels = {divergences, gradients, column_squares};
+const Kernels kernels = {divergences, gradients, column_squares, kTile, kColumns, pack_hidden, head_gradient,
+                         kGroup,      kLogitBand, logits};
 }  // namespace vgs::VGS_LEVEL

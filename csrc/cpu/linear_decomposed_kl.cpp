@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "common.h"
@@ -75,6 +76,55 @@ void transpose(const Tensor& input, Tensor out) {
   }
 }
 
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
+
+void check_product(std::initializer_list<const Tensor*> matrices, bool fit) {
+  for (const Tensor* matrix : matrices) {
+    STD_TORCH_CHECK(matrix->dim() == 2 && matrix->scalar_type() == torch::headeronly::ScalarType::Float &&
+                        (matrix->stride(1) == 1 || matrix->size(1) == 1),
+                    "operands must be float32 matrices with unit stride in the last dimension");
+  }
+  STD_TORCH_CHECK(fit, "the shapes of the operands do not fit");
+}
+
+// out (v, w) = or += gradient (n, v)^T hidden (n, w), float32. Every entry is one sum over n in order, whichever thread
+// computes it.
+void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, int64_t cpu_level, Tensor out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = gradient.size(1);
+  check_product({&gradient, &hidden, &out}, gradient.size(0) == n && out.size(0) == vocab && out.size(1) == width);
+  const Kernels& kernels = kernels_of_level(cpu_level);
+  std::vector<float> panels(n * round_up(width, kernels.panel_columns));
+  kernels.pack_hidden(floats(hidden), hidden.stride(0), n, width, panels.data());
+  const int64_t bands = (vocab + kernels.tile_rows - 1) / kernels.tile_rows;
+  torch::stable::parallel_for(0, bands, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(n * kernels.tile_rows);
+    kernels.head_gradient(floats(gradient), gradient.stride(0), panels.data(), n, width,
+                          static_cast<float*>(out.data_ptr()), out.stride(0), begin * kernels.tile_rows,
+                          std::min(vocab, end * kernels.tile_rows), accumulate, scratch.data());
+  });
+}
+
+// out (n, v) = hidden (n, w) weight (v, w)^T, float32. Threads share the vocabulary.
+void logits(const Tensor& hidden, const Tensor& weight, int64_t cpu_level, Tensor out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
+  check_product({&hidden, &weight, &out}, weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
+  const Kernels& kernels = kernels_of_level(cpu_level);
+  std::vector<float> panels(round_up(n, kernels.group) * width, 0.0f);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t k = 0; k < width; ++k)
+      panels[(row / kernels.group * width + k) * kernels.group + row % kernels.group] =
+          floats(hidden)[row * hidden.stride(0) + k];
+  const int64_t bands = round_up(vocab, kernels.logit_band) / kernels.logit_band;
+  torch::stable::parallel_for(0, bands, 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(kernels.logit_band * kernels.group);
+    kernels.logits(panels.data(), floats(weight), weight.stride(0), n, width, static_cast<float*>(out.data_ptr()),
+                   out.stride(0), begin * kernels.logit_band, std::min(vocab, end * kernels.logit_band),
+                   scratch.data());
+  });
+}
+
 // The columns of a matrix that carry all but `tolerance` of its Frobenius norm, ascending. The smallest columns are
 // dropped: with a histogram of the squared norms by their leading bits (an eighth of an octave a bin) everything below
 // the largest bin edge whose sum is still at most tolerance^2 of the total. Returns how many were kept.
@@ -128,5 +178,7 @@ int64_t select_columns(const Tensor& gradient, double tolerance, int64_t cpu_lev
 
 STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("transpose", TORCH_BOX(&vgs::transpose));
+  m.impl("head_gradient", TORCH_BOX(&vgs::head_gradient));
+  m.impl("logits", TORCH_BOX(&vgs::logits));
   m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
 }

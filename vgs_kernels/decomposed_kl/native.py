@@ -86,7 +86,7 @@ def logit_gradients(
         out_second,
         gramian,
     )
-    if row_gramian is not None:
+    if row_gramian is not None and gramian is not None:
         row_gramian.copy_(gramian)
 
 

@@ -65,7 +65,22 @@ def linear_decomposed_kl(
         decomposition, temperature, vocab_size, backend: As in :func:`vgs_kernels.decomposed_kl`.
         steering_weights: Weights of lang and vis, shape (2,), on the device. Given, only
             ``objective = weights[0] * lang + weights[1] * vis`` is differentiable, at the price of one component.
+        accumulate_head_grad: Add the head's gradient of ``objective`` straight into ``weight.grad`` and ``bias.grad``
+            of ``student_head`` (made where there are none), in the forward pass; ``backward`` then gives the head
+            none. Saves a head-sized tensor. Needs ``steering_weights``. Hazards: the gradient is that of
+            ``objective`` itself, so a factor applied later (loss scaling, division by accumulation steps) does not
+            reach it and belongs into the weights; it is added at every forward pass that records gradients, also
+            where ``backward`` is never called or the forward is recomputed (checkpointing); gradient hooks, DDP and
+            FSDP do not see it.
         max_chunk_bytes: Upper bound on the logits held at a time, in bytes (at least one token's are held).
+        gradient_filter: If given, a tolerance ε in (0, 1). In every chunk the smallest columns of the logit gradient G
+            (tokens of the chunk × vocab, one for each component) are left out of the products with hidden states and
+            head, as many as keep ‖dropped‖ ≤ ε ‖G‖ in the Frobenius norm. So the hidden gradients of the chunk change
+            by at most ε ‖G‖ ‖weight‖₂ and its head gradient by at most ε ‖G‖ ‖hidden‖₂ (spectral norms): about ε of
+            their own size where the head and the hidden states are well conditioned, more where they are not. Values
+            are not changed. Pays where the student is peaked, because nearly all columns then vanish; costs one more
+            look at the logit gradient where it is not. On a GPU the number of columns has to reach the host, so every
+            chunk waits for the device, and CUDA graphs cannot capture the call.
 
     Returns:
         :class:`LinearDecomposedKL`: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
@@ -73,7 +88,10 @@ def linear_decomposed_kl(
         ``bayes`` and ``matched``, where the two live on different logits, and all of it is 0 when nothing requires a
         gradient.
 
-    Numerics: as in ``decomposed_kl``. Deterministic. No host synchronisation on a GPU.
+    Numerics: as in ``decomposed_kl``. Deterministic. No host synchronisation on a GPU without ``gradient_filter``. On a
+    CPU the head gradient is summed over chunks in its own dtype, so that in bf16 it is rounded once per chunk. Under
+    autocast, hidden states and heads are cast to autocast's dtype, as for a linear layer. No second derivative: asking
+    for one raises.
 
     Raises:
         ValueError: Shapes, dtypes, devices or options do not fit; the message says which and what to do.
@@ -181,9 +199,7 @@ def linear_decomposed_kl(
 
 def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
     """What autocast does to the operands of a linear layer."""
-    return head._replace(
-        weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype)
-    )
+    return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
 
 def _existing_grad(parameter: Tensor) -> Tensor:

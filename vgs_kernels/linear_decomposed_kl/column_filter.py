@@ -29,7 +29,9 @@ class ColumnFilter:
                     gradient.new_empty(vocab, dtype=torch.int64),
                 )
             squares, columns = self._buffers
-            return columns[: torch.ops.vgs_kernels_native.select_columns(gradient, self.tolerance, -1, squares, columns)]
+            return columns[
+                : torch.ops.vgs_kernels_native.select_columns(gradient, self.tolerance, -1, squares, columns)
+            ]
         wide = gradient.to(accumulation_dtype(gradient.dtype))
         squares = wide.square().sum(0)
         ordered, order = squares.sort()

@@ -152,7 +152,9 @@ class _Chunk:
 class _Logits:
     """The logit buffer of one call, reused by every chunk: fresh memory costs as much as the pass that fills it."""
 
-    def __init__(self, hidden: Tensor, student_weight: Tensor, teacher_weight: Tensor, has_masked_student: bool) -> None:
+    def __init__(
+        self, hidden: Tensor, student_weight: Tensor, teacher_weight: Tensor, has_masked_student: bool
+    ) -> None:
         self._students = 2 if has_masked_student else 1
         self._vocab = student_weight.shape[0], teacher_weight.shape[0]
         self._like = hidden
@@ -259,7 +261,10 @@ class _Gradients:
         reuse = chunk.student.dtype == student_rows.dtype
         streams = (chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, values, log_normalizers)
         if chunk.masked_student is not None:
-            both = chunk.students if reuse else torch.empty_like(chunk.students, dtype=student_rows.dtype)
+            both: Tensor | None = (
+                chunk.students if reuse else torch.empty_like(chunk.students, dtype=student_rows.dtype)
+            )
+            assert both is not None
             kernels.logit_gradients(
                 *streams, lang + vis, transform,
                 out_student=both[:n], out_masked_student=both[n:], row_gramian=row_gramian,
@@ -302,7 +307,11 @@ class _Gradients:
         kept = logit_gradient.index_select(1, columns)  # (rows, columns)
         weight, bias = self.into_weight[component], self.into_bias[component]
         if weight.numel():
-            weight.index_add_(0, columns, (kept.t() @ hidden).to(weight.dtype))
+            if weight.dtype == hidden.dtype:
+                # Added before it is rounded, as without a filter.
+                weight.index_copy_(0, columns, weight.index_select(0, columns).addmm_(kept.t(), hidden))
+            else:
+                weight.index_add_(0, columns, (kept.t() @ hidden).to(weight.dtype))
         if bias.numel():
             bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))
         if not self.hidden[1].numel():

@@ -4,10 +4,13 @@ Layer: tensors in, tensors out. Called by `linear_decomposed_kl/op.py` only.
 
 Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width.
 
-On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then packs
-only the small one. Measured on one core with AMX (128 rows, width 1024, vocabulary 151,936, per 512 rows): logits
+On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then
+packs only the small one. Measured on one core with AMX (128 rows, width 1024, vocabulary 151,936, per 512 rows): logits
 0.28 s as (n, w) @ (w, v) and 0.17 s as (v, w) @ (w, n); head gradient 0.55 s as (n, v).T @ (n, w) and 0.22 s as
 (v, n) @ (n, w). So a slice of the vocabulary is multiplied that way round, and transposed while it is in the cache.
+
+In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. Logits and
+head gradient are compiled kernels that walk the head once (`csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves).
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ class Products:
     def __init__(self, device: torch.device, dtype: torch.dtype, native: bool) -> None:
         self.native = native and device.type == "cpu"
         self._transposed = self.native and dtype == torch.bfloat16
+        # Measured with AVX-512 only; below it the library's products stay.
+        self._streamed = self.native and dtype == torch.float32 and torch.ops.vgs_kernels_native.cpu_level() == 2
         self._scratch: Tensor | None = None
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -41,6 +46,8 @@ class Products:
                 logits = self._slice(part, hidden)
                 torch.mm(weight[part], hidden.t(), out=logits)
                 torch.ops.vgs_kernels_native.transpose(logits, out[:, part])
+        elif self._streamed and weight.stride(1) == 1:
+            torch.ops.vgs_kernels_native.logits(hidden, weight, -1, out)
         elif out.dtype != hidden.dtype:
             torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         else:
@@ -54,6 +61,9 @@ class Products:
 
     def head_gradient(self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w)."""
+        if self._streamed and out.dtype == torch.float32 and out.stride(1) == 1:
+            torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, -1, out)
+            return
         whole = out.dtype == hidden.dtype and not self._transposed
         for part in [slice(0, out.shape[0])] if whole else _slices(out.shape[0]):
             gradient = logit_gradient[:, part].t()

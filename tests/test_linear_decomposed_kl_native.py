@@ -1,0 +1,106 @@
+"""The CPU helpers of `linear_decomposed_kl` against torch: products, transposition, choice of columns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vgs_kernels import LMHead, backend, linear_decomposed_kl
+
+if backend._native_problem() is not None:
+    pytest.skip(f"native backend: {backend._native_problem()}", allow_module_level=True)
+
+from vgs_kernels.decomposed_kl import native
+
+operators = torch.ops.vgs_kernels_native
+LEVELS = range(native.highest_cpu_level() + 1)
+SHAPES = ((1, 2, 3), (3, 29, 5), (17, 430, 70), (64, 1000, 64), (70, 113, 100))  # rows, vocabulary, width
+
+
+def nan(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("rows", "vocab", "width"), SHAPES)
+def test_products(rows: int, vocab: int, width: int, level: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    # Strided operands: the rows of a wider buffer.
+    gradient = torch.randn(rows, vocab + 3, generator=generator)[:, :vocab]
+    hidden = torch.randn(rows, width + 1, generator=generator)[:, 1:]
+    weight = torch.randn(vocab, width + 2, generator=generator)[:, :width]
+    exact_logits, exact_head = hidden.double() @ weight.double().t(), gradient.double().t() @ hidden.double()
+    out = nan(rows, vocab)
+    operators.logits(hidden, weight, level, out)
+    torch.testing.assert_close(out.double(), exact_logits, rtol=1e-5, atol=1e-5)
+    head = nan(vocab, width)
+    operators.head_gradient(gradient, hidden, False, level, head)
+    torch.testing.assert_close(head.double(), exact_head, rtol=1e-5, atol=1e-5)
+    operators.head_gradient(gradient, hidden, True, level, head)
+    torch.testing.assert_close(head.double(), 2 * exact_head, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_transpose(dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 1), (8, 8), (7, 65), (130, 33), (64, 4096)):
+        matrix = torch.randn(rows, columns + 3).to(dtype)[:, :columns]
+        out = nan(columns, rows + 2, dtype=dtype)
+        operators.transpose(matrix, out[:, :rows])
+        assert torch.equal(out[:, :rows], matrix.t())
+        assert out[:, rows:].isnan().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_select_columns(dtype: torch.dtype, level: int) -> None:
+    gradient = (torch.randn(5, 3001) * torch.randn(3001).mul(4).exp()).to(dtype)
+    squares, columns = torch.empty(3001), torch.empty(3001, dtype=torch.int64)
+    exact = gradient.double().square().sum(0)
+    for tolerance in (1e-6, 1e-3, 0.1, 0.9):
+        count = operators.select_columns(gradient, tolerance, level, squares, columns)
+        kept = columns[:count]
+        assert (kept.diff() > 0).all()
+        dropped = exact.clone()
+        dropped[kept] = 0
+        assert dropped.sum() <= tolerance**2 * exact.sum() * (1 + 1e-5)
+        best = int((exact.sort().values.cumsum(0) > tolerance**2 * exact.sum()).sum())
+        assert best <= count <= best + 100  # a bin of the histogram is an eighth of an octave
+    gradient[2, 7] = math.nan
+    count = operators.select_columns(gradient, 1e-3, level, squares, columns)
+    assert count == 3001  # nothing can be said to be small
+
+
+def test_wrong_operands_raise() -> None:
+    with pytest.raises(RuntimeError, match="do not fit"):
+        operators.logits(torch.ones(2, 3), torch.ones(5, 4), -1, torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="float32 matrices"):
+        operators.head_gradient(torch.ones(2, 3).double(), torch.ones(2, 4), False, -1, torch.ones(3, 4))
+    with pytest.raises(RuntimeError, match="transposed shape"):
+        operators.transpose(torch.ones(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_results(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher, masked = torch.randn(3, 9, 64, generator=generator).to(dtype).unbind()
+    weight, teacher_weight = torch.randn(2, 9001, 64, generator=generator).to(dtype).unbind()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            result = linear_decomposed_kl(
+                hidden, LMHead(weight), teacher, LMHead(teacher_weight), masked_teacher_hidden=masked,
+                decomposition="teacher_prior", steering_weights=torch.tensor([0.5, 1.0]), backend="native",
+                max_chunk_bytes=4 * 3 * 9001 * dtype.itemsize,
+            )  # fmt: skip
+            assert result.objective is not None
+            found.append([result.objective, *torch.autograd.grad(result.objective, [hidden, weight])])
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+        assert torch.equal(b, c)
