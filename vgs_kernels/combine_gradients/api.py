@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import backend as backends
-from ..gradient_gramian.api import check_gradient_lists, gradient_gramian, local_shard
+from ..gradient_gramian.api import DTYPES, check_gradient_lists, gradient_gramian, local_shard
 
 
 def combine_gradients(
@@ -58,6 +58,8 @@ def combine_gradients(
         source = lang if lang is not None else vis
         if source is not None and source.shape != result.shape:
             raise ValueError(f"out[{index}] has shape {tuple(result.shape)}, its gradient {tuple(source.shape)}")
+        if result.dtype not in DTYPES:
+            raise ValueError(f"out must be float32, bfloat16, float16 or float64, got {result.dtype}")
     if weights.shape != (2,) or weights.device != device:
         raise ValueError(f"weights must have shape (2,) on {device}, got {tuple(weights.shape)} on {weights.device}")
     if max_norm is not None and not max_norm > 0:
