@@ -6,15 +6,23 @@ benchmarks.compile_report` compiles more (every variant on every architecture) a
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1 turns the compiler off", allow_module_level=True)
 
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
 from tests.triton_support import compile_gate  # noqa: E402
 from tests.triton_support.compile_gate import Report, Variant  # noqa: E402
+from vgs_kernels.decomposed_kl import triton as kernels  # noqa: E402
+from vgs_kernels.types import LogitTransform  # noqa: E402
 
 
 def _report(variant: Variant, cache: pytest.Cache) -> Report:
@@ -65,3 +73,46 @@ def test_row_offsets_are_formed_in_64_bits() -> None:
         products = [line for line in intermediate.splitlines() if "arith.muli" in line and "i64" in line]
         assert len(products) >= 4, "one for each stream"
         assert any(name in product for name in extended for product in products)
+
+
+class _Recorder:
+    """Stands for a kernel: takes a launch as Triton's run time would, without a device."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.launches: list[tuple[dict[str, str], dict[str, Any], dict[str, Any]]] = []
+
+    def __getitem__(self, _grid: tuple[int, ...]) -> Any:
+        def record(*arguments: Any, **named: Any) -> None:
+            backend = CUDABackend(compile_gate.ARCHITECTURES["sm_90"])
+            bind = create_function_from_signature(self.function.signature, self.function.params, backend)
+            bound, kinds, options = bind(*arguments, **named)
+            types = {name: kind for name, (kind, _) in zip(bound, kinds, strict=True)}
+            constants = {name: bound[name] for name in bound if types[name] == "constexpr"}
+            assert all(value is None for kind, value in kinds if kind != "constexpr"), "specialised on a value"
+            self.launches.append((types, constants, options))
+
+        return record
+
+
+@pytest.mark.parametrize("decomposition", kernels.DECOMPOSITION_CODES)
+def test_the_launcher_starts_what_the_gate_compiles(decomposition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument types, constants and options of real calls, as Triton would specialise them."""
+    expected = {k: compile_gate.launch(Variant("sm_90", k, decomposition)) for k in ("divergences", "gradients")}
+    recorders = {name: _Recorder(getattr(kernels, name)) for name in ("divergences_kernel", "gradients_kernel")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(kernels, name, recorder)
+    device = kernels.config.Device(kernels.config.NVIDIA, processors=1, warp_size=32)
+    monkeypatch.setattr(kernels.config, "describe_device", lambda _device: device)
+    streams: list[Any] = [torch.zeros(64, 4096, dtype=torch.bfloat16) for _ in range(4)]
+    second = None
+    if decomposition == "teacher_prior":
+        streams[3], second = None, torch.zeros(64, 5)
+    settings = LogitTransform(decomposition, 4096, 1.0, 1.0, 1.0, 0.0, 0.0)
+    values, normalizers = kernels.divergences(*streams, settings, torch.ones(64))
+    kernels.logit_gradients(
+        *streams, values, normalizers, values, settings, out_student=streams[0], out_masked_student=streams[3],
+        second_coefficients=second, out_second=None if second is None else streams[2], row_gramian=torch.zeros(64, 3),
+    )  # fmt: skip
+    for kernel, (_, types, constants, options) in expected.items():
+        assert recorders[f"{kernel}_kernel"].launches == [(types, constants, options)]

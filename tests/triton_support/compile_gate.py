@@ -115,14 +115,14 @@ def shipped_variants(architecture: str) -> list[Variant]:
 
 
 def gated_variants() -> list[Variant]:
-    """What the test compiles cold: all of sm_90 and gfx942, and of the others the two dtypes logits usually have."""
+    """What the test compiles cold: all of sm_90 and gfx942, of the others every kernel, decomposition and dtype."""
     chosen = []
     for architecture in ARCHITECTURES:
         everything = shipped_variants(architecture)
         if architecture in ("sm_90", "gfx942"):
             chosen += everything
         else:
-            chosen += [v for v in everything[:18] if v.dtype != "fp16"]
+            chosen += [v for v in everything if v == Variant(architecture, v.kernel, v.decomposition, v.dtype)]
     return chosen
 
 
@@ -132,9 +132,8 @@ def _device(architecture: str) -> config.Device:
     return config.Device(heuristics, processors=1, warp_size=target.warp_size)
 
 
-def compile_variant(variant: Variant, **options: Any) -> Any:
-    """Compile for the variant's architecture with the launcher's own constants; `options` plant faults."""
-    target = ARCHITECTURES[variant.architecture]
+def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    """The kernel, argument types, constants and options with which the launcher starts a variant."""
     device = _device(variant.architecture)
     shape = config.geometry(device, DTYPES[variant.dtype].itemsize, variant.warps, variant.aligned)
     logits, out = f"*{variant.dtype}", f"*{variant.out_dtype or variant.dtype}"
@@ -167,9 +166,15 @@ def compile_variant(variant: Variant, **options: Any) -> Any:
         name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i32")
         for name in function.arg_names
     }
+    return function, signature, constants, launch_options
+
+
+def compile_variant(variant: Variant, **options: Any) -> Any:
+    """Compile for the variant's architecture with the launcher's own constants; `options` plant faults."""
+    function, signature, constants, launch_options = launch(variant)
     positions = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=positions)
-    return triton.compile(source, target=target, options={**launch_options, **options})
+    return triton.compile(source, target=ARCHITECTURES[variant.architecture], options={**launch_options, **options})
 
 
 def read_report(compiled: Any) -> Report:
