@@ -1,0 +1,249 @@
+"""Steering of two gradients that exist: Gramian, weights, and the clipped combination in place of the first.
+
+    python -m benchmarks.steering            64 M parameters in 200 tensors; bf16 and fp32, 1 and 2 threads
+    python -m benchmarks.steering --quick    3 M parameters
+
+The Gramian reads both gradients, the combination reads both again and writes one: five times the bytes of a gradient.
+Its floor is the time of a copy, which counts one read and one write, times 5/2, from the same turns. A copy also reads
+the lines it is about to overwrite, and the combination in place does not, so that a ratio below 1 is possible on a CPU;
+the facts of a record hold the ratio against the copy with that read counted, too.
+
+Layer: benchmarks. `naive`, `foreach` and `foreach_dot` have no inner product of the two gradients and do not clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import Check, Gate, Record, Row, Threshold
+from vgs_kernels import VisualGradientSteering, backend, combine_gradients, gradient_gramian
+
+NAME = "steering"
+ISSUE_SHAPE = {"width": 462, "layers": 25}  # 64.1 M parameters in 200 tensors
+GATE_WIDTH = 33
+GAMMA = 0.8
+MAX_NORM = 0.5
+
+Gradients = list[Tensor]
+Combine = Callable[[Gradients, Gradients], Any]  # (lang, vis): leaves the combination in lang
+
+
+def shapes(width: int, layers: int) -> list[tuple[int, ...]]:
+    """Of a transformer's layers: four square matrices, two of the feed-forward part, two vectors."""
+    return [*[(width, width)] * 4, (4 * width, width), (width, 4 * width), (width,), (width,)] * layers
+
+
+def gradients(width: int, layers: int, dtype: torch.dtype, device: str) -> tuple[Gradients, Gradients]:
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(scale: float) -> Gradients:
+        return [
+            torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+            for shape in shapes(width, layers)
+        ]
+
+    return draw(1e-2), draw(3e-3)
+
+
+def ours(lang: Gradients, vis: Gradients, chosen: str | None = None, max_norm: float | None = MAX_NORM) -> Tensor:
+    gramian = gradient_gramian(lang, vis, backend=chosen)
+    weights = VisualGradientSteering(GAMMA)(gramian)
+    return combine_gradients(lang, vis, weights, out=lang, max_norm=max_norm, gramian=gramian, backend=chosen)
+
+
+def naive(lang: Gradients, vis: Gradients) -> None:
+    """Flatten, normalise, add, and bring the pieces back."""
+    flat_lang = torch.cat([gradient.reshape(-1) for gradient in lang])
+    flat_vis = torch.cat([gradient.reshape(-1) for gradient in vis])
+    combined = (1 - GAMMA) * flat_lang / flat_lang.norm() + GAMMA * flat_vis / flat_vis.norm()
+    for gradient, piece in zip(lang, combined.split([gradient.numel() for gradient in lang]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def _combine_in_place(lang: Gradients, vis: Gradients, lang_norm: Tensor, vis_norm: Tensor) -> None:
+    torch._foreach_mul_(lang, ((1 - GAMMA) / lang_norm).item())
+    torch._foreach_add_(lang, vis, alpha=(GAMMA / vis_norm).item())
+
+
+def foreach(lang: Gradients, vis: Gradients) -> None:
+    norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list_)).float()) for list_ in (lang, vis)]
+    _combine_in_place(lang, vis, *norms)
+
+
+def foreach_dot(lang: Gradients, vis: Gradients) -> None:
+    """Norms through the inner products of BLAS, where `_foreach_norm` is slow."""
+    norms = [torch.stack([g.view(-1).dot(g.view(-1)) for g in list_]).float().sum().sqrt() for list_ in (lang, vis)]
+    _combine_in_place(lang, vis, *norms)
+
+
+def torchjd_call(lang: Gradients, vis: Gradients) -> Callable[[], list[Tensor]]:
+    """TorchJD's combination of Jacobians that exist, with the weights of our policy, in its variant of least memory."""
+    from torchjd.aggregation import GramianWeightedAggregator, Weighting
+    from torchjd.autojac import jac_to_grad
+
+    class Steering(Weighting):
+        def forward(self, stat: Tensor, /) -> Tensor:
+            return VisualGradientSteering(GAMMA)(stat.float())
+
+    parameters = [nn.Parameter(torch.empty_like(gradient)) for gradient in lang]
+    for parameter, a, b in zip(parameters, lang, vis, strict=True):
+        parameter.jac = torch.stack([a, b])  # type: ignore[attr-defined]
+    rule = GramianWeightedAggregator(Steering())
+
+    def combine() -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        jac_to_grad(parameters, rule, retain_jac=True, optimize_gramian_computation=True)
+        return [parameter.grad for parameter in parameters]  # type: ignore[misc]
+
+    return combine
+
+
+def flat(tensors: Gradients) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double()
+
+
+def run_gate(dtype: str, device: str, combine: Combine = ours) -> Gate:
+    """Gramian, combination and clipping against fp64. `combine`: tests plant errors there."""
+    lang, vis = gradients(GATE_WIDTH, 3, harness.DTYPES[dtype], device)
+    a, b = flat(lang), flat(vis)
+    exact = (1 - GAMMA) * a / a.norm() + GAMMA * b / b.norm()
+    clipped = exact * min(1.0, MAX_NORM / (exact.norm().item() + 1e-6))
+
+    def after(call: Combine) -> Tensor:
+        result = [gradient.clone() for gradient in lang]
+        call(result, vis)
+        return flat(result)
+
+    def plain_clipped(lang: Gradients, vis: Gradients) -> None:
+        naive(lang, vis)
+        nn.utils.clip_grads_with_norm_(_holders(lang), MAX_NORM, flat(lang).norm().float())
+
+    eps = torch.finfo(harness.accumulation_dtype(harness.DTYPES[dtype])).eps
+    own = torch.finfo(harness.DTYPES[dtype]).eps / 2  # one rounding of the result
+    exact_gramian = torch.stack([a, b]) @ torch.stack([a, b]).T
+    checks = [
+        Check("Gramian", harness.relative_error(gradient_gramian(lang, vis), exact_gramian), 0.0, 8 * eps),
+        Check("clipped combination", harness.relative_error(after(combine), clipped),
+              harness.relative_error(after(plain_clipped), clipped), 8 * eps + own),
+    ]  # fmt: skip
+    for name, peer in (("naive", naive), ("foreach", foreach), ("foreach_dot", foreach_dot)):
+        error = harness.relative_error(after(peer), exact)
+        checks.append(Check(f"{name} computes the same", error, 0.0, 8 * torch.finfo(harness.DTYPES[dtype]).eps))
+    return Gate(tuple(checks))
+
+
+def _holders(gradients: Gradients) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.empty_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return parameters
+
+
+def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Namespace) -> Record:
+    """Gate, then turns, then the record of one case. A red gate ends it before any timing."""
+    start = time.perf_counter()
+    device = args.device
+    gate = run_gate(dtype, device)
+    print(gate.describe(), flush=True)
+    facts: dict[str, Any] = {
+        "backend": backend.resolve("combine_gradients", torch.device(device)),
+        "memory": harness.MEMORY_METHOD[device],
+        "bytes": "2 reads for the Gramian, 2 reads and 1 write for the combination; a copy counts 1 read and 1 write",
+    }
+    record = Record(
+        NAME, harness.case_of(shape, dtype, threads), gate, [], harness.environment(device), facts=facts,
+        sources=digest(),
+    )  # fmt: skip
+    if not gate.passed:
+        return record
+    lang, vis = gradients(**shape, dtype=harness.DTYPES[dtype], device=device)
+    size = sum(gradient.numel() for gradient in lang) * lang[0].element_size()
+    facts["parameters"], facts["tensors"] = size // lang[0].element_size(), len(lang)
+    policy = VisualGradientSteering(GAMMA)
+    gramian = gradient_gramian(lang, vis)
+    calls: dict[str, Callable[[], Any]] = {
+        "copy": harness.copy_call(size, device),
+        "gramian": lambda: gradient_gramian(lang, vis),
+        "combine": lambda: combine_gradients(lang, vis, policy(gramian), out=lang, max_norm=MAX_NORM, gramian=gramian),
+        "ours": lambda: ours(lang, vis),
+        "fallback": lambda: ours(lang, vis, "foreach"),
+        "foreach": lambda: foreach(lang, vis),
+        "foreach_dot": lambda: foreach_dot(lang, vis),
+        "naive": lambda: naive(lang, vis),
+    }
+    rows = {
+        "copy": Row("copy", "a copy of one gradient", bytes_moved=2 * size),
+        "gramian": Row("gramian", "gradient_gramian", bytes_moved=2 * size),
+        "combine": Row("combine", "combine_gradients, in place, clipped", bytes_moved=3 * size),
+        "ours": Row("ours", "steering, clipped", bytes_moved=5 * size, floor="floor", baseline="naive"),
+        "fallback": Row("fallback", "the same without the extension", floor="floor", baseline="naive"),
+        "foreach": Row("foreach", "_foreach_, in place, without the inner product", floor="floor", baseline="naive"),
+        "foreach_dot": Row("foreach_dot", "the same with norms by dot", floor="floor", baseline="naive"),
+        "naive": Row("naive", "flatten, combine, bring back"),
+        "torchjd": Row("torchjd", "TorchJD, Jacobians to gradients", floor="floor", baseline="naive"),
+    }
+    try:
+        calls["torchjd"] = torchjd_call(lang, vis)
+    except ImportError as error:
+        rows["torchjd"].note = f"skipped: {error}"
+    timings = harness.interleaved(
+        calls, min_rounds=args.rounds, max_rounds=5 * args.rounds, budget_s=args.budget, device=device
+    )
+    for name, timing in timings.items():
+        row = rows[name]
+        row.seconds, row.peak_bytes, row.note = timing.seconds, timing.peak_bytes, timing.problem or row.note
+    floor = [seconds * 5 / 2 for seconds in rows["copy"].seconds]
+    record.rows = [Row("floor", "the floor: 5/2 copies", floor, bytes_moved=5 * size), *rows.values()]
+    copied = rows["copy"].median
+    assert copied is not None
+    facts["copy_bandwidth"] = 2 * size / copied
+    over_floor = record.ratio("ours", "floor")
+    # With the read before a write counted, a copy moves three times the bytes, not twice.
+    facts["over_floor_of_a_copy_of_three_streams"] = None if over_floor is None else over_floor * 3 / 2
+    in_place = [ratio for name in ("foreach", "foreach_dot") if (ratio := record.ratio(name, "ours")) is not None]
+    if shape == ISSUE_SHAPE and device == "cpu":
+        peak = rows["ours"].peak_bytes
+        record.thresholds = [
+            Threshold("naive flatten over ours", record.ratio("naive", "ours"), 6.0, at_least=True),
+            Threshold("best in-place foreach over ours", min(in_place, default=None), 1.25, at_least=True),
+            Threshold("ours over the floor", over_floor, 1.3),
+            Threshold("temporaries of ours, MiB", None if peak is None else peak / harness.MIB, 1.0),
+        ]
+    facts["case_seconds"] = time.perf_counter() - start
+    return record
+
+
+def digest() -> str:
+    return harness.source_digest(Path(__file__))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = harness.case_parser(__doc__)
+    parser.add_argument("--width", type=int, default=ISSUE_SHAPE["width"])
+    parser.add_argument("--layers", type=int, default=ISSUE_SHAPE["layers"])
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.width, args.budget = 96, 0.2
+    shape = {"width": args.width, "layers": args.layers}
+    return harness.drive(
+        "benchmarks.steering",
+        args,
+        shape,
+        digest(),
+        lambda dtype, threads: measure(shape, dtype, threads, args),
+        lambda _dtype, _threads: 5 + 30 * (args.width / ISSUE_SHAPE["width"]) ** 2,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
