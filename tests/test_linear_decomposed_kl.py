@@ -338,7 +338,7 @@ def test_gradient_filter_keeps_its_bound(chosen: str) -> None:
             for tolerance in (1e-3, 0.1):
                 filtered = problem.call(gradient_filter=tolerance, **options, **extra)
                 got = gradients(filtered.objective if extra else filtered.vis, problem.students)
-                # The hidden gradients of one chunk are its logit gradients, so the bound holds for their norm exactly.
+                # The head is the identity: hidden gradients are logit gradients, and the bound holds exactly.
                 dropped = torch.stack([(a - b).norm() for a, b in zip(got[:-1], exact[:-1], strict=True)]).norm()
                 size = torch.stack([b.norm() for b in exact[:-1]]).norm()
                 assert dropped <= tolerance * size

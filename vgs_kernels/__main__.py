@@ -1,4 +1,4 @@
-"""`python -m vgs_kernels`: which backend runs every op on every device of this machine, and how to get the faster one."""
+"""`python -m vgs_kernels`: which backend runs every op on every device here, and how to get the faster one."""
 
 from __future__ import annotations
 

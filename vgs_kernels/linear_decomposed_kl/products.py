@@ -10,7 +10,8 @@ packs only the small one. Measured on one core with AMX (128 rows, width 1024, v
 (v, n) @ (n, w). So a slice of the vocabulary is multiplied that way round, and transposed while it is in the cache.
 
 In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. Logits and
-head gradient are compiled kernels that walk the head once (`csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves).
+head gradient are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that
+saves.
 """
 
 from __future__ import annotations
