@@ -154,6 +154,31 @@ def test_student_mass_without_teacher_mass_is_infinite_never_nan(decomposition: 
             assert torch.isfinite(t.grad).all()
 
 
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_a_broken_student_is_not_hidden(decomposition: str) -> None:
+    """NaN logits must not pass for a loss of 0."""
+    inputs = streams(decomposition, 3, 8, seed=20)
+    with torch.no_grad():
+        inputs[0][1] = math.nan
+    got = call(inputs, decomposition, {})
+    assert torch.isnan(got.full[1])
+    assert torch.isnan(got.entropy[1])
+    assert torch.isfinite(got.full[[0, 2]]).all()
+    got.full.sum().backward()
+    assert torch.isfinite(inputs[0].grad[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_a_teacher_without_any_mass_is_infinitely_far(decomposition: str) -> None:
+    inputs = streams(decomposition, 3, 8, seed=21)
+    inputs[1][1] = -math.inf
+    got = call(inputs, decomposition, {})
+    assert got.full[1] == math.inf
+    assert got.vis[1] == math.inf
+    got.full.sum().backward()
+    assert torch.isfinite(inputs[0].grad).all()
+
+
 def test_a_student_hole_needs_no_teacher_mass() -> None:
     inputs = streams("matched", 2, 6, seed=8)
     with torch.no_grad():
@@ -271,7 +296,7 @@ S, T, M = torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2, 5)
         ((S, T, M, S), {"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
         ((S, T, M, S), {"student_softcap": -1.0}, "student_softcap must be a positive"),
         ((S.long(), T, M, S), {}, "student_logits must be floating point, got torch.int64"),
-        ((S, T, M, S), {"backend": "cuda"}, "unknown backend 'cuda'; choose one of native, triton, reference"),
+        ((S, T, M, S), {"backend": "cuda"}, "unknown backend 'cuda'; choose one of native, triton, foreach, reference"),
     ],
 )
 def test_bad_arguments_are_one_sentence(args: tuple[Tensor, ...], options: dict[str, Any], sentence: str) -> None:

@@ -23,6 +23,8 @@ Columns of `log_normalizers`: p, q, r, p0 (0 where the stream is absent).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,12 @@ def _transformed(logits: Tensor, scale: float, softcap: float, transform: LogitT
 def _kl(lp: Tensor, lq: Tensor) -> Tensor:
     """KL(p || q) along the last dimension; entries with p = 0 contribute 0, p > 0 against q = 0 gives +inf."""
     p = lp.exp()
-    return torch.where(p > 0, p * (lp - lq), 0.0).sum(-1)
+    return torch.where(p == 0, 0.0, p * (lp - lq)).sum(-1)  # p is NaN, not 0, where a student is broken
+
+
+def _log_probs(z: Tensor) -> Tensor:
+    """log_softmax; a row that is -inf throughout has no mass anywhere, where torch has NaN."""
+    return torch.where((z == -math.inf).all(-1, keepdim=True), -math.inf, torch.log_softmax(z, -1))
 
 
 def divergences(
@@ -79,14 +86,14 @@ def divergences(
             continue
         z = _transformed(logits, scale, softcap, transform)
         log_normalizers[:, column] = torch.logsumexp(z, -1)
-        log_probs.append(torch.log_softmax(z, -1))
+        log_probs.append(_log_probs(z))
     lp, lq, lr, l0 = log_probs
     assert lp is not None
     assert lq is not None
     assert lr is not None
 
     p = lp.exp()
-    values[:, ENTROPY] = -torch.where(p > 0, p * lp, 0.0).sum(-1)
+    values[:, ENTROPY] = -torch.where(p == 0, 0.0, p * lp).sum(-1)
     values[:, FULL] = _kl(lp, lq)
     if transform.decomposition in USES_PRIOR:
         values[:, PRIOR] = _kl(lp, lr)
@@ -121,7 +128,8 @@ def logit_gradients(
 
     Each output may be the very tensor of one of the inputs (every element is read before it is written). A row whose
     coefficients are all 0 is not read and gets gradient 0; so do the columns past `vocab_size`. A coefficient that
-    meets a value of +inf (student mass where the other distribution has none) counts as 0: there is no direction.
+    meets a value of +inf (student mass where the other distribution has none) counts as 0: there is no direction. NaN
+    logits of a student show in its values; its gradient there is 0.
 
     `second_coefficients` and `out_second` form the gradient of a second objective of the student's logits in the same
     look (the two components of teacher_prior). `row_gramian` receives, per token, <lang, lang>, <lang, vis> and
@@ -167,8 +175,9 @@ def logit_gradients(
         assert l0 is not None
         assert masked_z is not None
         p0 = l0.exp()
-        total = term(weights, MASKED, l0 - lr, p0 > 0)
-        return torch.where((p0 > 0) & (total != 0), p0 * total * chain(masked_z), 0.0)
+        support = p0 > 0
+        total = term(weights, MASKED, l0 - lr, support)
+        return torch.where(support & (total != 0), p0 * total * chain(masked_z), 0.0)
 
     results = [(out_student, student_gradient(coefficients))]
     if out_masked_student is not None:

@@ -177,7 +177,7 @@ def linear_decomposed_kl(
         float(teacher.logit_scale),
         check_softcap("student_head.softcap", student.softcap),
         check_softcap("teacher_head.softcap", teacher.softcap),
-        backends.resolve("decomposed_kl", student_hidden.device, backend),
+        backends.resolve("decomposed_kl", student_hidden.device, backend, student_hidden.dtype),
     )
     if needs_hidden or needs_weight or needs_bias:
         lang, vis, objective = op.attach_gradients(
