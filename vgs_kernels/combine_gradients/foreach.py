@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gradient_gramian.foreach import batches, flattened, gathered
+from ..gradient_gramian.foreach import batch_buffers, batches, flattened, gathered
 
 
 def combine(
@@ -21,11 +21,14 @@ def combine(
     flat_lang, flat_vis = flattened(lang), flattened(vis)
     # `reshape` of a tensor that is not contiguous is a copy: it is copied back once everything has been read.
     targets = [result.reshape(-1) for result in out]
-    for batch in batches([target.numel() for target in targets], weights.device):
-        total = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        for weight, gradients in ((weights[0], flat_lang), (weights[1], flat_vis)):
-            part = gathered(gradients, batch, weights.dtype, weights.device) * weight
-            total = total + part.masked_fill_(weight == 0, 0.0)
+    sizes = [target.numel() for target in targets]
+    buffers = batch_buffers(2, sizes, weights.dtype, weights.device)
+    for batch in batches(sizes, weights.device):
+        parts = []
+        for weight, gradients, buffer in zip(weights, (flat_lang, flat_vis), buffers, strict=True):
+            part = gathered(gradients, batch, buffer)
+            parts.append(part.mul_(weight).masked_fill_(weight == 0, 0.0))
+        total = parts[0].add_(parts[1])
         torch._foreach_copy_(
             [targets[index][begin:end] for index, begin, end in batch],
             total.split([end - begin for _, begin, end in batch]),
