@@ -75,7 +75,9 @@ def plan(sources: list[str] | None = None) -> Plan:
 def _toolkit(nvcc: str) -> str:
     """The CUDA toolkit of an `nvcc`, from nvcc itself: torch takes the folder above the one it finds nvcc in, which is
     wrong, and fails on `-lcudart`, where that file is a symbolic link or a script."""
-    report = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False)
+    report = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False
+    )
     top = re.search(r"^#\$ TOP=(.+)$", report.stderr, re.MULTILINE)
     return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent)
 
@@ -152,7 +154,9 @@ def extension_arguments(decision: Plan) -> dict:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 compiler = cxx_compiler()
                 assert compiler is not None
-                self.spawn([compiler, "-std=c++20", "-fPIC", *CXX_FLAGS, *LEVELS[name], "-c", source, "-o", str(target)])
+                self.spawn(
+                    [compiler, "-std=c++20", "-fPIC", *CXX_FLAGS, *LEVELS[name], "-c", source, "-o", str(target)]
+                )
                 extension.extra_objects.append(str(target))
             super().build_extension(extension)
 
