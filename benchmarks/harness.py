@@ -480,7 +480,7 @@ def case_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", default="1,2", help="comma-separated; ignored on a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3, help="turns of every call; fast calls take up to three times")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds below which a call takes further turns")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds below which a call takes further turns")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="small shapes, no compile")
     parser.add_argument("--force", action="store_true", help="measure again what is on record")

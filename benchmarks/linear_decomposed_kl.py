@@ -30,17 +30,18 @@ from vgs_kernels import backend, linear_decomposed_kl
 
 NAME = "linear_decomposed_kl"
 ISSUE_SHAPE = {"tokens": 512, "width": 1024, "teacher_width": 1024, "vocab": 151936}
-DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
 GATE_TOKENS = 8
 GATE_KINDS = {"random": peers.random_streams, "peaked": peers.peaked_streams}
 # The gate's floor is 4 roundings of the largest logit in the accumulation dtype (log ratios are differences of numbers
 # that size; the tests of the kernels allow the same), plus an eighth of a rounding of the results' own dtype.
 FLOOR_LOGIT_ROUNDINGS, FLOOR_RESULT_ROUNDINGS = 4, 1 / 8
 STEERING_WEIGHTS = (0.3, 1.7)
-GRADIENT_FILTER = 5e-4
+# A logit gradient sums to 0 over the vocabulary, so hidden gradients cancel and feel a drop more than in proportion:
+# 5e-4 changed them by up to 1.8e-3 of their norm on the peaked inputs, vocabulary 151936.
+GRADIENT_FILTER = 2.5e-4
 COMPILE_LIMIT_S = 150.0
 # Seconds of a case at the issue's shape on one core, for the estimate only.
-EXPECTED_SECONDS = {"bf16": 250.0, "fp16": 250.0, "fp32": 400.0}
+EXPECTED_SECONDS = {"bf16": 200.0, "fp16": 200.0, "fp32": 340.0}
 
 
 def has_gradient_filter() -> bool:
@@ -62,20 +63,18 @@ def run_gate(
     for kind, make in GATE_KINDS.items():
         streams = make(tokens, heads)
         oracle = peers.Oracle(streams)
-        for decomposition in DECOMPOSITIONS:
-            exact = oracle.parts(decomposition)
-            checks += _check_decomposition(
-                f"{kind} {decomposition}", decomposition, streams, oracle, exact, dtype, decomposed
-            )
-        for name, divergence in PEER_DIVERGENCES.items():
+        for decomposition in peers.DECOMPOSITIONS:
+            name = f"{kind} {decomposition}"
+            checks += _check_decomposition(name, decomposition, streams, oracle, dtype, decomposed)
+        for name, divergence in PEER_DIVERGENCES.items() if kind == "random" else ():
             try:
                 hidden, head = divergence(streams)
             except Exception as error:
                 print(f"  {name} does not run: {type(error).__name__}: {error}", flush=True)
                 continue
-            # matched is last: its vis is KL(p || q)
-            peer_errors[f"{name} {kind} hidden gradient"] = harness.relative_error(hidden, exact.hidden["vis"])
-            peer_errors[f"{name} {kind} head gradient"] = harness.relative_error(oracle.probe(head), exact.head["vis"])
+            full = oracle.parts("matched")  # its vis is KL(p || q)
+            peer_errors[f"{name} hidden gradient"] = harness.relative_error(hidden, full.hidden["vis"])
+            peer_errors[f"{name} head gradient"] = harness.relative_error(oracle.probe(head), full.head["vis"])
     return Gate(tuple(checks)), peer_errors
 
 
@@ -91,10 +90,10 @@ def _check_decomposition(
     decomposition: str,
     streams: Streams,
     oracle: peers.Oracle,
-    exact: peers.Exact,
     dtype: str,
     decomposed: Callable[[str, Streams], tuple[Tensor, ...]],
 ) -> list[Check]:
+    exact = oracle.parts(decomposition)
     result_dtype = harness.DTYPES[dtype]
     floor = FLOOR_LOGIT_ROUNDINGS * torch.finfo(harness.accumulation_dtype(result_dtype)).eps * oracle.largest_logit
     floor += FLOOR_RESULT_ROUNDINGS * torch.finfo(result_dtype).eps
@@ -110,27 +109,38 @@ def _check_decomposition(
         check("lang", tokens.lang, plain_values[0], exact.lang),
         check("vis", tokens.vis, plain_values[1], exact.vis),
     ]
-    results, plains = decomposed(decomposition, streams), peers.naive_decomposed(decomposition, streams)
-    for position, component in ((0, "lang"), (2, "vis")):
-        checks.append(
-            check(f"{component} hidden gradient", results[position], plains[position], exact.hidden[component])
+    (lang, lang_head, vis, vis_head), (plain_lang, plain_lang_head, plain_vis, plain_vis_head) = (
+        (hidden, oracle.probe(head), other_hidden, oracle.probe(other_head))
+        for hidden, head, other_hidden, other_head in (
+            decomposed(decomposition, streams),
+            peers.naive_decomposed(decomposition, streams),
         )
-        probes = oracle.probe(results[position + 1]), oracle.probe(plains[position + 1])
-        checks.append(check(f"{component} head gradient", *probes, exact.head[component]))
-    del results, plains
+    )
+    checks += [
+        check("lang hidden gradient", lang, plain_lang, exact.hidden["lang"]),
+        check("lang head gradient", lang_head, plain_lang_head, exact.head["lang"]),
+        check("vis hidden gradient", vis, plain_vis, exact.hidden["vis"]),
+        check("vis head gradient", vis_head, plain_vis_head, exact.head["vis"]),
+    ]
 
-    weights = torch.tensor(STEERING_WEIGHTS, device=streams.student.device)
     lang_weight, vis_weight = STEERING_WEIGHTS
+    weights = torch.tensor(STEERING_WEIGHTS, device=streams.student.device)
+    *hidden, head = peers.ours_objective(decomposition, streams, weights)
+
+    def weighted(lang_part: Tensor, vis_part: Tensor) -> Tensor:
+        return lang_weight * lang_part.double() + vis_weight * vis_part.double()
+
     if decomposition in peers.USES_MASKED_STUDENT:
-        truths = [vis_weight * exact.hidden["vis"], lang_weight * exact.hidden["lang"]]
+        plain_hidden = [vis_weight * plain_vis.double(), lang_weight * plain_lang.double()]
+        exact_hidden = [vis_weight * exact.hidden["vis"], lang_weight * exact.hidden["lang"]]
     else:
-        truths = [lang_weight * exact.hidden["lang"] + vis_weight * exact.hidden["vis"]]
-    results = peers.ours_objective(decomposition, streams, weights)
-    plains = peers.naive_objective(decomposition, streams, weights)
-    for result, plain, truth in zip(results[:-1], plains[:-1], truths, strict=True):
-        checks.append(check("objective hidden gradient", result, plain, truth))
-    truth = lang_weight * exact.head["lang"] + vis_weight * exact.head["vis"]
-    checks.append(check("objective head gradient", oracle.probe(results[-1]), oracle.probe(plains[-1]), truth))
+        plain_hidden = [weighted(plain_lang, plain_vis)]
+        exact_hidden = [weighted(exact.hidden["lang"], exact.hidden["vis"])]
+    checks += [
+        check("objective hidden gradient", *triple) for triple in zip(hidden, plain_hidden, exact_hidden, strict=True)
+    ]
+    plain_head, exact_head = weighted(plain_lang_head, plain_vis_head), weighted(exact.head["lang"], exact.head["vis"])
+    checks.append(check("objective head gradient", oracle.probe(head), plain_head, exact_head))
     return checks
 
 
@@ -189,7 +199,7 @@ def prepare_calls(
         "liger", f"Liger chunked distillation, once per teacher{' (compiled)' if compile_peers else ''}",
         lambda: peers.liger_divergence(next(teachers), compile_peers), calls=2,
     )  # fmt: skip
-    for decomposition in DECOMPOSITIONS:
+    for decomposition in peers.DECOMPOSITIONS:
         four = decomposition in peers.USES_MASKED_STUDENT
         add(
             f"{decomposition}_both", f"ours, {decomposition}, both components",
@@ -334,7 +344,7 @@ def measure(shape: dict[str, int], dtype: str, threads: int, device: str, args: 
     if not gate.passed:
         return record
     calls, rows = prepare_calls(shape, dtype, heads, device, compile_peers=not args.no_compile)
-    rows |= skip_unwarmed(calls, rows, record.facts, device)
+    compile_first(calls, rows, record.facts, device)
     timings = harness.interleaved(
         calls, min_rounds=args.rounds, max_rounds=3 * args.rounds, budget_s=args.budget, device=device,
         warm_up=[name for name in calls if device == "cuda" or name.endswith(("_product", "_student", "_teacher"))],
@@ -358,11 +368,10 @@ def measure(shape: dict[str, int], dtype: str, threads: int, device: str, args: 
     return record
 
 
-def skip_unwarmed(
+def compile_first(
     calls: dict[str, Callable[[], Any]], rows: dict[str, Row], facts: dict[str, Any], device: str
-) -> dict[str, Row]:
-    """Compile what compiles; a peer that fails or takes too long keeps a row that says so."""
-    skipped = {}
+) -> None:
+    """Compile what compiles; a peer that fails or takes too long is not timed, and its row says why."""
     for name in ("compiled_decomposed", "liger"):
         if name not in calls:
             continue
@@ -370,13 +379,11 @@ def skip_unwarmed(
         try:
             with harness.time_limit(COMPILE_LIMIT_S):
                 calls[name]()
+                harness.synchronize(device)
         except Exception as error:
             del calls[name]
             rows[name].note = f"skipped: {type(error).__name__}: {error}".splitlines()[0]
-            skipped[name] = rows[name]
-        harness.synchronize(device)
         facts[f"{name}_first_call_seconds"] = time.perf_counter() - start
-    return skipped
 
 
 def digest() -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vgs_kernels import LinearDecomposedKL, LMHead, linear_decomposed_kl
 
+DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
 USES_MASKED_STUDENT = ("bayes", "matched")
 BLOCK = 8192  # vocabulary rows that the oracle widens to fp64 at a time
 
@@ -163,12 +164,6 @@ def naive_decomposed(decomposition: str, streams: Streams, widen: bool = True) -
     return _component_gradients(decomposition, streams, lang.sum(), vis.sum())
 
 
-def naive_objective(decomposition: str, streams: Streams, weights: Tensor) -> tuple[Tensor, ...]:
-    lang, vis = naive_parts(decomposition, streams)
-    objective = weights[0] * lang.sum() + weights[1] * vis.sum()
-    return torch.autograd.grad(objective, streams.all_leaves(decomposition))
-
-
 def naive_monolithic(streams: Streams, widen: bool = True) -> tuple[Tensor, ...]:
     """KL(p || q) forward and backward over full logits: what monolithic distillation costs in plain torch."""
     with torch.no_grad():
@@ -253,55 +248,64 @@ class Exact:
     lang: Tensor  # (tokens,)
     vis: Tensor  # (tokens,)
     hidden: dict[str, Tensor]  # "lang", "vis" -> gradient of the hidden states that the component reaches
-    head: dict[str, Tensor]  # "lang", "vis" -> gradient of the student head times `probes`
+    head: dict[str, Tensor]  # "lang", "vis" -> `Oracle.probe` of the gradient of the student head
 
 
 class Oracle:
     """fp64 values and gradients of all decompositions on one set of streams.
 
-    Head gradients are (vocab, width) in fp64, gigabytes; they are compared through `probes`, a few random directions of
-    the width, in which every entry takes part and the expected error is the Frobenius error.
+    Head gradients are (vocab, width) in fp64, gigabytes. They are compared on every fourth row and the last 256, which
+    meet every block of any kernel, through `probes`, a few random directions of the width, in which every entry takes
+    part and the expected error is the Frobenius error.
     """
 
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
-        wide = {
-            "student": (streams.student, streams.student_head),
-            "masked_student": (streams.masked_student, streams.student_head),
-            "teacher": (streams.teacher, streams.teacher_head),
-            "masked_teacher": (streams.masked_teacher, streams.teacher_head),
-        }
-        self.logits = {name: _wide_logits(hidden, head) for name, (hidden, head) in wide.items()}
-        self.largest_logit = max(logits.abs().max().item() for logits in self.logits.values())
-        generator = torch.Generator(streams.student.device).manual_seed(2)
-        self.probes = torch.empty(
-            streams.student.shape[1], 4, dtype=torch.float64, device=streams.student.device
-        ).normal_(generator=generator)
+        student, masked = _wide_logits([streams.student, streams.masked_student], streams.student_head)
+        teacher, masked_teacher = _wide_logits([streams.teacher, streams.masked_teacher], streams.teacher_head)
+        self.largest_logit = max(t.abs().max().item() for t in (student, masked, teacher, masked_teacher))
+        device = student.device
+        generator = torch.Generator(device).manual_seed(2)
+        self.probes = torch.empty(streams.student.shape[1], 4, dtype=torch.float64, device=device)
+        self.probes.normal_(generator=generator)
+        vocab = student.shape[1]
+        self.rows = torch.arange(vocab, device=device)
+        self.rows = self.rows[(self.rows % 4 == 0) | (self.rows >= vocab - 256)]
+
+        student, masked = student.requires_grad_(), masked.requires_grad_()
+        values: dict[str, tuple[Tensor, Tensor]] = {}
+        gradients: dict[tuple[str, str], Tensor] = {}
+        for decomposition in DECOMPOSITIONS:
+            lang, vis = plain_parts(decomposition, student, teacher, masked_teacher, masked)
+            values[decomposition] = lang.detach(), vis.detach()
+            lang_logits = masked if decomposition in USES_MASKED_STUDENT else student
+            gradients[decomposition, "lang"] = torch.autograd.grad(lang.sum(), lang_logits, retain_graph=True)[0]
+            gradients[decomposition, "vis"] = torch.autograd.grad(vis.sum(), student)[0]
+        stacked = torch.cat(list(gradients.values()))  # one pass over the head serves all
+        blocks = zip(stacked.split(BLOCK, 1), streams.student_head.detach().split(BLOCK), strict=True)
+        hidden = torch.zeros(stacked.shape[0], streams.student.shape[1], dtype=torch.float64, device=device)
+        for logit_block, head_block in blocks:
+            hidden += logit_block @ head_block.double()
+        hidden_of = dict(zip(gradients, hidden.split(streams.tokens), strict=True))
+        self._exact = {}
+        for decomposition, (lang, vis) in values.items():
+            head = {}
+            for component in ("lang", "vis"):
+                leaf = streams.leaves(decomposition, component)[0].detach().double()
+                head[component] = gradients[decomposition, component][:, self.rows].t() @ (leaf @ self.probes)
+            of_hidden = {component: hidden_of[decomposition, component] for component in ("lang", "vis")}
+            self._exact[decomposition] = Exact(lang, vis, of_hidden, head)
 
     def probe(self, head_gradient: Tensor) -> Tensor:
-        """(vocab, width) -> (vocab, probes), in fp64."""
-        return torch.cat([block.double() @ self.probes for block in head_gradient.detach().split(BLOCK)])
+        """(vocab, width) -> (rows, probes), in fp64."""
+        chosen = head_gradient.detach()[self.rows]
+        return torch.cat([block.double() @ self.probes for block in chosen.split(BLOCK)])
 
     def parts(self, decomposition: str) -> Exact:
-        student = self.logits["student"].clone().requires_grad_()
-        masked = self.logits["masked_student"].clone().requires_grad_()
-        lang, vis = plain_parts(decomposition, student, self.logits["teacher"], self.logits["masked_teacher"], masked)
-        lang_logits = masked if decomposition in USES_MASKED_STUDENT else student
-        gradients = {
-            "lang": torch.autograd.grad(lang.sum(), lang_logits, retain_graph=True)[0],
-            "vis": torch.autograd.grad(vis.sum(), student)[0],
-        }
-        hidden, head = {}, {}
-        for component, gradient in gradients.items():
-            leaf, weight = self.streams.leaves(decomposition, component)
-            blocks = zip(gradient.split(BLOCK, 1), weight.detach().split(BLOCK), strict=True)
-            hidden[component] = sum(
-                (left @ right.double() for left, right in blocks), torch.zeros_like(leaf, dtype=torch.float64)
-            ).detach()
-            head[component] = gradient.t() @ (leaf.detach().double() @ self.probes)
-        return Exact(lang.detach(), vis.detach(), hidden, head)
+        return self._exact[decomposition]
 
 
-def _wide_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    wide = hidden.detach().double()
-    return torch.cat([wide @ block.double().t() for block in head.detach().split(BLOCK)], 1)
+def _wide_logits(hidden: list[Tensor], head: Tensor) -> tuple[Tensor, ...]:
+    wide = torch.cat(hidden).detach().double()
+    logits = torch.cat([wide @ block.double().t() for block in head.detach().split(BLOCK)], 1)
+    return logits.split(hidden[0].shape[0])

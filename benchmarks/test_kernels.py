@@ -22,7 +22,7 @@ def test_decomposed_kl(benchmark, dtype: str) -> None:  # type: ignore[no-untype
     benchmark(decomposed_kl.loss_and_gradient, decomposed_kl.our_parts, streams)
 
 
-@pytest.mark.parametrize("decomposition", linear_decomposed_kl.DECOMPOSITIONS)
+@pytest.mark.parametrize("decomposition", peers.DECOMPOSITIONS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_linear_decomposed_kl(benchmark, dtype: str, decomposition: str) -> None:  # type: ignore[no-untyped-def]
     streams = peers.random_streams(64, peers.random_heads(256, 256, VOCAB, harness.DTYPES[dtype], "cpu"))

@@ -220,7 +220,7 @@ def test_peaked_inputs_are_peaked_at_the_issue_s_vocabulary() -> None:
 def test_the_oracle_agrees_with_plain_torch_in_fp64() -> None:
     streams = peers.random_streams(3, tiny_heads("fp64"))
     oracle = peers.Oracle(streams)
-    for decomposition in linear_decomposed_kl.DECOMPOSITIONS:
+    for decomposition in peers.DECOMPOSITIONS:
         exact = oracle.parts(decomposition)
         plain = peers.naive_decomposed(decomposition, streams)
         for position, component in ((0, "lang"), (2, "vis")):
