@@ -9,6 +9,7 @@ from .decomposed_kl import decomposed_kl
 from .gradient_gramian import gradient_gramian
 from .linear_decomposed_kl import linear_decomposed_kl
 from .steering import VisualGradientSteering
+from .torchjd_adapter import from_torchjd
 from .types import DecomposedKL, LinearDecomposedKL, LMHead
 from .version import __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "combine_gradients",
     "decomposed_kl",
+    "from_torchjd",
     "gradient_gramian",
     "linear_decomposed_kl",
 ]

@@ -57,6 +57,12 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 # backend -> dtypes, where not every floating dtype. Kernels that accumulate in float32 cannot stand in for float64.
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.float32, torch.bfloat16, torch.float16)}
 
+# Every op of the extension that Python calls: an editable install can be left with yesterday's.
+_NATIVE_OPS = (
+    "combine", "cpu_level", "divergences", "head_gradient", "inner_products", "logit_gradients", "logits",
+    "select_columns", "transpose",
+)  # fmt: skip
+
 
 class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run this op on this device."""
@@ -83,6 +89,9 @@ def _native_problem() -> str | None:
         importlib.import_module("vgs_kernels._C")
     except ImportError as error:
         return f"the compiled extension does not load ({error}): rebuild it against the installed torch"
+    ops = torch.ops.vgs_kernels_native
+    if missing := [name for name in _NATIVE_OPS if not hasattr(ops, name)]:
+        return f"the compiled extension is older than the Python files (it lacks {', '.join(missing)}): install again"
     return None
 
 

@@ -59,7 +59,7 @@ def from_torchjd(rule: Any) -> TorchJDSteering:
     Example:
         >>> import torch
         >>> from torchjd.aggregation import MeanWeighting
-        >>> from vgs_kernels.torchjd_adapter import from_torchjd
+        >>> from vgs_kernels import from_torchjd
         >>> from_torchjd(MeanWeighting())(torch.eye(2))
         tensor([0.5000, 0.5000])
     """

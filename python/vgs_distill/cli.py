@@ -95,9 +95,9 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Say which backend runs every kernel on this machine, why nothing faster does, and how to get it."""
-    from vgs_kernels.__main__ import main as report
+    from vgs_kernels.__main__ import report
 
-    report()
+    typer.echo(report())
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
