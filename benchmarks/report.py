@@ -32,7 +32,7 @@ correctness gate: the error of values, hidden gradients and head gradients again
 torch in the same dtype, plus the floor that the record states. "× floor" is the time over that of the matrix products
 alone, measured in the same turns: 3 projections (4 with the masked student) and a hidden and a head product per
 component. Peak memory is what a call needs above its inputs and the gradients it returns. "speedup" is against plain
-torch, in its faster spelling.
+torch in the faster of its spellings that pass the same gate.
 """
 
 

@@ -47,7 +47,7 @@ def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
         shape["teacher_width"] = shape["width"]
         heads = peers.random_heads(shape["width"], shape["width"], shape["vocab"], harness.DTYPES[dtype], args.device)
         if value in (values[0], values[-1]):
-            gate, _ = linear_decomposed_kl.run_gate(heads, dtype, min(4, shape["tokens"]))
+            gate, _ = linear_decomposed_kl.run_gate(heads, min(4, shape["tokens"]))
             print(gate.describe(), flush=True)
             gates.append(gate)
             if not gate.passed:

@@ -166,7 +166,7 @@ def tiny_heads(dtype: str = "fp32") -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_gate_of_linear_decomposed_kl_is_green(dtype: str) -> None:
-    gate, peer_errors = linear_decomposed_kl.run_gate(tiny_heads(dtype), dtype, tokens=5)
+    gate, peer_errors = linear_decomposed_kl.run_gate(tiny_heads(dtype), tokens=5)
     assert gate.passed, gate.describe()
     assert peer_errors
     # TRL and Liger compute what they are compared as: reverse KL to one teacher.
@@ -194,7 +194,7 @@ def _swapped_components(decomposition: str, streams: peers.Streams) -> tuple[Ten
 
 @pytest.mark.parametrize("planted", [_scaled_head_gradient, _one_wrong_entry, _swapped_components])
 def test_gate_of_linear_decomposed_kl_refuses_a_planted_error(planted: Any) -> None:
-    gate, _ = linear_decomposed_kl.run_gate(tiny_heads(), "fp32", tokens=5, decomposed=planted)
+    gate, _ = linear_decomposed_kl.run_gate(tiny_heads(), tokens=5, decomposed=planted)
     assert not gate.passed
     assert "RED" in gate.describe()
 
@@ -236,6 +236,16 @@ def test_floors_count_the_products() -> None:
     }  # fmt: skip
 
 
+def test_a_16_bit_softmax_fails_the_gate_and_is_no_baseline() -> None:
+    gate = linear_decomposed_kl.narrow_gate(peers.random_heads(64, 64, 4096, torch.bfloat16, "cpu"))
+    assert not gate.passed
+    calls = dict.fromkeys(("naive_decomposed_narrow", "naive_monolithic_narrow", "naive_decomposed"), lambda: None)
+    rows = {name: Row(name, name) for name in calls}
+    linear_decomposed_kl.drop_narrow(calls, rows, gate)
+    assert list(calls) == ["naive_decomposed"]
+    assert "fails the gate" in rows["naive_monolithic_narrow"].note
+
+
 def test_thresholds_use_the_faster_spelling_of_plain_torch() -> None:
     names = ("naive_decomposed", "naive_decomposed_narrow", "naive_monolithic", "teacher_prior_both", "trl")
     rows = [Row(name, name, [seconds]) for name, seconds in zip(names, (12.0, 8.0, 4.0, 2.0, 20.0), strict=True)]
@@ -267,7 +277,7 @@ def test_end_to_end(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     measured = [row for row in record.rows if row.median is not None]
     assert len(measured) >= 6
     assert {row.note for row in record.rows if row.median is None} <= {
-        "not available: this version has no gradient_filter"
+        "not available: this version has no gradient_filter",
     }
     assert report.main([f"--records={tmp_path}", f"--docs={tmp_path / 'docs'}"]) == 0
     assert (tmp_path / "docs" / "benchmarks.md").exists()
