@@ -27,6 +27,7 @@ from benchmarks import harness, peers
 from benchmarks.harness import Check, Gate, Record, Row, Threshold, Timing
 from benchmarks.peers import Streams
 from vgs_kernels import backend, linear_decomposed_kl
+from vgs_kernels.linear_decomposed_kl.api import DEFAULT_MAX_CHUNK_BYTES
 
 NAME = "linear_decomposed_kl"
 ISSUE_SHAPE = {"tokens": 512, "width": 1024, "teacher_width": 1024, "vocab": 151936}
@@ -224,12 +225,12 @@ def prepare_calls(
         add(
             f"{decomposition}_both", f"ours, {decomposition}, both components",
             lambda d=decomposition: peers.ours_decomposed(d, streams),
-            floor="floor_8" if four else "floor_7", bytes_moved=traffic(shape, dtype, decomposition, combined=False),
+            floor="floor_8" if four else "floor_7", bytes_moved=traffic(shape, dtype, device, decomposition, combined=False),
         )  # fmt: skip
         add(
             f"{decomposition}_objective", f"ours, {decomposition}, objective",
             lambda d=decomposition: peers.ours_objective(d, streams, weights),
-            floor="floor_8" if four else "floor_5", bytes_moved=traffic(shape, dtype, decomposition, combined=True),
+            floor="floor_8" if four else "floor_5", bytes_moved=traffic(shape, dtype, device, decomposition, combined=True),
         )  # fmt: skip
     filtered = {"filtered_both": "both components", "filtered_objective": "objective"}
     for name, what in filtered.items():
@@ -258,16 +259,18 @@ BYTE_MODEL = (
 )
 
 
-def traffic(shape: dict[str, int], dtype: str, decomposition: str, combined: bool) -> int:
+def traffic(shape: dict[str, int], dtype: str, device: str, decomposition: str, combined: bool) -> int:
     """Bytes that our call moves through memory by `BYTE_MODEL`."""
     itemsize = harness.DTYPES[dtype].itemsize
+    logit_itemsize = max(4, itemsize) if device == "cuda" else itemsize  # GPUs project 16-bit operands into fp32
     streams = 4 if decomposition in peers.USES_MASKED_STUDENT else 3
     gradients = 1 if combined and streams == 3 else 2
     products = 1 if combined else 2
-    logits = shape["tokens"] * shape["vocab"] * itemsize * (3 * streams + 3 * gradients)
+    entries = shape["tokens"] * shape["vocab"]
+    logits = entries * (3 * streams * logit_itemsize + 3 * gradients * itemsize)
     student_head, teacher_head = (shape["vocab"] * shape[width] * itemsize for width in ("width", "teacher_width"))
-    chunk = inspect.signature(linear_decomposed_kl).parameters["max_chunk_bytes"].default
-    chunks = math.ceil(shape["tokens"] / max(1, chunk // (streams * shape["vocab"] * itemsize)))
+    chunk_tokens = max(1, DEFAULT_MAX_CHUNK_BYTES[device] // (streams * shape["vocab"] * logit_itemsize))
+    chunks = math.ceil(shape["tokens"] / chunk_tokens)
     return logits + chunks * (student_head + teacher_head + 3 * products * student_head)
 
 
