@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from trl import DistillationConfig
 
+from vgs_kernels.steering import SCALES
 from vgs_kernels.types import DECOMPOSITIONS
 
 STEERING_MODES = ("exact", "amortized", "none")
@@ -35,6 +36,8 @@ class VGSConfig(DistillationConfig):
         gamma_start: Where a schedule starts, in [0, 1].
         max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient); None for
             no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
+        steering_scale: ``"unit"``, the paper's: the steered gradient has norm at most 1; ``"preserve"``: it has the norm
+            of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
         refresh_every: Steps from one exact measurement to the next, with ``"amortized"``.
         refresh_drift: Measure early when the ratio of the two logit gradient norms has changed by this factor.
         image_mask: What the masked view of a prompt is. ``"drop"``: image tokens and their delimiters leave the
@@ -63,6 +66,9 @@ class VGSConfig(DistillationConfig):
     max_weight_ratio: float | None = field(
         default=None, metadata={"help": "Upper bound on visual weight / language weight; None for no bound."}
     )
+    steering_scale: str = field(
+        default="unit", metadata={"help": "'unit': norm at most 1, as in the paper; 'preserve': that of the plain sum."}
+    )
     refresh_every: int = field(
         default=16, metadata={"help": "Steps from one exact measurement to the next, with steering='amortized'."}
     )
@@ -84,6 +90,7 @@ class VGSConfig(DistillationConfig):
             ("decomposition", DECOMPOSITIONS),
             ("gamma_schedule", GAMMA_SCHEDULES),
             ("image_mask", IMAGE_MASKS),
+            ("steering_scale", SCALES),
         ):
             value = getattr(self, name)
             if value not in choices:

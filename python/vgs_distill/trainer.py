@@ -182,7 +182,7 @@ class VGSTrainer(DistillationTrainer):
     def _make_plan(self) -> _StepPlan:
         """Decide, before the first micro-batch of a step, how the step gets its gradient."""
         gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
-        policy = VisualGradientSteering(gamma, self.args.max_weight_ratio)
+        policy = VisualGradientSteering(gamma, self.args.max_weight_ratio, self.args.steering_scale)
         if self._gradients is None:
             # Not in __init__: sharding replaces the parameters when the Trainer prepares the model.
             self._gradients = GradientPair(self.model.parameters())

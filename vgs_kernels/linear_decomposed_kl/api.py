@@ -19,9 +19,10 @@ from ..decomposed_kl.api import (
 from ..types import DecomposedKL, LinearDecomposedKL, LMHead
 from . import op
 
-# 128 tokens of three bf16 streams at a vocabulary of 151,936, with room for scratch below 128 MiB. The head gradient is
-# read and written once per chunk, so that longer chunks are faster.
-DEFAULT_MAX_CHUNK_BYTES = 112 * 2**20
+# CPU: 128 tokens of three bf16 streams at a vocabulary of 151,936, with room for scratch below 128 MiB. The head gradient
+# is read and written once per chunk, so that longer chunks are faster. GPU: every product of a chunk reads the head, so
+# few rows would leave the processors waiting for memory; this value is reasoned, not measured.
+DEFAULT_MAX_CHUNK_BYTES = {"cpu": 112 * 2**20, "cuda": 512 * 2**20}
 
 
 def linear_decomposed_kl(
@@ -38,7 +39,7 @@ def linear_decomposed_kl(
     vocab_size: int | None = None,
     steering_weights: Tensor | None = None,  # (2,)
     accumulate_head_grad: bool = False,
-    max_chunk_bytes: int = DEFAULT_MAX_CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
     gradient_filter: float | None = None,
     backend: str | None = None,
 ) -> LinearDecomposedKL:
@@ -72,7 +73,8 @@ def linear_decomposed_kl(
             reach it and belongs into the weights; it is added at every forward pass that records gradients, also
             where ``backward`` is never called or the forward is recomputed (checkpointing); gradient hooks, DDP and
             FSDP do not see it.
-        max_chunk_bytes: Upper bound on the logits held at a time, in bytes (at least one token's are held).
+        max_chunk_bytes: Upper bound on the logits held at a time, in bytes (at least one token's are held). Default
+            112 MiB on a CPU, 512 MiB on a GPU.
         gradient_filter: If given, a tolerance ε in (0, 1). In every chunk the smallest columns of the logit gradient G
             (tokens of the chunk × vocab, one for each component) are left out of the products with hidden states and
             head, as many as keep ‖dropped‖ ≤ ε ‖G‖ in the Frobenius norm. So the hidden gradients of the chunk change
@@ -129,6 +131,8 @@ def linear_decomposed_kl(
     _check_like("masked_teacher_hidden", masked_teacher_hidden, "teacher_hidden", teacher_hidden)
     if masked_student_hidden is not None:
         _check_like("masked_student_hidden", masked_student_hidden, "student_hidden", student_hidden)
+    if max_chunk_bytes is None:
+        max_chunk_bytes = DEFAULT_MAX_CHUNK_BYTES.get(student_hidden.device.type, DEFAULT_MAX_CHUNK_BYTES["cpu"])
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes must be positive, got {max_chunk_bytes}")
     if gradient_filter is not None and not 0.0 < gradient_filter < 1.0:

@@ -65,6 +65,12 @@ class Products:
         if self._streamed and out.dtype == torch.float32 and out.stride(1) == 1:
             torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, -1, out)
             return
+        if out.is_cuda and out.dtype != hidden.dtype:
+            if accumulate:
+                torch.addmm(out, logit_gradient.t(), hidden, out_dtype=out.dtype, out=out)
+            else:
+                torch.mm(logit_gradient.t(), hidden, out_dtype=out.dtype, out=out)
+            return
         whole = out.dtype == hidden.dtype and not self._transposed
         for part in [slice(0, out.shape[0])] if whole else _slices(out.shape[0]):
             gradient = logit_gradient[:, part].t()
@@ -77,7 +83,7 @@ class Products:
                 else:
                     torch.mm(gradient, hidden, out=out[part])
             else:
-                product = torch.mm(gradient, hidden, out_dtype=out.dtype) if out.is_cuda else gradient @ hidden
+                product = gradient @ hidden
                 out[part].add_(product) if accumulate else out[part].copy_(product)
 
     def _slice(self, part: slice, hidden: Tensor) -> Tensor:
