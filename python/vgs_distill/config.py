@@ -36,7 +36,7 @@ class VGSConfig(DistillationConfig):
         gamma_start: Where a schedule starts, in [0, 1].
         max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient); None for
             no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
-        steering_scale: ``"unit"``, the paper's: the steered gradient has norm at most 1; ``"preserve"``: it has the norm
+        steering_scale: ``"unit"``, as in the paper: the steered gradient has norm at most 1; ``"preserve"``: the norm
             of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
         refresh_every: Steps from one exact measurement to the next, with ``"amortized"``.
         refresh_drift: Measure early when the ratio of the two logit gradient norms has changed by this factor.

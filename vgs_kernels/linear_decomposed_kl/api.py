@@ -19,7 +19,7 @@ from ..decomposed_kl.api import (
 from ..types import DecomposedKL, LinearDecomposedKL, LMHead
 from . import op
 
-# CPU: 128 tokens of three bf16 streams at a vocabulary of 151,936, with room for scratch below 128 MiB. The head gradient
+# CPU: 128 tokens of three bf16 streams at a vocabulary of 151,936, with scratch below 128 MiB. The head gradient
 # is read and written once per chunk, so that longer chunks are faster. GPU: every product of a chunk reads the head, so
 # few rows would leave the processors waiting for memory; this value is reasoned, not measured.
 DEFAULT_MAX_CHUNK_BYTES = {"cpu": 112 * 2**20, "cuda": 512 * 2**20}
