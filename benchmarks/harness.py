@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECORDS = Path(__file__).resolve().parent / "records"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 MIB = 2**20
+CONTEXT_SECONDS = 5.0
 BLOCK = 8192  # rows that are widened to fp64 at a time
 
 
@@ -128,12 +129,14 @@ def interleaved(
     budget_s: float = 2.0,
     device: str = "cpu",
     warm_up: Iterable[str] | None = None,
+    context: Collection[str] = (),
     on_call: Callable[[str, float], None] | None = None,
 ) -> dict[str, Timing]:
     """Time the calls in turns, A B C A B C, so that a slow spell of the machine meets all of them.
 
     Every call takes part in `min_rounds` rounds and then in more, up to `max_rounds`, while its own total is below
-    `budget_s`: slow peers cost what they must, fast ones get a better median. Those in `warm_up` (default: all) run
+    `budget_s`: slow peers cost what they must, fast ones get a better median. Those in `context` stop after two rounds
+    if they take more than `CONTEXT_SECONDS`: no verdict hangs on them. Those in `warm_up` (default: all) run
     once before. Peak memory is measured on the same calls. A call that raises is reported with its message, not timed.
     """
     timings = {name: Timing() for name in calls}
@@ -142,7 +145,10 @@ def interleaved(
     for round_number in range(max_rounds):
         for name, call in calls.items():
             timing = timings[name]
-            enough = round_number >= min_rounds and sum(timing.seconds) >= budget_s
+            rounds = min_rounds
+            if name in context and timing.seconds and timing.seconds[0] > CONTEXT_SECONDS:
+                rounds = min(2, min_rounds)
+            enough = round_number >= rounds and sum(timing.seconds) >= budget_s
             if timing.problem is None and not enough:
                 seconds = _attempt(call, timing, device, timing.seconds)
                 if on_call is not None and seconds is not None:

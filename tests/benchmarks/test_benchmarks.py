@@ -65,6 +65,15 @@ def test_calls_take_turns_and_slow_ones_fewer() -> None:
     assert timings["broken"].problem == "ValueError: no such kernel"
 
 
+def test_slow_context_stops_after_two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "CONTEXT_SECONDS", 0.01)
+    calls = {"slow": lambda: time.sleep(0.02), "slow context": lambda: time.sleep(0.02), "context": lambda: None}
+    timings = harness.interleaved(
+        calls, min_rounds=3, max_rounds=3, budget_s=0, warm_up=[], context=("slow context", "context")
+    )
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 2, 3]
+
+
 def test_medians_and_ratios() -> None:
     record = record_of()
     assert record.rows[1].median == 2.0
