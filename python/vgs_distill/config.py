@@ -38,7 +38,8 @@ class VGSConfig(DistillationConfig):
             no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
         steering_scale: ``"unit"``, as in the paper: the steered gradient has norm at most 1; ``"preserve"``: the norm
             of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
-        refresh_every: Steps from one exact measurement to the next, with ``"amortized"``.
+        refresh_every: Steps from one exact measurement to the next, with ``"amortized"``; 0 never measures and takes
+            the ratio of the logit gradients for that of the parameter gradients.
         refresh_drift: Measure early when the ratio of the two logit gradient norms has changed by this factor.
         image_mask: What the masked view of a prompt is. ``"drop"``: image tokens and their delimiters leave the
             sequence and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
@@ -101,8 +102,8 @@ class VGSConfig(DistillationConfig):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
-        if self.refresh_every < 1:
-            raise ValueError(f"refresh_every must be 1 or more, got {self.refresh_every}")
+        if self.refresh_every < 0:
+            raise ValueError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
         if not self.refresh_drift > 1.0:
             raise ValueError(f"refresh_drift must be above 1, got {self.refresh_drift}")
         if not self.temperature > 0:
@@ -119,8 +120,8 @@ class VGSConfig(DistillationConfig):
                 f"steering={self.steering!r} normalises gradients, which undoes the loss scaling of fp16; "
                 "use bf16=True or fp32"
             )
-        if self.deepspeed is not None:
+        if self.deepspeed is not None and not (self.steering == "amortized" and self.refresh_every == 0):
             raise ValueError(
                 f"steering={self.steering!r} measures both gradients before the optimizer step, but DeepSpeed steps "
-                "inside backward; use FSDP2 or DDP, or steering='none'"
+                "inside backward; use FSDP2 or DDP, or steering='amortized' with refresh_every=0, which never measures"
             )

@@ -4,7 +4,7 @@
   forward, so both run without hooks and the two lists are averaged here.
 * FSDP2 reduces in every backward pass, into shards that can be kept apart, but defers that (and would mix the two)
   where accumulation turns its reduction off; it is turned on again here.
-* DeepSpeed steps inside `backward`: there is no place to combine two gradients, which `VGSTrainer` says at start.
+* DeepSpeed steps inside `backward`: there is no place to combine two gradients, which `VGSConfig` says at start.
 """
 
 from __future__ import annotations

@@ -128,6 +128,9 @@ class GramianPredictor:
     every `refresh_every` steps, and early when the two logit norms have moved against each other by more than
     `drift` (a ratio) since the last one.
 
+    `refresh_every` 0 never measures: rho is 1, the logit Gramian stands for that of the parameters, and the first step
+    takes both components as equal. It is what engines that step inside `backward` (DeepSpeed) can do.
+
     A component that was absent (norm 0) at the refresh has no rho: it is predicted as 0 until the next, which is due
     as soon as that component appears.
     """
@@ -140,6 +143,8 @@ class GramianPredictor:
         self._logit: Tensor | None = None  # (2, 2), of the last step
         self._reference: float = 0.0  # log of the logit norm ratio at the last refresh
         self._since_refresh = 0
+        if refresh_every == 0:
+            self._rho, self._cosine, self._logit = torch.ones(2), torch.zeros(()), torch.eye(2)
 
     @property
     def ready(self) -> bool:
@@ -147,6 +152,8 @@ class GramianPredictor:
         return self._rho is not None
 
     def refresh_due(self) -> bool:
+        if self.refresh_every == 0:
+            return False
         if self._rho is None or self._logit is None or self._since_refresh >= self.refresh_every:
             return True
         return abs(_log_norm_ratio(self._logit) - self._reference) > math.log(self.drift)
@@ -156,8 +163,8 @@ class GramianPredictor:
         assert self._rho is not None
         assert self._logit is not None
         assert self._cosine is not None
-        squares = self._rho * self._logit.diagonal()
-        cross = self._cosine * squares.prod().sqrt()
+        squares = self._rho.to(self._logit) * self._logit.diagonal()
+        cross = self._cosine.to(squares) * squares.prod().sqrt()
         return torch.stack([squares[0], cross, cross, squares[1]]).reshape(2, 2)
 
     def observe(self, logit_gramian: Tensor) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from vgs_distill import VGSTrainer
+from trl import DistillationConfig
+from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.steering import GradientPair, GramianPredictor, direction_cosine, no_gradient
 from vgs_distill.trainer import STEERING_STATE_FILE
 
@@ -99,6 +101,38 @@ def test_a_component_that_appears_is_measured_at_once() -> None:
     assert not predictor.refresh_due()
     predictor.observe(gramian(1.0, 0.5))
     assert predictor.refresh_due()
+
+
+def test_without_measuring_the_logit_gramian_stands_for_that_of_the_parameters() -> None:
+    predictor = GramianPredictor(refresh_every=0, drift=2.0)
+    torch.testing.assert_close(predictor.predict(), torch.eye(2))
+    predictor.observe(gramian(4.0, 100.0))
+    assert not predictor.refresh_due()
+    torch.testing.assert_close(predictor.predict(), gramian(4.0, 100.0))
+
+
+def test_deepspeed_is_refused_with_the_remedy_and_taken_without_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def configure(**settings: Any) -> VGSConfig:
+        # DeepSpeed itself is not installed here: only the checks of the config are at stake.
+        monkeypatch.setattr(DistillationConfig, "__post_init__", lambda self: None)
+        return VGSConfig(output_dir=str(tmp_path), deepspeed={"zero_optimization": {"stage": 2}}, **settings)
+
+    for settings in ({"steering": "exact"}, {"steering": "amortized"}):
+        with pytest.raises(ValueError, match=r"steps inside backward; .* refresh_every=0"):
+            configure(**settings)
+    assert configure(steering="amortized", refresh_every=0).refresh_every == 0
+    assert configure(steering="none").deepspeed is not None
+
+
+def test_a_run_that_never_measures_trains(make_trainer: Callable[..., VGSTrainer]) -> None:
+    trainer = make_trainer(steering="amortized", refresh_every=0, max_steps=3)
+    trainer.train()
+    rows = step_logs(trainer)
+    assert all("steering/refreshed" not in row for row in rows)
+    assert rows[0]["steering/weight_ratio"] == pytest.approx(4.0)
+    assert all(row["steering/weight_ratio"] > 0 for row in rows)
 
 
 def test_the_state_survives_json() -> None:

@@ -349,7 +349,7 @@ def test_a_plain_distillation_config_is_refused(
         ({"image_mask": "crop"}, "unknown image_mask 'crop'; choose one of drop, blank, attention"),
         ({"steering": "cheap"}, "unknown steering"),
         ({"steering_scale": "big"}, "unknown steering_scale .big.; choose one of unit, preserve"),
-        ({"refresh_every": 0}, "refresh_every must be 1 or more"),
+        ({"refresh_every": -1}, "refresh_every must be 0 .never. or more"),
         ({"refresh_drift": 1.0}, "refresh_drift must be above 1"),
         ({"gamma": 1.2}, r"gamma must be in \[0, 1\], got 1.2"),
         ({"gamma_start": -0.1}, r"gamma_start must be in \[0, 1\]"),
