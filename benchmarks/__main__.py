@@ -19,7 +19,7 @@ BENCHMARKS = {
     "linear_decomposed_kl": ("device", "quick", "force", "records"),
     "decomposed_kl": ("device", "quick", "force", "records"),
     "sweep": ("device", "quick", "force", "records"),
-    "steering": ("records",),
+    "steering": ("device", "quick", "force", "records"),
     "training_step": ("records",),
 }
 
