@@ -33,6 +33,11 @@ class MicroBatchLoss(NamedTuple):
     tokens: DecomposedKL  # (valid tokens,) each, detached
     positions: Tensor  # (valid tokens, 2): row and completion position of each
 
+    def weighted(self, weights: Tensor) -> Tensor:
+        """weights[0] * lang + weights[1] * vis, differentiable; without steering weights."""
+        lang = weights[0].to(self.lang) * self.lang
+        return lang if self.vis is None else lang + weights[1].to(self.vis) * self.vis
+
     def sums(self) -> Tensor:
         """Sums of full, lang, vis and entropy over the tokens, how many there are and how many are not finite; (6,)."""
         parts = [self.tokens.full, self.tokens.lang, self.tokens.vis, self.tokens.entropy]

@@ -124,7 +124,8 @@ class GramianPredictor:
     """Predicts the Gramian of the parameter gradients from that of the logit gradients, which the kernel gives free.
 
     At a refresh both are known, and their ratio rho = (parameter norm)^2 / (logit norm)^2 is kept per component, with
-    the cosine. Until the next refresh the prediction is rho times the logit Gramian of the last step. A refresh is due
+    the cosine. Until the next refresh the prediction is rho times a logit Gramian: that of the step itself, or of the
+    last one where the weights must be known before the step's losses are (accumulation). A refresh is due
     every `refresh_every` steps, and early when the two logit norms have moved against each other by more than
     `drift` (a ratio) since the last one.
 
@@ -158,12 +159,13 @@ class GramianPredictor:
             return True
         return abs(_log_norm_ratio(self._logit) - self._reference) > math.log(self.drift)
 
-    def predict(self) -> Tensor:
-        """The predicted Gramian of the parameter gradients, (2, 2); only after a refresh."""
+    def predict(self, logit_gramian: Tensor | None = None) -> Tensor:
+        """The predicted Gramian of the parameter gradients, (2, 2); only after a refresh. None: by the last step's."""
+        logit = self._logit if logit_gramian is None else logit_gramian
         assert self._rho is not None
-        assert self._logit is not None
         assert self._cosine is not None
-        squares = self._rho.to(self._logit) * self._logit.diagonal()
+        assert logit is not None
+        squares = self._rho.to(logit) * logit.diagonal()
         cross = self._cosine.to(squares) * squares.prod().sqrt()
         return torch.stack([squares[0], cross, cross, squares[1]]).reshape(2, 2)
 

@@ -10,8 +10,8 @@ How a step that measures both gradients runs, once per micro-batch:
                      backward(vis), by the Trainer            into the visual gradient
     and after the last micro-batch: Gramian -> weights -> combine into .grad, which the Trainer clips and applies.
 
-With `steering="exact"` that is every step. With `"amortized"` it is one in `refresh_every`; the others have their
-weights before they start, and the Trainer runs back the weighted sum once.
+With `steering="exact"` that is every step. With `"amortized"` it is one in `refresh_every`; in the others the weights
+are predicted, and the Trainer runs back the weighted sum once.
 """
 
 from __future__ import annotations
@@ -72,10 +72,13 @@ _MULTIMODAL_KEYS = (
 class _StepPlan:
     """How one optimizer step gets its gradient; the same for all its micro-batches."""
 
-    def __init__(self, gamma: float, policy: VisualGradientSteering, weights: Tensor | None) -> None:
+    def __init__(
+        self, gamma: float, policy: VisualGradientSteering, *, apart: bool, weights: Tensor | None = None
+    ) -> None:
         self.gamma = gamma
         self.policy = policy
-        self.weights = weights  # (2,) of one backward pass; None: two passes, and weights from what they measure
+        self.apart = apart  # two backward passes, weights from what they measure; otherwise one of the weighted sum
+        self.weights = weights  # (2,) of the one pass; None: from the logit Gramian of the step's only micro-batch
         self.micro_batch_loss = torch.zeros(())
         self.logit_gramian = torch.zeros(2, 2)
 
@@ -164,7 +167,7 @@ class VGSTrainer(DistillationTrainer):
     ) -> Tensor:
         if self._plan is None and self.args.steering != "none":
             self._plan = self._make_plan()
-        apart = self._plan is not None and self._plan.weights is None
+        apart = self._plan is not None and self._plan.apart
         with self._timer.span("step"), two_backward_passes(self.accelerator, model) if apart else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
             if apart:
@@ -188,8 +191,10 @@ class VGSTrainer(DistillationTrainer):
             self._gradients = GradientPair(self.model.parameters())
         predictor = self._predictor
         if predictor is None or predictor.refresh_due():
-            return _StepPlan(gamma, policy, None)
-        return _StepPlan(gamma, policy, policy(predictor.predict()))
+            return _StepPlan(gamma, policy, apart=True)
+        if self.current_gradient_accumulation_steps == 1:
+            return _StepPlan(gamma, policy, apart=False)
+        return _StepPlan(gamma, policy, apart=False, weights=policy(predictor.predict()))
 
     def compute_loss(
         self,
@@ -219,8 +224,13 @@ class VGSTrainer(DistillationTrainer):
 
         plan.micro_batch_loss = full
         plan.add_logit_gramian(result.logit_gramian / self.accelerator.num_processes**2)
-        if plan.weights is not None:
-            return (result.objective, None) if return_outputs else result.objective
+        if not plan.apart:
+            objective = result.objective
+            if plan.weights is None:
+                assert self._predictor is not None
+                plan.weights = plan.policy(self._predictor.predict(sum_over_processes(plan.logit_gramian.clone())))
+                objective = result.weighted(plan.weights)
+            return (objective, None) if return_outputs else objective
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self._gradients.accumulate_lang()
             self.accelerator.backward(result.lang, retain_graph=True)  # both parts come out of one operator
@@ -305,7 +315,7 @@ class VGSTrainer(DistillationTrainer):
         logit_gramian = sum_over_processes(plan.logit_gramian)
         metrics: dict[str, Tensor | float] = {"steering/gamma": plan.gamma}
         weights = plan.weights
-        if weights is None:
+        if plan.apart:
             record = self._gradients.combine(plan.policy, is_replicated(model))
             if record is None:
                 return
@@ -315,18 +325,19 @@ class VGSTrainer(DistillationTrainer):
                 metrics |= self._refresh(self._predictor, plan.policy, record, logit_gramian)
         elif self._predictor is not None:
             self._predictor.observe(logit_gramian)
+        assert weights is not None
         metrics["steering/weight_ratio"] = weight_ratio(weights)
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
-    @staticmethod
     def _refresh(
-        predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor
+        self, predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor
     ) -> dict[str, Tensor | float]:
         """Measure anew; return how good the prediction for this very step would have been."""
         metrics: dict[str, Tensor | float] = {"steering/refreshed": 1.0}
         if predictor.ready:
-            predicted = policy(predictor.predict())
+            known = logit_gramian if self.current_gradient_accumulation_steps == 1 else None
+            predicted = policy(predictor.predict(known))
             metrics["steering/predicted_weight_ratio"] = weight_ratio(predicted)
             metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, predicted)
         predictor.refresh(record.gramian, logit_gramian)

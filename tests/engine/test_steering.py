@@ -77,6 +77,7 @@ def test_the_predictor_scales_the_logit_gramian() -> None:
     torch.testing.assert_close(predictor.predict(), gramian(8.0, 18.0, 0.5))
     predictor.observe(gramian(4.0, 1.0))
     torch.testing.assert_close(predictor.predict(), gramian(16.0, 9.0, 0.5))
+    torch.testing.assert_close(predictor.predict(gramian(1.0, 4.0)), gramian(4.0, 36.0, 0.5))
 
 
 def test_a_refresh_is_due_on_schedule_and_on_drift() -> None:
@@ -131,7 +132,6 @@ def test_a_run_that_never_measures_trains(make_trainer: Callable[..., VGSTrainer
     trainer.train()
     rows = step_logs(trainer)
     assert all("steering/refreshed" not in row for row in rows)
-    assert rows[0]["steering/weight_ratio"] == pytest.approx(4.0)
     assert all(row["steering/weight_ratio"] > 0 for row in rows)
 
 
