@@ -51,7 +51,7 @@ from .steering import (
     weight_ratio,
 )
 from .timing import StepTimer
-from .validation import check_dataset
+from .validation import check_dataset, check_output_dir
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +111,8 @@ class VGSTrainer(DistillationTrainer):
     update of its step is skipped.
 
     Raises:
-        ValueError: the model has no image placeholder token, or a dataset row has no prompt or a broken image.
+        ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
+            output directory cannot be written.
 
     Source: arXiv 2606.00564 (steering), arXiv 2306.13649 (on-policy distillation).
     """
@@ -134,6 +135,7 @@ class VGSTrainer(DistillationTrainer):
     ) -> None:
         if not isinstance(args, VGSConfig):
             raise ValueError(f"args must be a VGSConfig, got {type(args).__name__}; build one with VGSConfig(...)")
+        check_output_dir(args.output_dir)
         check_dataset(train_dataset, args.check_dataset_rows)
         super().__init__(
             model=model,

@@ -74,6 +74,12 @@ def test_the_trainer_checks_before_it_trains(make_trainer: Callable[..., Any]) -
         make_trainer(Dataset.from_dict({"question": ["a"]}))
 
 
+def test_the_trainer_checks_its_output_directory(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot write to the output directory"):
+        make_trainer(output_dir=str(tmp_path / "file" / "run"))
+
+
 def test_an_output_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot write to the output directory"):
