@@ -135,7 +135,8 @@ class VGSTrainer(DistillationTrainer):
     ) -> None:
         if not isinstance(args, VGSConfig):
             raise ValueError(f"args must be a VGSConfig, got {type(args).__name__}; build one with VGSConfig(...)")
-        check_output_dir(args.output_dir)
+        if args.output_dir is not None:
+            check_output_dir(args.output_dir)
         check_dataset(train_dataset, args.check_dataset_rows)
         super().__init__(
             model=model,
