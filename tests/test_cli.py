@@ -38,7 +38,7 @@ def test_doctor_names_the_backend_of_every_op() -> None:
 )
 def test_bad_demo_arguments_are_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path / "run"), *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("vgs: ")
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
@@ -54,5 +54,5 @@ def test_an_unknown_task_is_refused() -> None:
 def test_an_unwritable_output_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path / "file" / "run")])
-    assert result.exit_code == 1
-    assert "cannot be written" in result.stderr
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr

@@ -75,6 +75,7 @@ def demo(
     has never seen. Leaves results.json, report.html and the students, which transformers loads.
     """
     from vgs_distill.demo.run import DemoError, run_demo
+    from vgs_distill.errors import InputError
 
     try:
         run_demo(
@@ -88,8 +89,10 @@ def demo(
             quick=quick,
             jobs=jobs,
         )
-    except DemoError as error:
+    except InputError as error:
         _fail(str(error))
+    except DemoError as error:
+        _fail(str(error), code=1)
 
 
 @app.command()
@@ -120,9 +123,9 @@ def bench(
     raise typer.Exit(subprocess.run(command, cwd=repository, check=False).returncode)
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str, code: int = 2) -> None:
     typer.echo(f"vgs: {sentence}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from .config import VGSConfig
 from .distributed import is_replicated, sum_over_processes, two_backward_passes
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, ImageTokens
+from .output_dir import check_output_dir
 from .schedule import gamma_at
 from .steering import (
     GradientPair,
@@ -51,7 +52,7 @@ from .steering import (
     weight_ratio,
 )
 from .timing import StepTimer
-from .validation import check_dataset, check_output_dir
+from .validation import check_dataset
 
 logger = logging.get_logger(__name__)
 

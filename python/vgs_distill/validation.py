@@ -6,30 +6,12 @@ Called by the trainer, the demo and the command line.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from PIL import Image, UnidentifiedImageError
-
-
-def check_output_dir(path: str | os.PathLike[str]) -> Path:
-    """Create the directory if need be and write to it once; ValueError if that fails."""
-    directory = Path(path)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".vgs-write-test-"):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(
-            f"cannot write to the output directory {str(directory)!r} ({reason}); choose another one"
-        ) from None
-    return directory
 
 
 def check_dataset(dataset: Dataset | IterableDataset, image_rows: int | None) -> None:

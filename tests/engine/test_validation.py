@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from vgs_distill.compatibility import check_trl
-from vgs_distill.validation import check_dataset, check_output_dir
+from vgs_distill.output_dir import check_output_dir
+from vgs_distill.validation import check_dataset
 
 PROMPT = [{"role": "user", "content": "what is this ?"}]
 
@@ -84,8 +85,8 @@ def test_an_output_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot write to the output directory"):
         check_output_dir(tmp_path / "file" / "run")
-    assert check_output_dir(tmp_path / "new" / "run").is_dir()
-    assert list((tmp_path / "new" / "run").iterdir()) == []
+    assert check_output_dir(tmp_path / "new" / "run") == tmp_path / "new" / "run"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("installed", ["1.15.2", "1.17.0", "2.0.0"])

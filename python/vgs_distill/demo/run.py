@@ -40,6 +40,8 @@ from vgs_distill.demo.workers import (
     Worker,
 )
 from vgs_distill.demo.worlds import make_world, world_names
+from vgs_distill.errors import InputError
+from vgs_distill.output_dir import check_output_dir
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
@@ -47,7 +49,7 @@ _TRACE_SUFFIX = "-error.txt"
 
 
 class DemoError(Exception):
-    """Why the demo cannot start, or could not finish: one sentence to show as it is."""
+    """Why the demo could not finish: one sentence to show as it is."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def run_demo(
         console: where to draw; None takes the standard output.
 
     Raises:
-        DemoError: an argument is wrong, the output folder cannot be written, or a worker failed.
+        InputError: an argument is wrong, or the output folder cannot be written.
+        DemoError: a worker failed.
         KeyboardInterrupt: passed on once the workers are stopped and what has finished is saved.
     """
     request = check_request(
@@ -147,30 +150,30 @@ def check_request(
     quick: bool = False,
     jobs: int | None = None,
 ) -> DemoRequest:
-    """Check every argument and make the output folder; raises `DemoError` with one sentence."""
+    """Check every argument and make the output folder; raises `InputError` with one sentence."""
     if task not in world_names():
-        raise DemoError(f"There is no task called {task!r}; choose one of: {', '.join(world_names())}.")
+        raise InputError(f"There is no task called {task!r}; choose one of: {', '.join(world_names())}.")
     if not seeds:
-        raise DemoError("At least one seed is needed.")
+        raise InputError("At least one seed is needed.")
     if len(set(seeds)) != len(seeds):
-        raise DemoError("Each seed may be given once: a repeated one would repeat its run.")
+        raise InputError("Each seed may be given once: a repeated one would repeat its run.")
     if min(seeds) < 0:
-        raise DemoError(f"Seeds must be 0 or more, got {min(seeds)}.")
+        raise InputError(f"Seeds must be 0 or more, got {min(seeds)}.")
     for name in decompositions:
         if name not in DECOMPOSITIONS:
-            raise DemoError(f"There is no decomposition called {name!r}; choose from: {', '.join(DECOMPOSITIONS)}.")
+            raise InputError(f"There is no decomposition called {name!r}; choose from: {', '.join(DECOMPOSITIONS)}.")
     for mode in steering:
         if mode not in STEERING:
-            raise DemoError(f"There is no steering called {mode!r}; choose from: {', '.join(STEERING)}.")
+            raise InputError(f"There is no steering called {mode!r}; choose from: {', '.join(STEERING)}.")
     # Written so that NaN fails too.
     if gamma is not None and not 0.0 <= gamma <= 1.0:
-        raise DemoError(f"gamma must lie between 0 (language only) and 1 (vision only), got {gamma}.")
+        raise InputError(f"gamma must lie between 0 (language only) and 1 (vision only), got {gamma}.")
     if steps is not None and steps < 1:
-        raise DemoError(f"steps must be 1 or more, got {steps}.")
+        raise InputError(f"steps must be 1 or more, got {steps}.")
     if jobs is not None and jobs < 1:
-        raise DemoError(f"jobs must be 1 or more, got {jobs}.")
+        raise InputError(f"jobs must be 1 or more, got {jobs}.")
     folder = Path(output_dir).expanduser().resolve()
-    _check_writable(folder)
+    check_output_dir(folder).mkdir(parents=True, exist_ok=True)
     methods = methods_for(decompositions, gamma, steering)
     return DemoRequest(
         recipe=demo_recipe(task, quick=quick, steps=steps),
@@ -188,17 +191,6 @@ def _usable_processors() -> int:
         return len(os.sched_getaffinity(0))  # fewer than cpu_count in a container
     except AttributeError:  # macOS
         return os.cpu_count() or 1
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise DemoError(f"The output folder {folder} cannot be written: {reason}.") from error
 
 
 def _work(request: DemoRequest, state: _State, display: Display) -> None:
