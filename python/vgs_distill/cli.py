@@ -1,18 +1,25 @@
 """The `vgs` command: turns flags into calls, errors into one sentence and an exit code. No logic of its own.
 
-Layer: cli; calls the demo and, for `doctor`, the public functions of `vgs_kernels`. Heavy imports happen inside the
-commands, so that `vgs --help` answers at once.
+Exit codes: 0 fine, 1 failed on the way, 2 bad input, 130 stopped by hand. Bad input is one sentence without a
+traceback, unless `vgs --debug` or VGS_DEBUG=1 asks for it.
+
+Layer: cli. Heavy imports happen inside the commands, so that `vgs --help` answers at once.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from vgs_distill.errors import InputError
 
 app = typer.Typer(
     add_completion=False,
@@ -22,9 +29,34 @@ app = typer.Typer(
 )
 
 
+# Their flags are the fields of dataclasses, which the parser of the command knows; typer hands all of them on.
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+_Rest = Annotated[list[str] | None, typer.Argument(metavar="[--config FILE] [--FIELD VALUE]...")]
+
+
 @app.callback()
-def _vgs() -> None:
+def _vgs(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, as VGS_DEBUG=1 does.")] = False) -> None:
     """Distil vision-language models with visual gradient steering."""
+    if debug:
+        os.environ["VGS_DEBUG"] = "1"
+
+
+@app.command(context_settings=_PASS_ON)
+def train(arguments: _Rest = None) -> None:
+    """Distil a teacher into a student of your own, from a YAML file and flags. --help lists every field."""
+    with _one_sentence():
+        from vgs_distill.train import train as run
+
+        run(arguments or [])
+
+
+@app.command("eval", context_settings=_PASS_ON)
+def evaluate(arguments: _Rest = None) -> None:
+    """Measure a model with and without its images: accuracy, and the divergence from a teacher. --help lists all."""
+    with _one_sentence():
+        from vgs_distill.evaluate import evaluate as run
+
+        run(arguments or [])
 
 
 class Task(str, Enum):
@@ -75,22 +107,20 @@ def demo(
     has never seen. Leaves results.json, report.html and the students, which transformers loads.
     """
     from vgs_distill.demo.run import DemoError, run_demo
-    from vgs_distill.errors import InputError
 
     try:
-        run_demo(
-            task.value,
-            seeds=range(seeds),
-            decompositions=[d.value for d in decomposition or [Decomposition.matched]],
-            steering=[s.value for s in steering or [Steering.exact]],
-            gamma=gamma,
-            steps=steps,
-            output_dir=output_dir or Path("runs") / f"demo-{task.value}",
-            quick=quick,
-            jobs=jobs,
-        )
-    except InputError as error:
-        _fail(str(error))
+        with _one_sentence():
+            run_demo(
+                task.value,
+                seeds=range(seeds),
+                decompositions=[d.value for d in decomposition or [Decomposition.matched]],
+                steering=[s.value for s in steering or [Steering.exact]],
+                gamma=gamma,
+                steps=steps,
+                output_dir=output_dir or Path("runs") / f"demo-{task.value}",
+                quick=quick,
+                jobs=jobs,
+            )
     except DemoError as error:
         _fail(str(error), code=1)
 
@@ -103,7 +133,7 @@ def doctor() -> None:
     typer.echo(report())
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@app.command(context_settings=_PASS_ON)
 def bench(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[NAME]... [OPTIONS]")] = None,
 ) -> None:
@@ -121,6 +151,16 @@ def bench(
         )
     command = [sys.executable, "-m", "benchmarks", *(arguments or [])]
     raise typer.Exit(subprocess.run(command, cwd=repository, check=False).returncode)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("VGS_DEBUG", "0") not in ("", "0"):
+            raise
+        _fail(str(error))
 
 
 def _fail(sentence: str, code: int = 2) -> None:

@@ -6,6 +6,7 @@ Layer: config; read by the trainer, never by the kernels.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from trl import DistillationConfig
@@ -85,7 +86,11 @@ class VGSConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        # Before transformers starts what the launcher asked for: DeepSpeed, process groups.
+        self._check()
         super().__post_init__()
+
+    def _check(self) -> None:
         for name, choices in (
             ("steering", STEERING_MODES),
             ("decomposition", DECOMPOSITIONS),
@@ -106,6 +111,8 @@ class VGSConfig(DistillationConfig):
             raise ValueError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
         if not self.refresh_drift > 1.0:
             raise ValueError(f"refresh_drift must be above 1, got {self.refresh_drift}")
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be 1 or more, got {self.max_completion_length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.steering == "none":
@@ -120,8 +127,19 @@ class VGSConfig(DistillationConfig):
                 f"steering={self.steering!r} normalises gradients, which undoes the loss scaling of fp16; "
                 "use bf16=True or fp32"
             )
-        if self.deepspeed is not None and not (self.steering == "amortized" and self.refresh_every == 0):
+        deepspeed = self.deepspeed is not None or _launched_with("DEEPSPEED")
+        if deepspeed and not (self.steering == "amortized" and self.refresh_every == 0):
             raise ValueError(
                 f"steering={self.steering!r} measures both gradients before the optimizer step, but DeepSpeed steps "
                 "inside backward; use FSDP2 or DDP, or steering='amortized' with refresh_every=0, which never measures"
             )
+        if _launched_with("FSDP") and os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError(
+                "visual gradient steering keeps two sharded gradients apart, which FSDP2 can and FSDP1 cannot; "
+                "set fsdp_version: 2 in the configuration of accelerate"
+            )
+
+
+def _launched_with(engine: str) -> bool:
+    """Whether `accelerate launch` was told to use this engine."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"

@@ -9,16 +9,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+
+def allow_fsdp_on_cpu(state: PartialState) -> None:
+    """Before the accelerator is made: let FSDP run on CPUs with gloo, as torch does.
+
+    accelerate 1.15 turns FSDP on for the device types it lists and silently runs DDP on CPUs. It asks this one field.
+    """
+    if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from trl import DistillationTrainer
 from vgs_kernels import VisualGradientSteering
 
 from .config import VGSConfig
-from .distributed import is_replicated, sum_over_processes, two_backward_passes
+from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, ImageTokens
 from .output_dir import check_output_dir
@@ -139,6 +139,8 @@ class VGSTrainer(DistillationTrainer):
         if args.output_dir is not None:
             check_output_dir(args.output_dir)
         check_dataset(train_dataset, args.check_dataset_rows)
+        if args.distributed_state is not None:
+            allow_fsdp_on_cpu(args.distributed_state)
         super().__init__(
             model=model,
             teacher_model=teacher_model,

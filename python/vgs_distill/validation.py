@@ -13,6 +13,8 @@ from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from PIL import Image, UnidentifiedImageError
 
+from .errors import InputError
+
 
 def check_dataset(dataset: Dataset | IterableDataset, image_rows: int | None) -> None:
     """Every row has a prompt, and the first `image_rows` rows (None: all) have images that open.
@@ -23,13 +25,13 @@ def check_dataset(dataset: Dataset | IterableDataset, image_rows: int | None) ->
     if isinstance(dataset, IterableDataset):
         first = next(iter(dataset.take(1)), None)
         if first is None:
-            raise ValueError("the training dataset is empty; give it at least one row")
+            raise InputError("the training dataset is empty; give it at least one row")
         columns = list(first)
         _check_columns(columns)
         _check_prompt(0, first["prompt"])
         return
     if len(dataset) == 0:
-        raise ValueError("the training dataset is empty; give it at least one row")
+        raise InputError("the training dataset is empty; give it at least one row")
     _check_columns(columns)
     for row, prompt in enumerate(dataset.select_columns(["prompt"])["prompt"]):
         _check_prompt(row, prompt)
@@ -41,18 +43,18 @@ def check_dataset(dataset: Dataset | IterableDataset, image_rows: int | None) ->
 def _check_columns(columns: list[str]) -> None:
     if "prompt" not in columns:
         listing = ", ".join(repr(column) for column in columns)
-        raise ValueError(
+        raise InputError(
             f"the training dataset has no column 'prompt' (it has {listing}); rename yours with dataset.rename_column"
         )
 
 
 def _check_prompt(row: int, prompt: Any) -> None:
     if prompt is None or len(prompt) == 0:
-        raise ValueError(f"row {row} of the training dataset has no prompt; remove the row or fill it in")
+        raise InputError(f"row {row} of the training dataset has no prompt; remove the row or fill it in")
     if isinstance(prompt, list):
         for message in prompt:
             if not isinstance(message, dict) or "role" not in message or message.get("content") is None:
-                raise ValueError(
+                raise InputError(
                     f"row {row} of the training dataset has a message without 'role' and 'content'; "
                     "write prompts as [{'role': 'user', 'content': '...'}]"
                 )
@@ -86,7 +88,7 @@ def _check_image(row: int, image: Any) -> None:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
         where = image.get("path") if isinstance(image, dict) else image
         named = f" ({where})" if isinstance(where, str) else ""
-        raise ValueError(
+        raise InputError(
             f"row {row} of the training dataset has an image that cannot be opened{named}: {error}; "
             "remove the row or repair the file"
         ) from None

@@ -93,20 +93,6 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
     return {"parameters": parameters, "gradients": gradients, "losses": torch.tensor(losses), "sharded": sharded}
 
 
-def allow_fsdp_on_cpu() -> None:
-    """accelerate 1.15 turns FSDP on for devices of its accelerator list only; FSDP2 itself runs on CPU with gloo."""
-    from accelerate import DistributedType, PartialState
-
-    original = PartialState.__init__
-
-    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = initialise  # type: ignore[method-assign]
-
-
 def main() -> None:
     output_dir, mode = Path(sys.argv[1]), sys.argv[2]
     if mode == "fsdp2":
@@ -120,8 +106,6 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if mode == "fsdp2":
-        allow_fsdp_on_cpu()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     results = {case_name(case): train(case, output_dir, processes) for case in CASES}
     if int(os.environ.get("RANK", "0")) == 0:

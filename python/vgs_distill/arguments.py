@@ -1,0 +1,261 @@
+"""What `vgs train` and `vgs eval` are told, in a YAML file and by flags, and the parser of both.
+
+TRL's conventions: every field of the dataclasses is a key of the YAML file and a flag, a flag wins over the file, and
+`env:` sets environment variables. `VGSConfig` holds the settings of a run, TRL's `ModelConfig` the student and its
+LoRA; the dataclasses here are what those two leave out. Layer: between cli and config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import TrainingArguments
+from trl import DistillationConfig, ModelConfig, TrlParser
+
+from .config import VGSConfig
+from .errors import InputError, nearest, one_sentence
+
+
+@dataclass
+class DatasetArguments:
+    """Where prompts and images come from; the names are those of TRL's scripts."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A dataset of the Hugging Face hub, a folder written by save_to_disk, a folder of images with "
+            "metadata, or a .jsonl or .parquet file. Columns: 'prompt' (text, or messages with role and content) and "
+            "'image' or 'images' (in .jsonl files: paths, relative to the file)."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_test_split: str = field(
+        default="test",
+        metadata={"help": "Split to evaluate on; in training, only if eval_strategy asks for it."},
+    )
+
+
+@dataclass
+class DataArguments(DatasetArguments):
+    """What training reads besides."""
+
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read rows while training instead of before it; needs max_steps."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "A dataset of its own for evaluation, as in dataset_name."}
+    )
+
+
+@dataclass
+class EvalArguments:
+    """What `vgs eval` measures, and where it writes it."""
+
+    output_file: str = field(default="eval.json", metadata={"help": "The JSON file to write."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher to measure the divergence from; without one, accuracy alone."}
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model repository ships."})
+    max_rows: int | None = field(default=None, metadata={"help": "Evaluate the first rows only; all by default."})
+    answer_column: str = field(default="answer", metadata={"help": "Column that holds the right answer, as text."})
+    answer_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": r"Regular expression that finds the answer in a completion: its last match, the first group if it "
+            r"has one, for example 'answer\s*:\s*(\w+)'. By default the whole completion is the answer. Both sides "
+            r"are compared without case, outer punctuation and repeated white space."
+        },
+    )
+    max_completion_length: int = field(default=512, metadata={"help": "Most tokens of a completion."})
+    decomposition: str = field(
+        default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows that are generated and scored at a time."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where a GPU is present."})
+
+
+_MODEL_FIELDS = re.compile("(teacher_)?model_.*|trust_remote_code|teacher_.*")  # of VGSConfig, beside ModelConfig's
+
+
+class SettingsParser(TrlParser):
+    """TRL's parser with the fields in groups, wrong names answered by the nearest right one, and no tracebacks."""
+
+    def __init__(self, command: str, description: str, dataclass_types: Sequence[Any]) -> None:
+        self.command = command
+        self._groups: dict[str, Any] = {}
+        self._hints: dict[str, Any] = {}
+        super().__init__(
+            dataclass_types,
+            prog=f"vgs {command}",
+            usage=f"vgs {command} --config run.yaml [--FIELD VALUE]...",
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of the fields below.")
+        for action in self._actions:
+            if action.const is False:
+                action.help = argparse.SUPPRESS  # --no_FIELD, which --FIELD false says as well
+
+    def parse(self, arguments: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+        """The filled dataclasses, and every value as it stands in a YAML file.
+
+        Raises:
+            InputError: a file, key, flag or value is wrong.
+        """
+        path = self._find_config(arguments)
+        from_file = [] if path is None else self._flags_of(path)
+        namespace, unknown = self.parse_known_args([*from_file, *arguments])
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            name = flag.lstrip("-").replace("-", "_")
+            raise InputError(f"vgs {self.command} has no flag {flag!r}{nearest(name, self._hints)}")
+        values = vars(namespace)
+        del values["config"]
+        filled = []
+        for kind in self.dataclass_types:
+            try:
+                filled.append(kind(**{item.name: values[item.name] for item in fields(kind) if item.init}))
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                raise InputError(one_sentence(error)) from error
+        return filled, values
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's way to refuse a value, without its usage text."""
+        raise InputError(re.sub(r"^argument --(\w+)\S*: ", r"\1: ", message))
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        hints = get_type_hints(dtype)
+        self._hints |= {item.name: hints[item.name] for item in fields(dtype) if item.init}
+        for item in fields(dtype):
+            if item.init:
+                item.type = hints[item.name]
+                self._parse_dataclass_field(self._group(dtype, item.name), item)
+
+    def _group(self, dtype: Any, name: str) -> Any:
+        """The help section of a field: that of the class which first declared it."""
+        if not self._groups:
+            for title in dict.fromkeys(_SECTIONS.values()):
+                self._groups[title] = self.add_argument_group(title)
+        origins = [base for base in reversed(dtype.__mro__) if base in _SECTIONS]
+        origin = next(base for base in origins if name in base.__dataclass_fields__)
+        return self._groups[_SECTIONS[ModelConfig if _MODEL_FIELDS.fullmatch(name) else origin]]
+
+    def _find_config(self, arguments: Sequence[str]) -> Path | None:
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", nargs="?", const="")
+        config = finder.parse_known_args(arguments)[0].config
+        return None if config is None else Path(config)
+
+    def _flags_of(self, path: Path) -> list[str]:
+        """The file as flags, so that both are read by the same rules; what no flag can say becomes a default."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            typed = yaml.safe_load(text)
+            written = yaml.load(text, yaml.BaseLoader)  # scalars as they were written: 1e-4 and no stay what they are
+        except OSError as error:
+            raise InputError(f"cannot read the configuration {str(path)!r} ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"the configuration {str(path)!r} is not text in UTF-8") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{str(path)!r} is not valid YAML: {one_sentence(error)}") from None
+        if not isinstance(typed, dict):
+            raise InputError(f"{str(path)!r} does not hold 'field: value' lines; write for example 'gamma: 0.8'")
+        flags: list[str] = []
+        for (key, scalar), value in zip(written.items(), typed.values(), strict=True):
+            if key == "env" and isinstance(scalar, dict):
+                os.environ.update({name: str(setting) for name, setting in scalar.items()})
+                continue
+            if key not in self._hints:
+                raise InputError(f"{str(path)!r} has an unknown key {key!r}{nearest(key, self._hints)}")
+            kinds = _kinds(self._hints[key])
+            if value is None:
+                if type(None) not in kinds and self.get_default(key) is not None:
+                    raise InputError(f"{key} has no value in {str(path)!r}; give it one or remove the line")
+                self.set_defaults_with_config(**{key: None})
+            elif isinstance(value, dict):
+                if dict not in kinds:
+                    raise InputError(f"{key} is a mapping in {str(path)!r}, where one value is expected")
+                flags.append(f"--{key}={json.dumps(value)}")
+            elif isinstance(value, list):
+                if list not in kinds:
+                    raise InputError(f"{key} is a list in {str(path)!r}, where one value is expected")
+                if value and str not in kinds:
+                    flags += [f"--{key}", *scalar]
+                else:
+                    self.set_defaults_with_config(**{key: value})
+            else:
+                flags.append(f"--{key}={scalar}")
+        return flags
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling per flag; a default only where it says something."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0] if action.dest != "help" else "-h, --help"
+        if action.nargs == 0:
+            return flag
+        kind = {"string_to_bool": "true|false"}.get(getattr(action.type, "__name__", ""))
+        return f"{flag} {action.metavar or kind or getattr(action.type, '__name__', 'value').upper()}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], "") else super()._get_help_string(action)
+
+
+_SECTIONS: dict[type, str] = {
+    VGSConfig: "steering (vgs)",
+    EvalArguments: "evaluation (vgs)",
+    DatasetArguments: "data",
+    DataArguments: "data",
+    ModelConfig: "models",
+    DistillationConfig: "distillation and rollouts (TRL)",
+    TrainingArguments: "training (transformers)",
+}
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The plain types that a hint such as `dict[str, Any] | str | None` allows."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return {get_origin(member) or member for member in members}
+
+
+def train_parser() -> SettingsParser:
+    """The parser of `vgs train`: VGSConfig, DataArguments, ModelConfig."""
+    return SettingsParser(
+        "train",
+        "Distil a vision-language teacher into a student on the student's own answers, with visual gradient steering. "
+        "Every field can stand in the YAML file or be given as a flag; a flag wins. Needed are output_dir, "
+        "model_name_or_path, teacher_model_name_or_path and dataset_name. The output folder receives checkpoints, the "
+        "final model with its processor, and run.yaml, from which the run can be repeated.",
+        (VGSConfig, DataArguments, ModelConfig),
+    )
+
+
+def eval_parser() -> SettingsParser:
+    """The parser of `vgs eval`: EvalArguments, DatasetArguments, ModelConfig."""
+    return SettingsParser(
+        "eval",
+        "Measure a model with and without its images: accuracy by free generation against an answer column and, with "
+        "a teacher, the divergence from it on the model's own completions. Prints a table and writes JSON.",
+        (EvalArguments, DatasetArguments, ModelConfig),
+    )
+
+
+def require(values: dict[str, Any], *names: str) -> None:
+    """InputError that names those of the fields which were not given."""
+    if missing := [name for name in names if values[name] is None]:
+        raise InputError(f"{' and '.join(missing)} must be given, in the YAML file or as a flag")

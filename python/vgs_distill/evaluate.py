@@ -1,0 +1,279 @@
+"""`vgs eval`: accuracy by free generation and the divergence from a teacher, each with and without the image.
+
+The model writes greedily. With the image it reads the row as it is; without, the same row as text alone. An answer is
+right if it equals the answer column after case, outer punctuation and repeated white space are put aside; where
+`answer_pattern` is given, the answer is the last match of that expression in the completion, otherwise all of it.
+
+The divergences are means per token over the model's own completions, in nats: KL(student || teacher) on what it wrote
+with the image and its language and visual part (`vgs_kernels.decomposed_kl`), and the same on what it wrote without,
+where all of it is language. Layer: cli; calls arguments, data, models and loss.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from trl import prepare_multimodal_messages
+
+from .arguments import EvalArguments, eval_parser, require
+from .config import VGSConfig
+from .data import IMAGE_COLUMNS, load_rows
+from .errors import InputError, one_sentence
+from .loss import MicroBatchLoss, decomposed_loss
+from .masking import Batch, ImageTokens
+from .models import check_installed, check_tokenizers, student_source, teacher_source
+from .output_dir import check_output_dir
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one set of rows, with the image or without."""
+
+    accuracy: float  # share of rows, 0..1
+    mean_length: float  # tokens of a completion
+    full: float | None  # KL(student || teacher) per token, in nats; None without a teacher, like the rest
+    lang: float | None
+    vis: float | None
+    entropy: float | None
+    completions: tuple[str, ...]
+
+
+def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[str, Any]:
+    """Run `vgs eval` with these flags; print the table, write the JSON file and return what it holds.
+
+    Raises:
+        InputError: something handed in cannot work; nothing has been written.
+    """
+    (settings, data, model), values = eval_parser().parse(arguments)
+    require(values, "model_name_or_path", "dataset_name")
+    pattern = _check(settings)
+    try:
+        loss_config = VGSConfig(
+            decomposition=settings.decomposition,
+            max_completion_length=settings.max_completion_length,
+            use_cpu=settings.use_cpu,
+            bf16=False,
+        )
+    except ValueError as error:
+        raise InputError(one_sentence(error)) from error
+    output = Path(settings.output_file)
+    check_output_dir(output.parent)
+    check_installed(model.attn_implementation, use_liger_kernel=False)
+    student = student_source(model, settings)
+    config = student.check()
+    processor = student.processor()
+    teacher = None
+    if settings.teacher_model_name_or_path is not None:
+        teacher = teacher_source(model, settings)
+        teacher.check()
+        check_tokenizers(processor, teacher)
+    rows: Any = load_rows(
+        data.dataset_name, split=data.dataset_test_split, config=data.dataset_config, need_images=True
+    )
+    for column in ("prompt", settings.answer_column):
+        if column not in rows.column_names:
+            listing = ", ".join(repr(name) for name in rows.column_names)
+            raise InputError(f"the dataset {data.dataset_name!r} has no column {column!r} (it has {listing})")
+    if settings.max_rows is not None:
+        rows = rows.select(range(min(settings.max_rows, len(rows))))
+    if len(rows) == 0:
+        raise InputError(f"the dataset {data.dataset_name!r} is empty; give it at least one row")
+    device = loss_config.device
+    judge = _Evaluator(
+        settings,
+        loss_config,
+        pattern,
+        processor,
+        ImageTokens.of(config),
+        student.load(device).eval(),
+        None if teacher is None else teacher.load(device).eval(),
+    )
+    measured = {name: judge.measure(rows, with_image=name == "with_image") for name in ("with_image", "without_image")}
+    results = {
+        "settings": {name: values[name] for name in (*asdict(settings), *asdict(data), "model_name_or_path")},
+        "rows": len(rows),
+        **{name: asdict(result) for name, result in measured.items()},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+    console = console or Console()
+    console.print(_table(measured, len(rows)))
+    console.print(f"Written: {output}", soft_wrap=True, highlight=False)
+    return results
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no punctuation or white space at either end."""
+    return " ".join(text.casefold().split()).strip(string.punctuation + " ")
+
+
+def read_answer(completion: str, pattern: re.Pattern[str] | None) -> str | None:
+    """The answer in a completion, or None where the pattern finds none."""
+    if pattern is None:
+        return completion
+    matches = list(pattern.finditer(completion))
+    return matches[-1][1 if pattern.groups else 0] if matches else None
+
+
+def _check(settings: EvalArguments) -> re.Pattern[str] | None:
+    """The compiled answer pattern; InputError if a setting is out of range."""
+    for name in ("max_rows", "batch_size"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be 1 or more, got {value}")
+    try:
+        return None if settings.answer_pattern is None else re.compile(settings.answer_pattern, re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"answer_pattern is not a regular expression: {error}") from None
+
+
+class _Evaluator:
+    """A model, its processor and perhaps its teacher, on one device."""
+
+    def __init__(
+        self,
+        settings: EvalArguments,
+        loss_config: VGSConfig,
+        pattern: re.Pattern[str] | None,
+        processor: ProcessorMixin,
+        image_tokens: ImageTokens,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+    ) -> None:
+        self.settings = settings
+        self.loss_config = loss_config
+        self.pattern = pattern
+        self.processor: Any = processor
+        self.tokenizer: Any = self.processor.tokenizer
+        self.image_tokens = image_tokens
+        self.student: Any = student
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def measure(self, rows: Dataset, *, with_image: bool) -> Measured:
+        """Generate for all rows, judge the answers and score the tokens."""
+        completions: list[str] = []
+        right: list[bool] = []
+        tokens = 0.0
+        sums = torch.zeros(4, dtype=torch.float64)
+        for start in range(0, len(rows), self.settings.batch_size):
+            chunk = rows.select(range(start, min(start + self.settings.batch_size, len(rows))))
+            batch, mask = self._generate(chunk, with_image)
+            texts = self.tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
+            for text, answer in zip(texts, chunk[self.settings.answer_column], strict=True):
+                found = read_answer(text, self.pattern)
+                right.append(found is not None and normalise(found) == normalise(str(answer)))
+            completions += texts
+            tokens += float(mask.sum())
+            if self.teacher is not None:
+                sums += self._score(self.teacher, batch, mask).sums()[:4].cpu().double()
+        full, lang, vis, entropy = [None] * 4 if self.teacher is None else (sums / max(tokens, 1.0)).tolist()
+        return Measured(sum(right) / len(right), tokens / len(right), full, lang, vis, entropy, tuple(completions))
+
+    def _generate(self, rows: Dataset, with_image: bool) -> tuple[Batch, Tensor]:
+        """Prompts with greedy completions, and which of their tokens count."""
+        inputs = self._inputs(rows, with_image).to(self.student.device)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.settings.max_completion_length,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.student.generation_config.eos_token_id or self.tokenizer.eos_token_id,
+            suppress_tokens=self.image_tokens.banned_while_sampling,
+            disable_compile=True,
+        )
+        prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]
+        written = self.student.generate(**inputs, generation_config=config)[:, prompt_ids.size(1) :]
+        ends = torch.isin(written, torch.tensor(config.eos_token_id, device=written.device))
+        mask = (ends.cumsum(dim=1) - ends.long() == 0).to(prompt_mask.dtype)  # up to the first end, itself included
+        multimodal = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        for name, value in multimodal.items():
+            if name.endswith("token_type_ids"):  # a completion is text
+                multimodal[name] = torch.cat([value, value.new_zeros(written.shape)], dim=1)
+        return Batch(prompt_ids, prompt_mask, written, mask, multimodal), mask
+
+    def _inputs(self, rows: Dataset, with_image: bool) -> Any:
+        """What the processor makes of the rows, padded on the left."""
+        column = next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
+        images = [[] for _ in range(len(rows))] if column is None or not with_image else rows[column]
+        images = [value if isinstance(value, list) else [value] if value is not None else [] for value in images]
+        prompts = rows["prompt"]
+        if isinstance(prompts[0], str):
+            return self.processor(
+                text=list(prompts), images=images if any(images) else None, padding=True, return_tensors="pt"
+            )
+        return self.processor.apply_chat_template(
+            [
+                prepare_multimodal_messages(_without_placeholders(prompt) if not row_images else prompt, row_images)
+                for prompt, row_images in zip(prompts, images, strict=True)
+            ],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+
+    def _score(self, teacher: PreTrainedModel, batch: Batch, mask: Tensor) -> MicroBatchLoss:
+        return decomposed_loss(
+            self.loss_config,
+            self.student,
+            teacher,
+            batch,
+            mask,
+            1.0,
+            self.image_tokens,
+            run_student=_hidden_states,
+            run_teacher=_hidden_states,
+            span=lambda name: nullcontext(),
+        )
+
+
+def _without_placeholders(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose blocks are text alone."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [block for block in message["content"] if block["type"] != "image"]}
+        for message in prompt
+    ]
+
+
+def _hidden_states(model: Any, batch: Batch) -> Tensor:
+    """The states that predict the completion, (rows, completion, width)."""
+    output = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.multimodal
+    )
+    return output.last_hidden_state[:, :-1][:, -batch.completion_ids.size(1) :]
+
+
+def _table(measured: dict[str, Measured], rows: int) -> Table:
+    table = Table(title=f"{rows} rows, greedy completions; divergences per token, in nats")
+    table.add_column("")
+    for name in measured:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row("accuracy", *(f"{result.accuracy:.1%}" for result in measured.values()))
+    table.add_row("tokens per completion", *(f"{result.mean_length:.1f}" for result in measured.values()))
+    labels = {
+        "full": "KL(student || teacher)",
+        "lang": "  language part",
+        "vis": "  visual part",
+        "entropy": "entropy of the student",
+    }
+    for part, label in labels.items():
+        values = [getattr(result, part) for result in measured.values()]
+        if None not in values:
+            table.add_row(label, *(f"{value:.4f}" for value in values))
+    return table

@@ -1,0 +1,121 @@
+"""`vgs train`: from arguments to a trained model in a folder.
+
+What is cheap to check is checked first, so that bad input ends within seconds and leaves nothing behind.
+Layer: cli; calls arguments, data, models and the trainer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config
+
+from .arguments import DataArguments, require, train_parser
+from .config import VGSConfig
+from .data import load_rows
+from .errors import InputError, one_sentence
+from .models import check_installed, check_tokenizers, student_source, teacher_source
+from .output_dir import check_output_dir
+from .trainer import VGSTrainer
+from .validation import check_dataset
+
+RUN_FILE = "run.yaml"  # every argument of the run, in its output folder
+
+
+def train(arguments: Sequence[str]) -> Path:
+    """Run `vgs train` with these flags and return the output folder.
+
+    Raises:
+        InputError: something handed in cannot work; nothing has been written.
+    """
+    (config, data, model), values = train_parser().parse(arguments)
+    trainer, checkpoint = build(config, data, model, values)
+    if trainer.is_world_process_zero():
+        Path(config.output_dir).joinpath(RUN_FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer)
+    return Path(config.output_dir)
+
+
+def build(
+    config: VGSConfig, data: DataArguments, model: ModelConfig, values: dict[str, Any]
+) -> tuple[VGSTrainer, str | None]:
+    """The trainer, and the checkpoint it resumes from; cheap checks first."""
+    require(values, "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
+    assert config.output_dir is not None
+    assert data.dataset_name is not None
+    checkpoint = resume_point(config.output_dir, config.resume_from_checkpoint)
+    check_installed(model.attn_implementation, config.use_liger_kernel)
+    if data.dataset_streaming and config.max_steps < 1:
+        raise InputError("a streamed dataset has no length; set max_steps with dataset_streaming")
+    student, teacher = student_source(model, config), teacher_source(model, config)
+    student.check()
+    teacher.check()
+    processor = student.processor()
+    check_tokenizers(processor, teacher)
+
+    def rows(name: str, split: str) -> Any:
+        steered = config.steering != "none"
+        return load_rows(
+            name, split=split, config=data.dataset_config, streaming=data.dataset_streaming, need_images=steered
+        )
+
+    train_rows = rows(data.dataset_name, data.dataset_train_split)
+    check_dataset(train_rows, config.check_dataset_rows)
+    config.check_dataset_rows = 0  # the trainer need not open the images again
+    eval_rows = None
+    if config.eval_strategy != "no":
+        eval_rows = rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split)
+    config.model_init_kwargs = config.teacher_model_init_kwargs = None  # in the sources by now
+    try:
+        trainer = VGSTrainer(
+            model=student.load(),
+            teacher_model=teacher.load(),
+            args=config,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processor,
+            peft_config=get_peft_config(model),
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(one_sentence(error)) from error
+    return trainer, checkpoint
+
+
+def resume_point(output_dir: str, asked: str | None) -> str | None:
+    """The checkpoint to resume from, if any; InputError if it is none, or if the run would overwrite another."""
+    folder = check_output_dir(output_dir)
+    if asked is None or asked.lower() == "false":
+        # Of several processes the first asks: it may be writing while the others still start.
+        if os.environ.get("RANK", "0") == "0" and folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"the output directory {output_dir!r} is not empty; choose another one, or continue what is there "
+                "with resume_from_checkpoint=true"
+            )
+        return None
+    if asked.lower() == "true":
+        last = get_last_checkpoint(output_dir) if folder.exists() else None
+        if last is None:
+            raise InputError(
+                f"there is no checkpoint in {output_dir!r} to resume from; leave resume_from_checkpoint out"
+            )
+        return last
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise InputError(
+            f"{asked!r} is not a checkpoint (it holds no trainer_state.json); give a checkpoint-* folder, or true"
+        )
+    return asked
+
+
+def save(trainer: VGSTrainer) -> None:
+    """The final model and its processor in the output folder, as `from_pretrained` reads them."""
+    if trainer.is_fsdp_enabled:
+        # Shards are for resuming; accelerate would write nothing here.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    trainer.save_state()

@@ -1,0 +1,76 @@
+"""What the tests of the `vgs` command share: small models, processors and datasets on disk, as a user has them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with `student` and `teacher`, and one dataset of sixteen rows in every form that `vgs` reads."""
+
+    root: Path
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """The fields of a run of two steps on the CPU."""
+        return {
+            "model_name_or_path": str(self.root / "student"),
+            "teacher_model_name_or_path": str(self.root / "teacher"),
+            "dataset_name": str(self.root / "rows.jsonl"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "max_completion_length": 4,
+            "learning_rate": "1e-3",
+            "logging_steps": 1,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **changes,
+        }
+
+    def yaml(self, path: Path, **changes: Any) -> str:
+        """Write the settings to a file, without those that are `...`; return its name."""
+        import yaml
+
+        settings = {name: value for name, value in self.settings(**changes).items() if value is not ...}
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    import torch
+    from vgs_distill.demo.models import build_model, build_processor
+    from vgs_distill.demo.recipes import ModelSize
+    from vgs_distill.demo.worlds import make_world, to_prompt_dataset
+
+    root = tmp_path_factory.mktemp("workspace")
+    world = make_world("shapes")
+    processor = build_processor(world.words)
+    for seed, (name, width) in enumerate((("student", 32), ("teacher", 48))):
+        torch.manual_seed(seed)
+        build_model(ModelSize(text_width=width, vision_width=32), processor).save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    examples = world.training_questions(16, seed=5, prior=0.5)
+    rows = to_prompt_dataset(examples).add_column("answer", [example.answer for example in examples])
+    rows.save_to_disk(str(root / "saved"))
+    rows.to_parquet(str(root / "rows.parquet"))
+    pictures = root / "pictures"
+    pictures.mkdir()
+    lines, metadata = [], []
+    for index, example in enumerate(examples):
+        example.image.save(pictures / f"{index}.png")
+        row = {"prompt": [{"role": "user", "content": example.question}], "answer": example.answer}
+        lines.append(json.dumps({**row, "image": f"pictures/{index}.png"}))
+        metadata.append(json.dumps({**row, "file_name": f"{index}.png"}))
+    (root / "rows.jsonl").write_text("\n".join(lines))
+    (pictures / "metadata.jsonl").write_text("\n".join(metadata))
+    return Workspace(root)

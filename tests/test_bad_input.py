@@ -1,0 +1,331 @@
+"""Bad input: one clear sentence, exit code 2, no traceback, and nothing left in the output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+from vgs_distill.cli import app
+
+from tests.conftest import Workspace
+
+PROMPT = [{"role": "user", "content": "what is this ?"}]
+
+
+def refused(command: str, *arguments: str) -> str:
+    """Run the command in this process, hold it to the rules above, and return its sentence."""
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    *before, sentence = result.stderr.splitlines()  # before it: progress bars of datasets and transformers
+    assert sentence.startswith("vgs: ")
+    assert not any(line.startswith("vgs: ") for line in before)
+    return sentence
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def rows(tmp_path: Path, *records: dict[str, Any]) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return str(path)
+
+
+# Fields of run.yaml that are wrong, and what the sentence says. `...` leaves a field out.
+FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "key of YAML": ({"gama": 0.5}, "unknown key 'gama'; did you mean 'gamma'?"),
+    "type of a number": ({"max_steps": 2.5}, "max_steps: invalid int value: '2.5'"),
+    "word for a number": ({"gamma": "much"}, "gamma: invalid float value: 'much'"),
+    "list for a number": ({"gamma": [0.5, 0.8]}, "gamma is a list"),
+    "mapping for a word": ({"steering": {"a": 1}}, "steering is a mapping"),
+    "no value": ({"gamma": None}, "gamma has no value"),
+    "decomposition": ({"decomposition": "mached"}, "unknown decomposition 'mached'; choose one of"),
+    "image mask": ({"image_mask": "grey"}, "unknown image_mask 'grey'"),
+    "gamma out of range": ({"gamma": 1.5}, "gamma must be in [0, 1], got 1.5"),
+    "weight ratio": ({"max_weight_ratio": -1}, "max_weight_ratio must be positive"),
+    "forward KL": ({"beta": 0.5}, "splits the reverse KL divergence"),
+    "fp16": ({"fp16": True}, "undoes the loss scaling of fp16"),
+    "no completion": ({"max_completion_length": 0}, "max_completion_length must be 1 or more"),
+    "temperature": ({"temperature": 0}, "temperature must be positive"),
+    "DeepSpeed with exact": ({"deepspeed": "zero2.json"}, "DeepSpeed steps inside backward"),
+    "no model": ({"model_name_or_path": ...}, "model_name_or_path must be given"),
+    "no teacher": ({"teacher_model_name_or_path": ...}, "teacher_model_name_or_path must be given"),
+    "no dataset": ({"dataset_name": ...}, "dataset_name must be given"),
+    "missing model": ({"model_name_or_path": "./nowhere"}, "there is no student model at './nowhere'"),
+    "missing teacher": ({"teacher_model_name_or_path": "./nowhere"}, "there is no teacher model at './nowhere'"),
+    "missing dataset": ({"dataset_name": "./nowhere.jsonl"}, "there is no dataset at './nowhere.jsonl'"),
+    "kind of dataset": ({"dataset_name": __file__}, "cannot read"),
+    "endless stream": ({"dataset_streaming": True, "max_steps": -1}, "set max_steps with dataset_streaming"),
+    "resume from nowhere": ({"resume_from_checkpoint": "./nowhere"}, "'./nowhere' is not a checkpoint"),
+    "resume from nothing": ({"resume_from_checkpoint": True}, "there is no checkpoint in"),
+    "FlashAttention absent": ({"attn_implementation": "flash_attention_3"}, "use 'sdpa'"),
+    "attention unknown": ({"attn_implementation": "fast"}, "cannot load the student"),
+    "4 and 8 bits": ({"load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_wrong_field(kind: str, workspace: Workspace, tmp_path: Path) -> None:
+    changes, sentence = FIELDS[kind]
+    run = tmp_path / "run"
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), **changes)
+    assert sentence in refused("train", "--config", config)
+    assert not run.exists()
+
+
+def broken_image(folder: Path) -> str:
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    return rows(folder, {"prompt": PROMPT, "image": "broken.png"})
+
+
+def malformed(folder: Path) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text('{"prompt": \n oh')
+    return str(path)
+
+
+# Rows of a dataset that are wrong; a function writes them and returns the name of the dataset.
+DATASETS: dict[str, tuple[Callable[[Path], str], str]] = {
+    "empty": (rows, "dataset"),
+    "no prompt column": (lambda path: rows(path, {"question": "a", "image": None}), "no column 'prompt' (it has"),
+    "no image column": (lambda path: rows(path, {"prompt": PROMPT}), "neither a column 'image' nor 'images'"),
+    "row without prompt": (
+        lambda path: rows(path, {"prompt": [], "image": None}),
+        "row 0 of the training dataset has no",
+    ),
+    "numbers for images": (lambda path: rows(path, {"prompt": PROMPT, "image": 7}), "'image' holds int64, not images"),
+    "missing image": (
+        lambda path: rows(path, {"prompt": PROMPT, "image": "gone.png"}),
+        "row 0 of the training dataset",
+    ),
+    "corrupt image": (broken_image, "row 0 of the training dataset has an image that cannot be opened"),
+    "malformed JSON": (malformed, "cannot read the dataset"),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_a_wrong_dataset(kind: str, workspace: Workspace, tmp_path: Path) -> None:
+    write, sentence = DATASETS[kind]
+    run = tmp_path / "run"
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), dataset_name=write(tmp_path))
+    assert sentence in refused("train", "--config", config)
+    assert not run.exists()
+
+
+def changed_model(source: Path, target: Path, **config: Any) -> str:
+    """A copy of a model whose config differs."""
+    shutil.copytree(source, target)
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**settings, **config}))
+    return str(target)
+
+
+def pickled_weights(workspace: Workspace, target: Path) -> dict[str, str]:
+    import torch
+
+    folder = changed_model(workspace.root / "student", target)
+    (target / "model.safetensors").unlink()
+    torch.save({}, target / "pytorch_model.bin")
+    return {"model_name_or_path": folder}
+
+
+def without_weights(workspace: Workspace, target: Path) -> dict[str, str]:
+    folder = changed_model(workspace.root / "teacher", target)
+    (target / "model.safetensors").unlink()
+    return {"teacher_model_name_or_path": folder}
+
+
+def damaged_weights(workspace: Workspace, target: Path) -> dict[str, str]:
+    folder = changed_model(workspace.root / "student", target)
+    (target / "model.safetensors").write_bytes(b"half a file")
+    return {"model_name_or_path": folder}
+
+
+def without_vision(workspace: Workspace, target: Path) -> dict[str, str]:
+    from transformers import Qwen3Config
+
+    Qwen3Config(architectures=["Qwen3ForCausalLM"]).save_pretrained(target)
+    return {"model_name_or_path": str(target)}
+
+
+def without_processor(workspace: Workspace, target: Path) -> dict[str, str]:
+    folder = changed_model(workspace.root / "student", target)
+    (target / "processor_config.json").unlink()
+    return {"model_name_or_path": folder}
+
+
+def foreign_code(workspace: Workspace, target: Path) -> dict[str, str]:
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
+    folder = changed_model(workspace.root / "student", target, model_type="own", auto_map=auto_map)
+    (target / "configuration_own.py").write_text("raise SystemExit('ran')")
+    return {"model_name_or_path": folder}
+
+
+def other_words(workspace: Workspace, target: Path) -> dict[str, str]:
+    from vgs_distill.demo.models import build_processor
+
+    folder = changed_model(workspace.root / "teacher", target)
+    build_processor(["other", "words"]).save_pretrained(target)
+    return {"teacher_model_name_or_path": folder}
+
+
+def other_splitting(workspace: Workspace, target: Path) -> dict[str, str]:
+    folder = changed_model(workspace.root / "teacher", target)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": ""}
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return {"teacher_model_name_or_path": folder}
+
+
+MODELS: dict[str, tuple[Callable[[Workspace, Path], dict[str, str]], str]] = {
+    "pickled weights": (pickled_weights, "pickled weights (pytorch_model.bin), which are never loaded"),
+    "no weights": (without_weights, "the teacher"),
+    "damaged weights": (damaged_weights, "cannot load the student"),
+    "no vision": (without_vision, "needs a vision-language model"),
+    "no processor": (without_processor, "Can't load image processor"),
+    "code of its own": (foreign_code, "ships code of its own"),
+    "other vocabulary": (other_words, "different vocabularies"),
+    "other tokenizer": (other_splitting, "split text differently"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_wrong_model(kind: str, workspace: Workspace, tmp_path: Path) -> None:
+    make, sentence = MODELS[kind]
+    run = tmp_path / "run"
+    changes = make(workspace, tmp_path / "model")
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), **changes)
+    assert sentence in refused("train", "--config", config)
+    assert not run.exists()
+
+
+def test_an_output_dir_that_is_a_file(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(tmp_path / "run"))
+    assert "cannot write to the output directory" in refused("train", "--config", config)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_an_output_dir_that_cannot_be_written(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir="/proc/vgs/run")  # not even root writes there
+    assert "cannot write to the output directory" in refused("train", "--config", config)
+
+
+def test_an_output_dir_of_another_run(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_text("mine")
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run))
+    assert "is not empty; choose another one, or continue" in refused("train", "--config", config)
+    assert entries(run) == ["model.safetensors"]
+
+
+def test_no_output_dir(workspace: Workspace, tmp_path: Path) -> None:
+    assert "output_dir must be given" in refused("train", "--config", workspace.yaml(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("gamma: [0.8", "is not valid YAML"),
+        ("just words", "does not hold 'field: value' lines"),
+        ("", "does not hold 'field: value' lines"),
+    ],
+)
+def test_a_file_that_is_no_configuration(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert sentence in refused("train", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_configuration_that_is_not_there() -> None:
+    assert "cannot read the configuration 'nowhere.yaml'" in refused("train", "--config", "./nowhere.yaml")
+    assert "cannot read the configuration" in refused("train", "--config")
+
+
+def test_a_wrong_flag() -> None:
+    assert "no flag '--gama'; did you mean 'gamma'?" in refused("train", "--gama", "0.5")
+    assert "no flag '--answer-colum'; did you mean 'answer_column'?" in refused("eval", "--answer-colum", "a")
+
+
+def test_a_flag_without_its_value() -> None:
+    assert "gamma: expected one argument" in refused("train", "--gamma")
+
+
+def test_liger_asked_for_and_absent(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vgs_distill.models.is_liger_kernel_available", lambda: False)
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(tmp_path / "run"), use_liger_kernel=True)
+    assert "pip install liger-kernel" in refused("train", "--config", config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed steps inside backward"),
+    ],
+)
+def test_a_launcher_that_steering_cannot_use(
+    environment: dict[str, str], sentence: str, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(tmp_path / "run"))
+    assert sentence in refused("train", "--config", config)
+    assert not (tmp_path / "run").exists()
+
+
+def evaluation(workspace: Workspace, tmp_path: Path, *more: str) -> list[str]:
+    files = ["--output_file", str(tmp_path / "eval.json"), "--dataset_name", str(workspace.root / "rows.jsonl")]
+    return ["--model_name_or_path", str(workspace.root / "student"), "--use_cpu", *files, *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--answer_column", "reply"], "has no column 'reply'"),
+        (["--answer_pattern", "(answer"], "answer_pattern is not a regular expression"),
+        (["--decomposition", "halves"], "unknown decomposition 'halves'"),
+        (["--max_rows", "0"], "max_rows must be 1 or more"),
+        (["--teacher_model_name_or_path", "./nowhere"], "there is no teacher model"),
+        (["--output_file", "/proc/vgs/eval.json"], "cannot write"),
+    ],
+)
+def test_a_wrong_evaluation(more: list[str], sentence: str, workspace: Workspace, tmp_path: Path) -> None:
+    assert sentence in refused("eval", *evaluation(workspace, tmp_path, *more))
+    assert entries(tmp_path) == []
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vgs_distill", *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_shell_sees_the_sentence_and_the_code(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(tmp_path / "run"), model_name_or_path="./nowhere")
+    result = command("train", "--config", config)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("vgs: there is no student model at './nowhere'")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = command("--debug", "train", "--config", str(tmp_path / "none.yaml"))
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+    assert "InputError: cannot read the configuration" in result.stderr

@@ -1,0 +1,154 @@
+"""`vgs train` and `vgs eval` from a YAML file to what they leave on disk, with every kind of dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+from vgs_distill.cli import app
+
+from tests.conftest import Workspace
+
+
+def vgs(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def train(workspace: Workspace, tmp_path: Path, *flags: str, **changes: Any) -> Path:
+    run = tmp_path / "run"
+    vgs("train", "--config", workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), **changes), *flags)
+    return run
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def test_help_reads_from_steering_to_transformers() -> None:
+    text = vgs("train", "--help")
+    sections = ["steering (vgs):", "data:", "models:", "distillation and rollouts (TRL):", "training (transformers):"]
+    places = [text.index(f"\n{section}\n") for section in sections]
+    assert places == sorted(places)
+    assert places[0] < text.index("--gamma FLOAT") < places[1] < text.index("--dataset_name STR") < places[2]
+    assert places[2] < text.index("--teacher_model_name_or_path STR") < places[3]
+    assert "--answer_column STR" in vgs("eval", "--help")
+
+
+def test_a_run_leaves_a_model_a_processor_and_what_repeats_it(workspace: Workspace, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from vgs_distill.arguments import train_parser
+
+    run = train(workspace, tmp_path, "--gamma", "0.6", gamma=0.9, save_strategy="steps", save_steps=1)
+    assert [row["steering/gamma"] for row in history(run) if "steering/gamma" in row] == [0.6, 0.6]
+    trained = AutoModelForImageTextToText.from_pretrained(run)
+    start = AutoModelForImageTextToText.from_pretrained(workspace.root / "student")
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    assert AutoProcessor.from_pretrained(run).image_processor is not None
+
+    again = yaml.safe_load((run / "run.yaml").read_text())
+    assert again["gamma"] == 0.6
+    assert again["max_steps"] == 2
+    _, values = train_parser().parse(["--config", str(run / "run.yaml")])
+    assert values == again
+
+    vgs("train", "--config", str(run / "run.yaml"), "--output_dir", str(tmp_path / "again"))
+    repeated = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
+    assert torch.equal(trained.lm_head.weight, repeated.lm_head.weight)
+
+    vgs("train", "--config", str(run / "run.yaml"), "--resume_from_checkpoint", "true", "--max_steps", "3")
+    assert [row["step"] for row in history(run) if "steering/gamma" in row] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["saved", "rows.parquet", "pictures"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_kind_of_dataset_gives_the_same_rows(name: str, streaming: bool, workspace: Workspace) -> None:
+    from vgs_distill.data import load_rows
+
+    expected = list(load_rows(str(workspace.root / "rows.jsonl"), split="train"))
+    found = list(load_rows(str(workspace.root / name), split="train", streaming=streaming))
+    assert len(found) == len(expected) == 16
+    pixels = {row["image"].tobytes(): row["prompt"] for row in expected}
+    for row in found:
+        assert pixels[row["image"].convert("RGB").tobytes()] == row["prompt"]
+
+
+def test_a_streamed_file_trains(workspace: Workspace, tmp_path: Path) -> None:
+    run = train(workspace, tmp_path, dataset_streaming=True, steering="amortized")
+    assert [row["step"] for row in history(run) if "loss/vis" in row] == [1, 2]
+
+
+def test_several_images_per_row_are_read_from_paths(workspace: Workspace, tmp_path: Path) -> None:
+    from vgs_distill.data import load_rows
+
+    pictures = [str(workspace.root / "pictures" / "0.png"), str(workspace.root / "pictures" / "1.png")]
+    rows = [{"prompt": "compare", "images": pictures}, {"prompt": "tell", "images": []}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = list(load_rows(str(tmp_path / "rows.jsonl"), split="train"))
+    assert [[image.size for image in row["images"]] for row in found] == [[(32, 32), (32, 32)], []]
+
+
+def test_an_adapter_is_trained_and_saved(workspace: Workspace, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    run = train(
+        workspace,
+        tmp_path,
+        "--use_peft",
+        lora_target_modules="all-linear",
+        lora_r=4,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    assert not (run / "model.safetensors").exists()
+    model = AutoModelForImageTextToText.from_pretrained(run)
+    assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
+    assert any("eval_loss" in row for row in history(run))
+
+
+def test_eval_tells_with_the_image_from_without(workspace: Workspace, tmp_path: Path) -> None:
+    files = {"dataset_name": "rows.jsonl", "model_name_or_path": "student", "teacher_model_name_or_path": "teacher"}
+    settings = {name: str(workspace.root / file) for name, file in files.items()}
+    settings |= {"output_file": str(tmp_path / "eval.json"), "max_completion_length": 4, "use_cpu": True, "dtype": None}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(settings))
+    output = vgs("eval", "--config", str(tmp_path / "eval.yaml"), "--answer_pattern", r"\w+")
+    assert "KL(student || teacher)" in output
+    results = json.loads((tmp_path / "eval.json").read_text())
+    seen, blind = results["with_image"], results["without_image"]
+    assert results["rows"] == len(seen["completions"]) == len(blind["completions"]) == 16
+    assert seen["vis"] == pytest.approx(seen["full"])  # matched: the visual part is KL(student || teacher)
+    assert seen["lang"] != pytest.approx(seen["full"])
+    assert blind["vis"] == 0
+    assert blind["lang"] == pytest.approx(blind["full"])
+    assert seen["full"] != pytest.approx(blind["full"])
+
+
+def test_a_model_is_its_own_perfect_teacher(workspace: Workspace, tmp_path: Path) -> None:
+    student, rows = str(workspace.root / "student"), str(workspace.root / "saved")
+    models = ["--model_name_or_path", student, "--teacher_model_name_or_path", student, "--use_cpu"]
+    where = ["--dataset_name", rows, "--max_rows", "3", "--output_file", str(tmp_path / "eval.json")]
+    vgs("eval", *models, *where, "--max_completion_length", "3")
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert len(results["with_image"]["completions"]) == 3
+    for part in ("full", "lang", "vis"):
+        assert results["with_image"][part] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_matching_rule() -> None:
+    import re
+
+    from vgs_distill.evaluate import normalise, read_answer
+
+    assert normalise("  The  Cat. ") == normalise("the cat")
+    assert normalise("cats") != normalise("cat")
+    pattern = re.compile(r"answer\s*:\s*(\w+)", re.IGNORECASE)
+    assert read_answer("answer: one. No, Answer : two", pattern) == "two"
+    assert read_answer("two", pattern) is None
+    assert read_answer("it is two", re.compile("two|three")) == "two"
+    assert read_answer("it is two", None) == "it is two"
