@@ -42,8 +42,8 @@ class VGSConfig(DistillationConfig):
         refresh_every: Steps from one exact measurement to the next, with ``"amortized"``; 0 never measures and takes
             the ratio of the logit gradients for that of the parameter gradients.
         refresh_drift: Measure early when the ratio of the two logit gradient norms has changed by this factor.
-        image_mask: What the masked view of a prompt is. ``"drop"``: image tokens and their delimiters leave the
-            sequence and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
+        image_mask: What the masked view of a prompt is. ``"drop"``: the prompt is what the chat template writes
+            without the image, and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
             ``"attention"``: image tokens stay, but nothing attends to them.
         check_dataset_rows: How many rows of a map-style dataset have their image opened before training starts (all
             rows have their prompt checked); None for all.

@@ -32,8 +32,10 @@ from .arguments import EvalArguments, eval_parser, require
 from .config import VGSConfig
 from .data import IMAGE_COLUMNS, load_rows
 from .errors import InputError, one_sentence
+from .families import Family, ImageTokens, family_of
+from .heads import backbone
 from .loss import MicroBatchLoss, decomposed_loss
-from .masking import Batch, ImageTokens
+from .masking import Batch, without_image_parts
 from .models import check_installed, check_tokenizers, student_source, teacher_source
 from .output_dir import check_output_dir
 
@@ -74,6 +76,11 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     check_installed(model.attn_implementation, use_liger_kernel=False)
     student = student_source(model, settings)
     config = student.check()
+    if family_of(config).needs_image:
+        raise InputError(
+            f"every question is also asked without its image, but the processor of model type {config.model_type!r} "
+            "takes no prompt without one"
+        )
     processor = student.processor()
     teacher = None
     if settings.teacher_model_name_or_path is not None:
@@ -97,7 +104,8 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
         loss_config,
         pattern,
         processor,
-        ImageTokens.of(config),
+        family_of(config),
+        ImageTokens.of(config, processor),
         student.load(device).eval(),
         None if teacher is None else teacher.load(device).eval(),
     )
@@ -149,6 +157,7 @@ class _Evaluator:
         loss_config: VGSConfig,
         pattern: re.Pattern[str] | None,
         processor: ProcessorMixin,
+        family: Family,
         image_tokens: ImageTokens,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
@@ -158,6 +167,7 @@ class _Evaluator:
         self.pattern = pattern
         self.processor: Any = processor
         self.tokenizer: Any = self.processor.tokenizer
+        self.family = family
         self.image_tokens = image_tokens
         self.student: Any = student
         self.teacher = teacher
@@ -202,7 +212,11 @@ class _Evaluator:
         for name, value in multimodal.items():
             if name.endswith("token_type_ids"):  # a completion is text
                 multimodal[name] = torch.cat([value, value.new_zeros(written.shape)], dim=1)
-        return Batch(prompt_ids, prompt_mask, written, mask, multimodal), mask
+        text = self._inputs(rows, with_image=False).to(prompt_ids.device)
+        return (
+            Batch(prompt_ids, prompt_mask, written, mask, multimodal, text["input_ids"], text["attention_mask"]),
+            mask,
+        )
 
     def _inputs(self, rows: Dataset, with_image: bool) -> Any:
         """What the processor makes of the rows, padded on the left."""
@@ -216,7 +230,7 @@ class _Evaluator:
             )
         return self.processor.apply_chat_template(
             [
-                prepare_multimodal_messages(_without_placeholders(prompt) if not row_images else prompt, row_images)
+                prepare_multimodal_messages(without_image_parts(prompt) if not row_images else prompt, row_images)
                 for prompt, row_images in zip(prompts, images, strict=True)
             ],
             add_generation_prompt=True,
@@ -235,25 +249,16 @@ class _Evaluator:
             mask,
             1.0,
             self.image_tokens,
+            self.family,
             run_student=_hidden_states,
             run_teacher=_hidden_states,
             span=lambda name: nullcontext(),
         )
 
 
-def _without_placeholders(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose blocks are text alone."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": [block for block in message["content"] if block["type"] != "image"]}
-        for message in prompt
-    ]
-
-
 def _hidden_states(model: Any, batch: Batch) -> Tensor:
     """The states that predict the completion, (rows, completion, width)."""
-    output = model.base_model(
+    output = backbone(model)(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.multimodal
     )
     return output.last_hidden_state[:, :-1][:, -batch.completion_ids.size(1) :]

@@ -1,12 +1,24 @@
-"""Reads the language-model head of a transformers model as the kernels want it. Called by `loss.py`."""
+"""Takes a transformers model apart: its backbone, and its language-model head as the kernels want it.
+
+Called by the trainer, `loss.py` and `masking.py`.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vgs_kernels import LMHead
+
+
+def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """The model up to its last hidden state; adapters live inside it, `PeftModel` only wraps it."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return whole.base_model
 
 
 def language_head(model: PreTrainedModel, like: Tensor) -> LMHead:

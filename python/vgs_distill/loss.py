@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from vgs_kernels import DecomposedKL, LinearDecomposedKL, linear_decomposed_kl
 
 from .config import VGSConfig
+from .families import Family, ImageTokens
 from .heads import language_head
-from .masking import Batch, ImageTokens, masked_view, rows_with_image
+from .masking import Batch, masked_view, rows_with_image
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
 RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
@@ -61,6 +62,7 @@ def decomposed_loss(
     loss_mask: Tensor,  # (rows, completion)
     items_in_step: Tensor | float,
     image_tokens: ImageTokens,
+    family: Family,
     run_student: RunBackbone,
     run_teacher: RunBackbone,
     span: Callable[[str], AbstractContextManager[None]],
@@ -81,7 +83,7 @@ def decomposed_loss(
     teacher_hidden = run_teacher(teacher, batch)  # (rows, completion, teacher width)
     masked_teacher_hidden = masked_student_hidden = None
     if any_image:
-        masked = masked_view(config.image_mask, batch, image_tokens, student)
+        masked = masked_view(config.image_mask, batch, image_tokens, family, student)
         with span("masked_teacher"):
             masked_teacher_hidden = run_teacher(teacher, masked)
         if config.decomposition != "teacher_prior":

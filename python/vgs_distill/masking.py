@@ -1,21 +1,22 @@
 """What "the image is masked" means: turns the inputs of one batch into those of its masked view.
 
-Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. Called by `loss.py`.
-Adding a model family that marks its images otherwise: extend `ImageTokens.of`.
+Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. Called by `loss.py` and, for the prompts of
+`drop`, by the trainer. What a model family needs for it is in `families.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-# Names under which model configs keep the id that stands for one image (or video) feature, and those of its delimiters.
-_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
-_DELIMITERS = ("vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
+from .families import Family, ImageTokens
+from .heads import backbone
+
+# Far below any real pixel, and not 0 in any dtype that models run in.
+_NOT_ZERO = torch.finfo(torch.float16).tiny
 
 
 class Batch(NamedTuple):
@@ -26,6 +27,8 @@ class Batch(NamedTuple):
     completion_ids: Tensor  # (rows, completion)
     completion_mask: Tensor  # (rows, completion)
     multimodal: dict[str, Any]  # pixel_values and what belongs to it, as the processor named it
+    text_prompt_ids: Tensor | None = None  # (rows, text prompt), the prompts without their images; `drop` needs them
+    text_prompt_mask: Tensor | None = None  # (rows, text prompt)
 
     @property
     def input_ids(self) -> Tensor:
@@ -36,93 +39,72 @@ class Batch(NamedTuple):
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
 
-@dataclass(frozen=True)
-class ImageTokens:
-    """The token ids that stand for image features, and those that fence them."""
-
-    placeholders: tuple[int, ...]
-    delimiters: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> ImageTokens:
-        """Read them from a model's config; raises ValueError if it names no image placeholder."""
-
-        def ids(names: tuple[str, ...]) -> tuple[int, ...]:
-            values = (getattr(config, name, None) for name in names)
-            return tuple(dict.fromkeys(value for value in values if isinstance(value, int)))
-
-        placeholders = ids(_PLACEHOLDERS)
-        if not placeholders:
-            raise ValueError(
-                f"the config of model type {config.model_type!r} names no image placeholder token "
-                f"({', '.join(_PLACEHOLDERS)}); visual gradient steering needs a vision-language model"
-            )
-        return cls(placeholders, ids(_DELIMITERS))
-
-    @property
-    def banned_while_sampling(self) -> list[int]:
-        """A student that samples one of these would promise image features that do not exist."""
-        return sorted({*self.placeholders, *self.delimiters})
-
-    def is_placeholder(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
-
-    def is_part_of_image(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.placeholders + self.delimiters, device=ids.device))
-
-
 def rows_with_image(batch: Batch, tokens: ImageTokens) -> Tensor:
     """Which rows of the batch hold at least one image, (rows,) bool."""
     return tokens.is_placeholder(batch.prompt_ids).any(dim=1)
 
 
-def drop_image(batch: Batch, tokens: ImageTokens) -> Batch:
-    """Image tokens and their delimiters leave the prompts; what remains closes up against the completion."""
-    kept = batch.prompt_mask.bool() & ~tokens.is_part_of_image(batch.prompt_ids)  # (rows, prompt)
-    # A stable sort moves the dropped positions to the front, which is where left padding lives.
-    order = torch.argsort(kept.int(), dim=1, stable=True)
-    length = max(int(kept.sum(dim=1).max()), 1)
-    prompt_ids = batch.prompt_ids.gather(1, order)[:, -length:]
-    prompt_mask = kept.to(batch.prompt_mask.dtype).gather(1, order)[:, -length:]
-    return batch._replace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, multimodal={})
+def without_image_parts(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation without the images and videos in it. Rendered by the chat template, it is the prompt of `drop`.
+
+    Rendering anew, instead of cutting tokens out, leaves the very prompt that the template writes without an image:
+    some templates and processors also write spaces, line breaks or tile numbers around one.
+    """
+    return [
+        message
+        if not isinstance(message.get("content"), list)
+        else {**message, "content": [part for part in message["content"] if part["type"] not in ("image", "video")]}
+        for message in prompt
+    ]
 
 
-def blank_image(batch: Batch) -> Batch:
+def drop_image(batch: Batch) -> Batch:
+    """The prompts without their images; positions follow."""
+    assert batch.text_prompt_ids is not None
+    assert batch.text_prompt_mask is not None
+    multimodal = {}
+    types = batch.multimodal.get("token_type_ids")
+    if types is not None:  # they also say where the completion begins
+        completion = types[:, types.size(1) - batch.completion_ids.size(1) :]
+        multimodal["token_type_ids"] = torch.cat([torch.zeros_like(batch.text_prompt_ids), completion], dim=1)
+    return batch._replace(prompt_ids=batch.text_prompt_ids, prompt_mask=batch.text_prompt_mask, multimodal=multimodal)
+
+
+def blank_image(batch: Batch, family: Family) -> Batch:
     """Every pixel takes the mean colour: 0 after the image processor's normalisation."""
-    multimodal = dict(batch.multimodal)
-    for name in ("pixel_values", "pixel_values_videos"):
-        if name in multimodal:
-            multimodal[name] = torch.zeros_like(multimodal[name])
-    return batch._replace(multimodal=multimodal)
+    pixels = batch.multimodal["pixel_values"]
+    blank = torch.zeros_like(pixels)
+    if family.pads_images:
+        real = (pixels != 0).flatten(2).any(2)[..., None, None, None]  # (rows, images, 1, 1, 1)
+        blank = blank.masked_fill(real, _NOT_ZERO)
+    return batch._replace(multimodal={**batch.multimodal, "pixel_values": blank})
 
 
-def hide_image(batch: Batch, tokens: ImageTokens, model: PreTrainedModel) -> Batch:
+def hide_image(batch: Batch, tokens: ImageTokens, family: Family, model: PreTrainedModel) -> Batch:
     """Image tokens keep their places and positions, but no token attends to them."""
-    positions = _positions(batch, model)
+    multimodal = dict(batch.multimodal)
+    if family.grid_positions:
+        multimodal["position_ids"] = _grid_positions(batch, model)
     visible = batch.prompt_mask * (~tokens.is_placeholder(batch.prompt_ids)).to(batch.prompt_mask.dtype)
-    return batch._replace(prompt_mask=visible, multimodal={**batch.multimodal, "position_ids": positions})
+    return batch._replace(prompt_mask=visible, multimodal=multimodal)
 
 
-def _positions(batch: Batch, model: PreTrainedModel) -> Tensor:
-    """The positions of the unmasked view: models derive them from the attention mask, which is about to change."""
-    backbone = model.base_model
-    multimodal = batch.multimodal
-    if hasattr(backbone, "get_rope_index") and "image_grid_thw" in multimodal:
-        rope_index: Any = backbone.get_rope_index
-        positions, _ = rope_index(
-            batch.input_ids,
-            mm_token_type_ids=multimodal["mm_token_type_ids"],
-            image_grid_thw=multimodal["image_grid_thw"],
-            attention_mask=batch.attention_mask,
-        )
-        return positions  # (3, rows, length)
-    return (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (rows, length)
+def _grid_positions(batch: Batch, model: PreTrainedModel) -> Tensor:
+    """The positions of the unmasked view, (3, rows, length): models derive them from the attention mask."""
+    rope_index: Any = backbone(model).get_rope_index
+    positions, _ = rope_index(
+        batch.input_ids,
+        mm_token_type_ids=batch.multimodal["mm_token_type_ids"],
+        image_grid_thw=batch.multimodal["image_grid_thw"],
+        attention_mask=batch.attention_mask,
+    )
+    return positions
 
 
-def masked_view(image_mask: str, batch: Batch, tokens: ImageTokens, model: PreTrainedModel) -> Batch:
+def masked_view(image_mask: str, batch: Batch, tokens: ImageTokens, family: Family, model: PreTrainedModel) -> Batch:
     """The batch with its images masked in the way that `image_mask` names."""
     if image_mask == "drop":
-        return drop_image(batch, tokens)
+        return drop_image(batch)
     if image_mask == "blank":
-        return blank_image(batch)
-    return hide_image(batch, tokens, model)
+        return blank_image(batch, family)
+    return hide_image(batch, tokens, family, model)

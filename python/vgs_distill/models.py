@@ -18,7 +18,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from .errors import InputError, one_sentence
-from .masking import ImageTokens
+from .families import placeholder_ids
 
 _PROBE = "What is in the picture? 1 + 1 = 2, naïve façade"
 
@@ -45,7 +45,7 @@ class ModelSource:
         if not config.architectures:
             raise InputError(f"the config of the {self.role} {self.name!r} names no architecture; save it again")
         try:
-            ImageTokens.of(config)
+            placeholder_ids(config)
         except ValueError as error:
             raise InputError(f"the {self.role} {self.name!r} cannot be used: {error}") from None
         folder = Path(self.name)

@@ -19,6 +19,7 @@ from .arguments import DataArguments, require, train_parser
 from .config import VGSConfig
 from .data import load_rows
 from .errors import InputError, one_sentence
+from .families import check_image_mask, check_teacher_reads_same_images
 from .models import check_installed, check_tokenizers, student_source, teacher_source
 from .output_dir import check_output_dir
 from .trainer import VGSTrainer
@@ -54,8 +55,10 @@ def build(
     if data.dataset_streaming and config.max_steps < 1:
         raise InputError("a streamed dataset has no length; set max_steps with dataset_streaming")
     student, teacher = student_source(model, config), teacher_source(model, config)
-    student.check()
-    teacher.check()
+    configs = student.check(), teacher.check()
+    check_teacher_reads_same_images(*configs)
+    if config.steering != "none":
+        check_image_mask(configs[0], config.image_mask)
     processor = student.processor()
     check_tokenizers(processor, teacher)
 

@@ -17,7 +17,6 @@ are predicted, and the Trainer runs back the weighted sum once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,17 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import DistillationTrainer
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.utils import pad
 
 from vgs_kernels import VisualGradientSteering
 
 from .config import VGSConfig
 from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
+from .families import ImageTokens, check_image_mask, check_teacher_reads_same_images, family_of
+from .heads import backbone
 from .loss import MicroBatchLoss, decomposed_loss
-from .masking import Batch, ImageTokens
+from .masking import Batch, without_image_parts
 from .output_dir import check_output_dir
 from .schedule import gamma_at
 from .steering import (
@@ -58,16 +61,16 @@ logger = logging.get_logger(__name__)
 
 STEERING_STATE_FILE = "steering_state.json"  # beside trainer_state.json in a checkpoint
 
-_MULTIMODAL_KEYS = (
+_IMAGE_KEYS = (
     "pixel_values",
     "image_grid_thw",
     "pixel_attention_mask",
     "spatial_shapes",
     "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
     "image_position_ids",
+    "batch_num_images",
 )
+_MULTIMODAL_KEYS = (*_IMAGE_KEYS, "token_type_ids", "mm_token_type_ids")
 
 
 class _StepPlan:
@@ -151,11 +154,16 @@ class VGSTrainer(DistillationTrainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self._image_tokens = ImageTokens.of(self.model.config)
+        check_teacher_reads_same_images(self.model.config, self.teacher_model.config)
+        self._family = family_of(self.model.config)
+        self._image_tokens = ImageTokens.of(self.model.config, self.processing_class)
+        if args.steering != "none":
+            check_image_mask(self.model.config, args.image_mask)
         banned = {*self._image_tokens.banned_while_sampling, *(self.generation_config.suppress_tokens or [])}
         self.generation_config.suppress_tokens = sorted(banned)
         self.generation_kwargs["suppress_tokens"] = sorted(banned)
 
+        self._image_counts: Tensor | None = None
         self._timer = StepTimer(self.accelerator.device)
         self._gradients: Any = None  # GradientPair, once the model is prepared
         self._predictor = None
@@ -247,6 +255,7 @@ class VGSTrainer(DistillationTrainer):
     def _compute_loss(self, unwrapped_student: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         """Run inside the student wrapper's forward. TRL's monolithic loss, or both parts of the decomposed one."""
         if self.args.steering == "none":
+            self._image_counts = inputs.get("batch_num_images")  # TRL hands on the inputs that it knows
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         self.teacher_model.eval()
         return decomposed_loss(
@@ -257,6 +266,7 @@ class VGSTrainer(DistillationTrainer):
             _loss_mask(inputs),
             num_items_in_batch,
             self._image_tokens,
+            self._family,
             run_student=self._run_backbone,
             run_teacher=self._run_teacher,
             span=self._timer.span,
@@ -279,25 +289,66 @@ class VGSTrainer(DistillationTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        position_ids: Tensor | None = None,
         **multimodal: Any,
     ) -> Tensor:
-        """TRL's, timed, and with positions of one's own where the attention mask hides the image."""
-        pixels = multimodal.get("pixel_values")
-        if pixels is not None and pixels.numel() == 0:
-            # A micro-batch of text rows cut from a mixed batch: vision towers fail on no pixels at all.
-            multimodal = {name: value for name, value in multimodal.items() if name.endswith("token_type_ids")}
-        run: Callable[..., Tensor] = super()._get_last_hidden_state
-        if position_ids is not None:
-            run = _hidden_states_at_positions(position_ids)
-        if unwrapped_model is not self.accelerator.unwrap_model(self.teacher_model):
-            return run(unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal)
-        with self._timer.span("teacher"):
-            return run(unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal)
+        """TRL's, timed, and for whatever inputs a family or a mask needs besides those that TRL knows."""
+        if "pixel_values" in multimodal and self._image_counts is not None:
+            multimodal["batch_num_images"] = self._image_counts
+        teacher = unwrapped_model is self.accelerator.unwrap_model(self.teacher_model)
+        with self._timer.span("teacher") if teacher else nullcontext():
+            output = backbone(unwrapped_model)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **multimodal
+            )
+        return output.last_hidden_state[:, :-1][:, -logits_to_keep:]
+
+    # ------------------------------------------------------------------ rollouts
+
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's, without the pixels of other micro-batches where a micro-batch has no image: vision towers fail."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self._image_tokens.is_placeholder(inputs["prompt_ids"]).any():
+            inputs = {name: value for name, value in inputs.items() if name not in _IMAGE_KEYS}
+        elif self._family.counts_images:
+            counts = [count for count in inputs["num_images"] if count]
+            inputs = {**inputs, "batch_num_images": torch.tensor(counts, device=inputs["prompt_ids"].device)}
+        return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._family.needs_image and not all(_has_image(row) for row in inputs):
+            raise ValueError(
+                f"a row has no image, but the processor of model type {self.model.config.model_type!r} takes no prompt "
+                "without one; filter such rows out"
+            )
         with self._timer.span("rollout"):
-            return super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(inputs)
+        if self._family.pads_images:
+            output.pop("num_images", None)  # TRL would cut by images what is laid out by rows
+        if self._family.bidirectional_prompt and "token_type_ids" in output:
+            # TRL writes 0, as it does for other families; here that would let completion tokens see later ones.
+            output["token_type_ids"][:, output["prompt_ids"].size(1) :] = 1
+        if self.args.steering != "none" and self.args.image_mask == "drop" and "pixel_values" in output:
+            output |= self._text_prompts(inputs, output["prompt_ids"], output["prompt_mask"])
+        return output
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if not self._family.one_prompt_at_a_time:
+            return super()._tokenize_prompts(prompts)
+        rows = [super(VGSTrainer, self)._tokenize_prompts([prompt]) for prompt in prompts]
+        names = rows[0][2].keys() - {"labels"}  # of no use in sampling
+        fields = {name: [value for row in rows for value in row[2][name]] for name in names}
+        return [row[0][0] for row in rows], [(row[1] or [None])[0] for row in rows], fields
+
+    def _text_prompts(self, inputs: list[dict[str, Any]], prompt_ids: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
+        """The prompts without their images, tokenized and padded."""
+        if self._family.needs_image:  # no way to render them: what the processor adds for an image is its placeholders
+            kept = prompt_mask.bool() & ~self._image_tokens.is_placeholder(prompt_ids)
+            rows = [ids[keep] for ids, keep in zip(prompt_ids, kept, strict=True)]
+        else:
+            prompts = [prepare_multimodal_messages(without_image_parts(row["prompt"])) for row in inputs]
+            rows = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
+        padded = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left")
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
+        return {"text_prompt_ids": padded.to(prompt_ids.device), "text_prompt_mask": mask.to(prompt_ids.device)}
 
     def _generate(self, prompts: list[Any]) -> Any:
         """TRL's, with an empty list for a row without images: image processors do not take TRL's None."""
@@ -305,6 +356,8 @@ class VGSTrainer(DistillationTrainer):
         if images is not None:
             images = [row_images or [] for row_images in images]
         return prompt_ids, completion_ids, tool_mask, images, tool_images
+
+    # ------------------------------------------------------------------ the end of a step
 
     def _finish_step(self, model: nn.Module, plan: _StepPlan) -> None:
         """Leave the steered gradient in `.grad`, or none at all where a loss was not finite on any process."""
@@ -417,27 +470,15 @@ def _batch_of(inputs: dict[str, Any]) -> Batch:
         inputs["completion_ids"],
         inputs["completion_mask"],
         {name: inputs[name] for name in _MULTIMODAL_KEYS if name in inputs},
+        inputs.get("text_prompt_ids"),
+        inputs.get("text_prompt_mask"),
     )
+
+
+def _has_image(row: dict[str, Any]) -> bool:
+    return bool(row.get("images") or row.get("image")) or without_image_parts(row["prompt"]) != row["prompt"]
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     mask = inputs["completion_mask"]
     return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
-
-
-def _hidden_states_at_positions(position_ids: Tensor) -> Callable[..., Tensor]:
-    """TRL's `_get_last_hidden_state` for explicit positions, which TRL's own does not take."""
-
-    def run(
-        model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **multimodal: Any
-    ) -> Tensor:
-        output = model.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **multimodal,
-        )
-        return output.last_hidden_state[:, :-1][:, -logits_to_keep:]
-
-    return run

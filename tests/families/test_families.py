@@ -1,0 +1,215 @@
+"""Every family, by its own processor and model: it trains, its image can be masked, and its loss is the textbook's.
+
+`docs/families.md` is the table of the first test, written from real runs by `python -m tests.families.table`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vgs_distill import VGSTrainer, families
+from vgs_distill.config import IMAGE_MASKS
+from vgs_distill.families import check_teacher_reads_same_images
+from vgs_distill.masking import Batch, masked_view
+from vgs_distill.trainer import _batch_of
+
+from tests.families.models import SMALL_FAMILIES
+from tests.families.training import make_trainer, processor_of, questions, step_logs
+from vgs_kernels.types import DECOMPOSITIONS
+
+EVERY_FAMILY = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "smolvlm" and importlib.util.find_spec("num2words") is None,
+            reason="SmolVLM's processor needs num2words",
+        ),
+    )
+    for name in SMALL_FAMILIES
+]
+every_family = pytest.mark.parametrize("family", EVERY_FAMILY)
+ATOL = 1e-5
+
+
+@every_family
+@pytest.mark.parametrize("image_mask", IMAGE_MASKS)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_three_steps(family: str, decomposition: str, image_mask: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path), decomposition=decomposition, image_mask=image_mask)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    logs = step_logs(trainer)
+    assert len(logs) == 3
+    for row in logs:
+        for key in ("loss/full", "loss/lang", "loss/vis", "gradient/norm_lang", "gradient/norm_vis", "gradient/cosine"):
+            assert math.isfinite(row[key]), key
+        assert row["gradient/norm_lang"] > 0
+        assert row["gradient/norm_vis"] > 0
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert any("vision" in name or "visual" in name for name in moved), "the vision tower learns too"
+
+
+def rollout(trainer: VGSTrainer, rows: int = 4) -> Batch:
+    trainer.model.eval()
+    return _batch_of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(rows)]))
+
+
+def hidden(trainer: VGSTrainer, batch: Batch) -> Tensor:
+    """Hidden states that predict the real completion tokens, (tokens, width)."""
+    with torch.no_grad():
+        return trainer._run_backbone(trainer.model, batch)[batch.completion_mask.bool()]
+
+
+def with_other_pictures(batch: Batch) -> Batch:
+    pixels = batch.multimodal["pixel_values"]
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3))
+    return batch._replace(multimodal={**batch.multimodal, "pixel_values": torch.where(pixels == 0, pixels, noise)})
+
+
+@every_family
+def test_a_masked_image_cannot_be_seen(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path))
+    batch = rollout(trainer)
+    other = with_other_pictures(batch)
+    assert not torch.allclose(hidden(trainer, batch), hidden(trainer, other), atol=1e-2)
+    for image_mask in IMAGE_MASKS:
+        first, second = (
+            hidden(trainer, masked_view(image_mask, view, trainer._image_tokens, trainer._family, trainer.model))
+            for view in (batch, other)
+        )
+        assert torch.isfinite(first).all()
+        torch.testing.assert_close(first, second, atol=ATOL, rtol=0, msg=lambda m, mask=image_mask: f"{mask}: {m}")
+
+
+@every_family
+def test_a_hidden_image_leaves_every_position_where_it_was(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path), image_mask="attention")
+    batch = rollout(trainer)
+    seen: list[Tensor] = []
+    for name, module in trainer.model.named_modules():
+        if name.endswith(("language_model.rotary_emb", "text_model.rotary_emb")):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1]),
+                with_kwargs=True,
+            )
+    hidden(trainer, batch)
+    unmasked = list(seen)
+    seen.clear()
+    hidden(trainer, masked_view("attention", batch, trainer._image_tokens, trainer._family, trainer.model))
+    assert len(unmasked) == len(seen) > 0
+    real = batch.attention_mask.bool()
+    for a, b in zip(unmasked, seen, strict=True):
+        a, b = (p.expand(*p.shape[:-2], *real.shape)[..., real] for p in (a, b))
+        assert torch.equal(a, b)
+
+
+@every_family
+def test_completion_tokens_do_not_see_later_ones(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path))
+    batch = rollout(trainer)
+    ids = batch.completion_ids.clone()
+    red, green = processor_of(family).tokenizer.convert_tokens_to_ids(["red", "green"])
+    ids[:, -1] = torch.where(ids[:, -1] == red, green, red)
+    changed = batch._replace(completion_ids=ids, completion_mask=torch.ones_like(ids))
+    batch = batch._replace(completion_mask=torch.ones_like(ids))
+    for view in (lambda b: b, lambda b: masked_view("drop", b, trainer._image_tokens, trainer._family, trainer.model)):
+        with torch.no_grad():
+            first, second = (trainer._run_backbone(trainer.model, view(b)) for b in (batch, changed))
+        torch.testing.assert_close(first, second, atol=ATOL, rtol=0)
+
+
+@every_family
+def test_drop_leaves_the_prompt_of_a_row_without_image(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path))
+    batch = rollout(trainer)
+    dropped = masked_view("drop", batch, trainer._image_tokens, trainer._family, trainer.model)
+    assert not torch.isin(dropped.prompt_ids, torch.tensor(trainer._image_tokens.placeholders)).any()
+    if trainer._family.needs_image:
+        return
+    text_only = rollout(make_trainer(family, str(tmp_path), questions((0,))))
+    assert torch.equal(dropped.prompt_ids, text_only.prompt_ids)
+    assert torch.equal(dropped.prompt_mask, text_only.prompt_mask)
+    real = dropped.prompt_ids[dropped.prompt_mask.bool()]
+    assert not torch.isin(real, torch.tensor(trainer._image_tokens.banned_while_sampling)).any()
+
+
+@every_family
+def test_the_loss_is_the_textbook_one_on_the_model_s_own_logits(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path), max_steps=1)
+    trainer.model.eval()
+    inputs = trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, inputs)
+    batch = _batch_of(inputs)
+
+    def log_probs(model: Any) -> Tensor:
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.multimodal).logits
+        return logits[:, :-1][:, -batch.completion_ids.size(1) :].float().log_softmax(-1)
+
+    p, q = log_probs(trainer.model), log_probs(trainer.teacher_model)
+    kl = (p.exp() * (p - q)).sum(-1)[batch.completion_mask.bool()]
+    torch.testing.assert_close(loss, kl.mean(), atol=ATOL, rtol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("image_mask", IMAGE_MASKS)
+def test_rows_with_none_one_and_several_images_train_together(family: str, image_mask: str, tmp_path: Path) -> None:
+    dataset = questions((0, 1, 3, 1))  # three images: frames of a video, say
+    trainer = make_trainer(
+        family, str(tmp_path), dataset, image_mask=image_mask, per_device_train_batch_size=1,
+        gradient_accumulation_steps=4, max_steps=2, temperature=1.0,
+    )  # fmt: skip
+    if trainer._family.needs_image:
+        with pytest.raises(ValueError, match="takes no prompt without one; filter such rows out"):
+            trainer.train()
+        return
+    trainer.train()
+    logs = step_logs(trainer)
+    assert len(logs) == 2
+    assert all(math.isfinite(row["loss/full"]) and row["gradient/norm_vis"] > 0 for row in logs)
+
+
+@every_family
+def test_monolithic_distillation_takes_several_images(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path), questions((1, 2)), steering="none", max_steps=1)
+    trainer.train()
+    assert math.isfinite(step_logs(trainer)[0]["loss/full"])
+
+
+def test_a_family_without_a_row_trains_with_drop_and_blank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", ())
+    for image_mask in ("drop", "blank"):
+        trainer = make_trainer("llava_next", str(tmp_path), image_mask=image_mask, max_steps=1)
+        trainer.train()
+        assert math.isfinite(step_logs(trainer)[0]["loss/vis"])
+    sentence = (
+        r"'attention' is not known to hide the image of model type 'llava_next'; choose 'drop' or 'blank', or add"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer("llava_next", str(tmp_path), image_mask="attention")
+
+
+def test_a_teacher_that_reads_images_differently_is_refused(tmp_path: Path) -> None:
+    def config(name: str, **vision: Any) -> Any:
+        built = SMALL_FAMILIES[name].build_config(processor_of(name), 32)
+        for key, value in vision.items():
+            setattr(built.vision_config, key, value)
+        return built
+
+    check_teacher_reads_same_images(config("qwen2_vl"), config("qwen2_5_vl"))  # same tokens, same patches
+    with pytest.raises(ValueError, match="they differ in patch_size; both read what the student's processor makes"):
+        check_teacher_reads_same_images(config("qwen2_5_vl"), config("qwen3_vl", patch_size=16))
+    with pytest.raises(ValueError, match=r"the teacher \(gemma3\) reads images in another way .* differ in model_type"):
+        check_teacher_reads_same_images(config("llava_next"), config("gemma3"))
+
+
+def test_every_row_of_the_table_has_a_small_model_and_every_small_model_a_row() -> None:
+    assert all(set(family.model_types) & set(SMALL_FAMILIES) for family in families.FAMILIES)
+    assert set(SMALL_FAMILIES) <= {name for family in families.FAMILIES for name in family.model_types}
