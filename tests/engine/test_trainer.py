@@ -230,7 +230,7 @@ def test_micro_batches_without_any_image_train(
     trainer = make_trainer(dataset, steering=steering, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     tap = BatchTap(trainer)
     trainer.train()
-    pictures = [len(batch["pixel_values"]) for batch in tap.batches]
+    pictures = [len(batch.get("pixel_values", ())) for batch in tap.batches]
     assert 0 in pictures
     assert max(pictures) > 0
     assert all(math.isfinite(row["loss"]) for row in step_logs(trainer))
