@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 from vgs_distill.cli import app
 
-from vgs_kernels import backend
+from vgs_kernels import backend, selftest
+from vgs_kernels.selftest import self_test
 
 runner = CliRunner()
 
@@ -26,6 +28,31 @@ def test_doctor_names_the_backend_of_every_op() -> None:
     for row in backend.status():
         assert row.op in result.output
         assert row.active in result.output
+    assert "transformers" in result.output
+    assert "CPU:" in result.output
+
+
+def test_the_self_test_runs_every_backend_of_every_op() -> None:
+    checks = self_test()
+    assert {check.op for check in checks} == {"linear_decomposed_kl", *(row.op for row in backend.status())}
+    for row in backend.status():
+        tested = [check.backend for check in checks if (check.op, check.device) == (row.op, row.device)]
+        assert set(tested) == set(backend.available(row.op, row.device))
+        assert {row.active, "reference"} <= set(tested)
+    assert all(check.passed and 0 <= check.error < 0.1 for check in checks)
+
+
+def test_doctor_fails_where_a_backend_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = selftest.gradient_gramian
+
+    def wrong_on_foreach(*gradients: Any, backend: str) -> Any:
+        return right(*gradients, backend=backend) * (1.001 if backend == "foreach" else 1.0)
+
+    monkeypatch.setattr(selftest, "gradient_gramian", wrong_on_foreach)
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "gradient_gramian computes wrongly on cpu with foreach" in result.output
+    assert "WRONG" in result.output
 
 
 @pytest.mark.parametrize(

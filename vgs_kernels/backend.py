@@ -160,6 +160,12 @@ def resolve(op: str, device: torch.device, backend: str | None = None, dtype: to
     return requested
 
 
+def available(op: str, device_type: str) -> list[str]:
+    """The backends that can run `op` on `device_type` on this machine, fastest first."""
+    preference = _PREFERENCE[op].get(device_type, ("reference",))
+    return [backend for backend in preference if _problem(op, backend, device_type) is None]
+
+
 def load(op: str, backend: str) -> ModuleType:
     """Import and return the module of a backend name that `resolve` returned."""
     return importlib.import_module(_MODULES[op][backend])
