@@ -45,6 +45,8 @@ class VGSConfig(DistillationConfig):
         image_mask: What the masked view of a prompt is. ``"drop"``: the prompt is what the chat template writes
             without the image, and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
             ``"attention"``: image tokens stay, but nothing attends to them.
+        max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
+            training stops.
         check_dataset_rows: How many rows of a map-style dataset have their image opened before training starts (all
             rows have their prompt checked); None for all.
     """
@@ -81,6 +83,9 @@ class VGSConfig(DistillationConfig):
     image_mask: str = field(
         default="drop", metadata={"help": "What a masked image is: 'drop', 'blank' or 'attention'."}
     )
+    max_skipped_steps: int = field(
+        default=8, metadata={"help": "Updates skipped in a row, for what is not finite, before training stops."}
+    )
     check_dataset_rows: int | None = field(
         default=10_000, metadata={"help": "How many rows have their image opened before training; None for all."}
     )
@@ -109,6 +114,8 @@ class VGSConfig(DistillationConfig):
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
         if self.refresh_every < 0:
             raise ValueError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}")
         if not self.refresh_drift > 1.0:
             raise ValueError(f"refresh_drift must be above 1, got {self.refresh_drift}")
         if self.max_completion_length is not None and self.max_completion_length < 1:

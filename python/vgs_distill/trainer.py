@@ -16,9 +16,8 @@ are predicted, and the Trainer runs back the weighted sum once.
 
 from __future__ import annotations
 
-import json
+import math
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,21 +29,24 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.trainer_utils import TrainOutput
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from vgs_kernels import VisualGradientSteering
 
+from .checkpoints import AtomicCheckpoints
 from .config import VGSConfig
 from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
 from .families import ImageTokens, check_image_mask, check_teacher_reads_same_images, family_of
 from .heads import backbone
+from .interruption import Interruption
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, without_image_parts
+from .nonfinite import SkippedUpdates, describe_rows, describe_step
 from .output_dir import check_output_dir
+from .sampler import EpochOrder
 from .schedule import gamma_at
 from .steering import (
     GradientPair,
@@ -56,10 +58,6 @@ from .steering import (
 )
 from .timing import StepTimer
 from .validation import check_dataset
-
-logger = logging.get_logger(__name__)
-
-STEERING_STATE_FILE = "steering_state.json"  # beside trainer_state.json in a checkpoint
 
 _IMAGE_KEYS = (
     "pixel_values",
@@ -90,7 +88,7 @@ class _StepPlan:
         self.logit_gramian = self.logit_gramian.to(gramian) + gramian
 
 
-class VGSTrainer(DistillationTrainer):
+class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     """On-policy distillation of a vision-language model with visual gradient steering.
 
     Takes what TRL's `DistillationTrainer` takes, with a `VGSConfig`. Per step it logs, besides TRL's metrics and
@@ -111,8 +109,8 @@ class VGSTrainer(DistillationTrainer):
                                   teacher and student
     ============================  =====================================================================================
 
-    A token whose loss is not finite (the student puts mass where a teacher has none) is named in a warning and the
-    update of its step is skipped.
+    A loss that is not finite (the student puts mass where a teacher has none) or a gradient that is not skips the
+    update of its step, named in a warning; `max_skipped_steps` of them in a row end training with `FloatingPointError`.
 
     Raises:
         ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
@@ -171,8 +169,10 @@ class VGSTrainer(DistillationTrainer):
             self._predictor = GramianPredictor(args.refresh_every, args.refresh_drift)
         self._plan: _StepPlan | None = None
         self._sums: Tensor | None = None  # of MicroBatchLoss.sums, over the micro-batches of a step
-        self._non_finite: list[str] = []  # what this process saw
-        self._skip_update = False  # what all processes saw
+        self._skipped = SkippedUpdates(args.max_skipped_steps)
+        self._skip_update = False  # the same on all processes
+        self._interruption = Interruption()
+        self.add_callback(self._interruption)
 
     # ------------------------------------------------------------------ the step
 
@@ -362,14 +362,8 @@ class VGSTrainer(DistillationTrainer):
     def _finish_step(self, model: nn.Module, plan: _StepPlan) -> None:
         """Leave the steered gradient in `.grad`, or none at all where a loss was not finite on any process."""
         if self._skip_update:
-            logger.warning(
-                "step %d: %s; the update is skipped. The student put probability where a teacher has none, or an input "
-                "is not finite.", self.state.global_step + 1, "; ".join(self._non_finite) or "on another process",
-            )  # fmt: skip
-            self._non_finite.clear()
-            self._skip_update = False
             self._gradients.discard()
-            model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+            self._drop_update(model)
             return
         logit_gramian = sum_over_processes(plan.logit_gramian)
         metrics: dict[str, Tensor | float] = {"steering/gamma": plan.gamma}
@@ -377,6 +371,11 @@ class VGSTrainer(DistillationTrainer):
         if plan.apart:
             record = self._gradients.combine(plan.policy, is_replicated(model))
             if record is None:
+                return
+            if not torch.isfinite(record.gramian).all():  # the policy would go on with the other part alone
+                self._skip_update = True
+                self._note_gradient()
+                self._drop_update(model)
                 return
             weights = record.weights
             metrics |= record.metrics()
@@ -388,6 +387,26 @@ class VGSTrainer(DistillationTrainer):
         metrics["steering/weight_ratio"] = weight_ratio(weights)
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last stop before the optimizer, where all processes know the norm of the gradient it would apply."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self._skip_update and not self.is_deepspeed_enabled:
+            if math.isfinite(norm):
+                self._skipped.in_a_row = 0
+            else:
+                self._note_gradient()
+                self._drop_update(model)
+        self._skip_update = False
+        return norm
+
+    def _drop_update(self, model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+        self._skipped.skip(self.state.global_step + 1)
+
+    def _note_gradient(self) -> None:
+        rows = describe_step(self._buffered_inputs, self._tokenizer)
+        self._skipped.note(f"the gradient is not finite though every loss is, of {rows}")
 
     def _refresh(
         self, predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor
@@ -402,19 +421,27 @@ class VGSTrainer(DistillationTrainer):
         predictor.refresh(record.gramian, logit_gramian)
         return metrics
 
-    # ------------------------------------------------------------------ what a checkpoint carries
+    # ------------------------------------------------------------------ interruptions
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self._predictor is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / STEERING_STATE_FILE).write_text(json.dumps(self._predictor.state_dict()))
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As TRL's, with `AtomicCheckpoints`; SIGTERM and SIGINT save a checkpoint and end it in `SystemExit`."""
+        with self._interruption:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = Path(resume_from_checkpoint) / STEERING_STATE_FILE
-        if self._predictor is not None and state.exists():
-            self._predictor.load_state_dict(json.loads(state.read_text()), self.accelerator.device)
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "predictor": None if self._predictor is None else self._predictor.state_dict(),
+            "skipped_in_a_row": self._skipped.in_a_row,
+        }
+
+    def _restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        if self._predictor is not None:
+            self._predictor.load_state_dict(state["predictor"], self.accelerator.device)
+        self._skipped.in_a_row = state["skipped_in_a_row"]
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochOrder:
+        sampler: Any = super()._get_train_sampler(dataset)
+        return EpochOrder(sampler, epoch=lambda: int(self.state.epoch or 0))
 
     # ------------------------------------------------------------------ what is logged
 
@@ -432,9 +459,11 @@ class VGSTrainer(DistillationTrainer):
         if self._training and len(bad):
             row, position = bad[0].tolist()
             token = self._tokenizer.decode(inputs["completion_ids"][row, position])
-            self._non_finite.append(
-                f"the loss of {len(bad)} token(s) is not finite, first in row {row} of the micro-batch at completion "
-                f"position {position} ({token!r})"
+            rows = describe_rows(inputs, bad[:, 0].unique().tolist(), self._tokenizer)
+            self._skipped.note(
+                f"the loss of {len(bad)} token(s) is not finite, first at completion position {position} ({token!r}) "
+                f"of row {row}, in {rows} of the micro-batch: the student put probability where a teacher has none, or "
+                "an input is not finite"
             )
         self._sums = sums if self._sums is None else self._sums + sums
         if self._training and not self.accelerator.sync_gradients:

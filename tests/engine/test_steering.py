@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
+from vgs_distill.checkpoints import STATE_FILE
 from vgs_distill.steering import GradientPair, GramianPredictor, direction_cosine, no_gradient
-from vgs_distill.trainer import STEERING_STATE_FILE
 
 from tests.engine.test_trainer import step_logs
 from vgs_kernels import VisualGradientSteering
@@ -186,7 +186,7 @@ def test_a_resumed_amortized_run_ends_with_the_same_parameters(
     stopped = make_trainer(**settings, save_strategy="steps", save_steps=3, output_dir=str(tmp_path / "stopped"))
     stopped.train()
     checkpoint = tmp_path / "stopped" / "checkpoint-3"
-    assert (checkpoint / STEERING_STATE_FILE).exists()
+    assert (checkpoint / STATE_FILE).exists()
     resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):

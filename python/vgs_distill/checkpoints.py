@@ -1,0 +1,274 @@
+"""Checkpoints that are whole or not there, and resuming from them.
+
+transformers writes a checkpoint file by file under its final name; whatever stops it there leaves a folder that looks
+like a checkpoint. Here it writes into a folder of another name, which takes the final one when every file is on disk;
+older checkpoints are deleted after that. `STATE_FILE` lists the files, so that a folder that lost some is known, and
+carries what transformers knows nothing of. Layer: below the trainer, above transformers' `Trainer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.utils import logging
+
+from .config import VGSConfig
+from .errors import InputError
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "vgs_state.json"  # beside trainer_state.json in a checkpoint
+STAGING = ".incomplete"  # folder in the output directory
+
+_SAME_LOSS = ("steering", "decomposition", "image_mask", "steering_scale")
+_SAME_RUN = (
+    "gamma",
+    "gamma_start",
+    "gamma_schedule",
+    "max_weight_ratio",
+    "refresh_every",
+    "refresh_drift",
+    "temperature",
+    "learning_rate",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+)
+
+
+class AtomicCheckpoints(Trainer):
+    """A `Trainer` whose checkpoints appear whole; the two methods below say what they carry besides its own."""
+
+    args: VGSConfig
+    _staging: Path | None = None  # while a checkpoint is written
+    _resumed_position: tuple[int, int] | None = None  # in a stream: epoch, micro-batches of it
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        raise NotImplementedError
+
+    def _restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers', from a whole checkpoint only; True: the last whole one in the output directory.
+
+        Raises:
+            InputError: there is no such checkpoint, it is not whole, or it belongs to another loss than the config's.
+        """
+        folder, self._resumed_position = None, None
+        if resume_from_checkpoint:
+            output_dir = Path(self._get_output_dir(None))
+            folder = last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            if folder is None:
+                raise InputError(
+                    f"there is no whole checkpoint in {str(output_dir)!r} to resume from; start from the beginning by "
+                    "leaving out resume_from_checkpoint"
+                )
+            state = read_state(folder)
+            check_settings(folder, state["settings"], self.args)
+            self._restore_checkpoint_state(state["state"])
+            self._resumed_position = state["stream_position"]
+        return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with _explained(run_dir, name):
+            self._staging = run_dir / STAGING
+            try:
+                if self.args.should_save:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                    self._staging.mkdir(parents=True)
+                    check_space(run_dir, self._checkpoint_bytes())
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self._point_to_best(run_dir / name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    settings = {key: getattr(self.args, key) for key in (*_SAME_LOSS, *_SAME_RUN)}
+                    position = self._stream_position()
+                    state = {"settings": settings, "stream_position": position, "state": self._checkpoint_state()}
+                    write_state(self._staging / name, state)
+                    _publish(self._staging / name, run_dir / name)
+            finally:
+                if self.args.should_save:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """transformers', which takes a stream, not knowing its length, to be in its first epoch for ever."""
+        position = super()._init_training_state(*args)
+        return position if self.args.ignore_data_skip else self._resumed_position or position
+
+    def _stream_position(self) -> tuple[int, int] | None:
+        """Epoch and micro-batches of it that are done; None where the dataset is no stream."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return None
+        epoch, part = divmod(self.state.epoch or 0.0, 1.0)  # of `max_steps`, where the length is not known
+        return int(epoch), round(part * self.state.max_steps) * self.args.gradient_accumulation_steps
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _point_to_best(self, final: Path) -> None:
+        """transformers has noted the checkpoint it is writing as the best one, by the name it is written under."""
+        assert self._staging is not None
+        staged = self._staging / final.name
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    def _checkpoint_bytes(self) -> int:
+        """Weights that are saved and the optimizer's state; the rest is small."""
+        assert self.model is not None
+        assert self.optimizer is not None
+        parameters = list(self.model.parameters())
+        if getattr(self.model, "peft_config", None) is not None:
+            parameters = [p for p in parameters if p.requires_grad]
+        saved: list[Tensor] = list(parameters)
+        if not self.args.save_only_model:
+            saved += [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in saved)
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The whole checkpoint of the highest step in `run_dir`."""
+    if not run_dir.is_dir():
+        return None
+    steps = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdecimal()
+    }
+    return next((steps[step] for step in sorted(steps, reverse=True) if _missing(steps[step]) is None), None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote; InputError unless the folder is a whole checkpoint that can be resumed from."""
+    if not folder.is_dir():
+        raise InputError(
+            f"resume_from_checkpoint={str(folder)!r} is not a folder; give one such as 'run/checkpoint-500', or True "
+            "for the last one in output_dir"
+        )
+    missing = _missing(folder)
+    if missing is not None:
+        last = last_checkpoint(folder.parent)
+        remedy = "start from the beginning" if last is None else f"resume from {str(last)!r}"
+        raise InputError(f"{str(folder)!r} is not a whole checkpoint of this trainer: {missing}; {remedy}")
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    if not any(Path(name).name.startswith(("scheduler", "global_step")) for name in state["files"]):
+        raise InputError(
+            f"{str(folder)!r} holds the model only (save_only_model=True), from which a run cannot go on; start a new "
+            "one with it as the student"
+        )
+    return state
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """The last file of a checkpoint: the list of the others with their sizes, and `state`."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / STATE_FILE).write_text(json.dumps({"files": files, **state}, indent=1))
+
+
+def check_settings(folder: Path, saved: dict[str, Any], config: VGSConfig) -> None:
+    """InputError if the checkpoint belongs to another loss; a warning if the run will not go on as it would have."""
+    for name in _SAME_LOSS:
+        if saved[name] != getattr(config, name):
+            raise InputError(
+                f"{str(folder)!r} was trained with {name}={saved[name]!r}, but {name} is {getattr(config, name)!r}; "
+                "set it back, or start a new run with the checkpoint as the student"
+            )
+    changed = [
+        f"{name} {saved[name]!r} -> {getattr(config, name)!r}"
+        for name in _SAME_RUN
+        if saved[name] != getattr(config, name)
+    ]
+    if changed:
+        logger.warning(
+            "resuming %s with other settings than it was trained with (%s): the run will not end as it would have "
+            "without the interruption.", folder, ", ".join(changed),
+        )  # fmt: skip
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """OSError unless `needed` bytes fit on the disk of `directory`."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free")
+
+
+def _missing(folder: Path) -> str | None:
+    """What a checkpoint lacks to be whole; None if nothing."""
+    try:
+        files = json.loads((folder / STATE_FILE).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {STATE_FILE}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {STATE_FILE} cannot be read"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Give a written checkpoint its name, once its files are on disk and not only in memory."""
+    for path in (*staged.rglob("*"), staged):
+        _flush(path)
+    if final.exists():  # of an earlier run in the same directory; a folder that is not empty cannot be replaced
+        final.rename(staged.with_name("replaced"))
+    staged.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(run_dir: Path, name: str) -> Iterator[None]:
+    """Turn what the libraries raise when they cannot write into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save's way to say it
+            raise
+        last = last_checkpoint(run_dir)
+        kept = "no checkpoint was written before" if last is None else f"{str(last)!r} is whole and can be resumed from"
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise OSError(
+            f"cannot write {name} into {str(run_dir)!r}: {reason}; make room or choose another output_dir ({kept})"
+        ) from error
