@@ -66,8 +66,11 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "missing dataset": ({"dataset_name": "./nowhere.jsonl"}, "there is no dataset at './nowhere.jsonl'"),
     "kind of dataset": ({"dataset_name": __file__}, "cannot read"),
     "endless stream": ({"dataset_streaming": True, "max_steps": -1}, "set max_steps with dataset_streaming"),
-    "resume from nowhere": ({"resume_from_checkpoint": "./nowhere"}, "'./nowhere' is not a checkpoint"),
-    "resume from nothing": ({"resume_from_checkpoint": True}, "there is no checkpoint in"),
+    "resume from nowhere": (
+        {"resume_from_checkpoint": "./nowhere"},
+        "resume_from_checkpoint='nowhere' is not a folder",
+    ),
+    "resume from nothing": ({"resume_from_checkpoint": True}, "there is no whole checkpoint in"),
     "FlashAttention absent": ({"attn_implementation": "flash_attention_3"}, "use 'sdpa'"),
     "attention unknown": ({"attn_implementation": "fast"}, "cannot load the student"),
     "4 and 8 bits": ({"load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),

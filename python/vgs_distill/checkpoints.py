@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from transformers.utils import logging
 
 from .config import VGSConfig
-from .errors import InputError
+from .errors import InputError, TrainingStopped
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +49,9 @@ _SAME_RUN = (
 )
 
 
+_TORCH_SAVE_FAILED = ("inline_container", "PytorchStreamWriter", "iostream")  # it raises a bare RuntimeError
+
+
 class AtomicCheckpoints(Trainer):
     """A `Trainer` whose checkpoints appear whole; the two methods below say what they carry besides its own."""
 
@@ -69,20 +72,15 @@ class AtomicCheckpoints(Trainer):
         Raises:
             InputError: there is no such checkpoint, it is not whole, or it belongs to another loss than the config's.
         """
-        folder, self._resumed_position = None, None
-        if resume_from_checkpoint:
-            output_dir = Path(self._get_output_dir(None))
-            folder = last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            if folder is None:
-                raise InputError(
-                    f"there is no whole checkpoint in {str(output_dir)!r} to resume from; start from the beginning by "
-                    "leaving out resume_from_checkpoint"
-                )
-            state = read_state(folder)
-            check_settings(folder, state["settings"], self.args)
-            self._restore_checkpoint_state(state["state"])
-            self._resumed_position = state["stream_position"]
-        return super().train(None if folder is None else str(folder), *args, **kwargs)
+        self._resumed_position = None
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        folder = find_checkpoint(Path(self._get_output_dir(None)), resume_from_checkpoint)
+        state = read_state(folder)
+        check_settings(folder, state["settings"], self.args)
+        self._restore_checkpoint_state(state["state"])
+        self._resumed_position = state["stream_position"]
+        return super().train(str(folder), *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
@@ -169,8 +167,14 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if _missing(steps[step]) is None), None)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote; InputError unless the folder is a whole checkpoint that can be resumed from."""
+def find_checkpoint(run_dir: Path, asked: str | os.PathLike[str] | bool) -> Path:
+    """The folder asked for, or with True the last one of `run_dir`; InputError unless a run can go on from it."""
+    folder = last_checkpoint(run_dir) if asked is True else Path(asked)
+    if folder is None:
+        raise InputError(
+            f"there is no whole checkpoint in {str(run_dir)!r} to resume from; to start from the beginning, leave out "
+            "resume_from_checkpoint and choose an empty output_dir"
+        )
     if not folder.is_dir():
         raise InputError(
             f"resume_from_checkpoint={str(folder)!r} is not a folder; give one such as 'run/checkpoint-500', or True "
@@ -181,12 +185,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         last = last_checkpoint(folder.parent)
         remedy = "start from the beginning" if last is None else f"resume from {str(last)!r}"
         raise InputError(f"{str(folder)!r} is not a whole checkpoint of this trainer: {missing}; {remedy}")
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
-    if not any(Path(name).name.startswith(("scheduler", "global_step")) for name in state["files"]):
+    if not any(Path(name).name.startswith(("scheduler", "global_step")) for name in read_state(folder)["files"]):
         raise InputError(
             f"{str(folder)!r} holds the model only (save_only_model=True), from which a run cannot go on; start a new "
             "one with it as the student"
         )
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote, and the list of files with their sizes."""
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     return state
 
 
@@ -264,11 +273,13 @@ def _explained(run_dir: Path, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save's way to say it
-            raise
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        if type(error) is RuntimeError:
+            if not any(mark in reason for mark in _TORCH_SAVE_FAILED):
+                raise
+            reason = f"torch.save failed, as on a full disk ({reason})"
         last = last_checkpoint(run_dir)
         kept = "no checkpoint was written before" if last is None else f"{str(last)!r} is whole and can be resumed from"
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise OSError(
+        raise TrainingStopped(
             f"cannot write {name} into {str(run_dir)!r}: {reason}; make room or choose another output_dir ({kept})"
         ) from error

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from vgs_distill.errors import InputError
+from vgs_distill.errors import InputError, TrainingStopped
 
 app = typer.Typer(
     add_completion=False,
@@ -164,6 +164,8 @@ def _one_sentence() -> Iterator[None]:
         if os.environ.get("VGS_DEBUG", "0") not in ("", "0"):
             raise
         _fail(str(error))
+    except TrainingStopped as error:
+        _fail(str(error), code=1)
 
 
 def _fail(sentence: str, code: int = 2) -> None:

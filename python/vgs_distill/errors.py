@@ -10,6 +10,10 @@ class InputError(ValueError):
     """What was handed in cannot work; the message is one sentence that says what was wrong and what to do."""
 
 
+class TrainingStopped(RuntimeError):
+    """A run that had begun cannot go on; the message is one sentence that says why and what to do."""
+
+
 def one_sentence(error: BaseException) -> str:
     """The message of an error on one line, its type where it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .errors import TrainingStopped
+
 logger = logging.get_logger(__name__)
 
 _NAMED_ROWS = 4  # in one message
@@ -31,13 +33,13 @@ class SkippedUpdates:
         self._reasons.append(reason)
 
     def skip(self, step: int) -> None:
-        """The update of `step` is not made; FloatingPointError where that is one too many."""
+        """The update of `step` is not made; TrainingStopped where that is one too many."""
         reasons = "; ".join(self._reasons) or "not finite on another process"
         self._reasons.clear()
         self.in_a_row += 1
         logger.warning("step %d: %s; the update is skipped.", step, reasons)
         if self.in_a_row >= self.limit:
-            raise FloatingPointError(
+            raise TrainingStopped(
                 f"training stopped at step {step}: {self.in_a_row} updates in a row were skipped, the last because "
                 f"{reasons}; look at the rows named, lower learning_rate or raise max_skipped_steps, and resume from "
                 "the last checkpoint"

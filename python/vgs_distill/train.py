@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
 from .arguments import DataArguments, require, train_parser
+from .checkpoints import find_checkpoint
 from .config import VGSConfig
 from .data import load_rows
 from .errors import InputError, one_sentence
@@ -101,18 +101,7 @@ def resume_point(output_dir: str, asked: str | None) -> str | None:
                 "with resume_from_checkpoint=true"
             )
         return None
-    if asked.lower() == "true":
-        last = get_last_checkpoint(output_dir) if folder.exists() else None
-        if last is None:
-            raise InputError(
-                f"there is no checkpoint in {output_dir!r} to resume from; leave resume_from_checkpoint out"
-            )
-        return last
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise InputError(
-            f"{asked!r} is not a checkpoint (it holds no trainer_state.json); give a checkpoint-* folder, or true"
-        )
-    return asked
+    return str(find_checkpoint(folder, True if asked.lower() == "true" else asked))
 
 
 def save(trainer: VGSTrainer) -> None:

@@ -110,7 +110,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     ============================  =====================================================================================
 
     A loss that is not finite (the student puts mass where a teacher has none) or a gradient that is not skips the
-    update of its step, named in a warning; `max_skipped_steps` of them in a row end training with `FloatingPointError`.
+    update of its step, named in a warning; `max_skipped_steps` of them in a row end training with `TrainingStopped`.
 
     Raises:
         ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
@@ -406,7 +406,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _note_gradient(self) -> None:
         rows = describe_step(self._buffered_inputs, self._tokenizer)
-        self._skipped.note(f"the gradient is not finite though every loss is, of {rows}")
+        self._skipped.note(f"the gradient is not finite, of {rows}")
 
     def _refresh(
         self, predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor

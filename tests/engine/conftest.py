@@ -46,7 +46,13 @@ def make_trainer(
 ) -> Callable[..., VGSTrainer]:
     """A trainer of a fresh student against a fresh teacher; keyword arguments go to `VGSConfig`."""
 
-    def make(dataset: Dataset | None = None, student: Any = None, teacher: Any = None, **config: Any) -> VGSTrainer:
+    def make(
+        dataset: Dataset | None = None,
+        student: Any = None,
+        teacher: Any = None,
+        eval_dataset: Dataset | None = None,
+        **config: Any,
+    ) -> VGSTrainer:
         settings: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 2,
@@ -68,6 +74,7 @@ def make_trainer(
             teacher_model=make_model(2, width=48).eval() if teacher is None else teacher,
             args=VGSConfig(**settings),
             train_dataset=prompts if dataset is None else dataset,
+            eval_dataset=eval_dataset,
             processing_class=processor,
         )
 
