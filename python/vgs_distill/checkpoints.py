@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import IterableDataset
 from safetensors import SafetensorError
@@ -167,7 +167,7 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if _missing(steps[step]) is None), None)
 
 
-def find_checkpoint(run_dir: Path, asked: str | os.PathLike[str] | bool) -> Path:
+def find_checkpoint(run_dir: Path, asked: str | Literal[True]) -> Path:
     """The folder asked for, or with True the last one of `run_dir`; InputError unless a run can go on from it."""
     folder = last_checkpoint(run_dir) if asked is True else Path(asked)
     if folder is None:
