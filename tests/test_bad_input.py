@@ -72,6 +72,9 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "resume from nothing": ({"resume_from_checkpoint": True}, "there is no whole checkpoint in"),
     "FlashAttention absent": ({"attn_implementation": "flash_attention_3"}, "use 'sdpa'"),
+    "optimizer": ({"optim": "adamw_torsh"}, "optim cannot be 'adamw_torsh'; did you mean 'adamw_torch'?"),
+    "adapter of nothing": ({"use_peft": True, "lora_target_modules": ["nothing"]}, "Target modules"),
+    "tracker": ({"report_to": "nowhere"}, "nowhere is not supported"),
     "attention unknown": ({"attn_implementation": "fast"}, "cannot load the student"),
     "4 and 8 bits": ({"load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
 }

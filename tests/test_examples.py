@@ -55,10 +55,14 @@ def test_every_example_is_tested() -> None:
 def test_a_configuration_is_read_by_the_parser(name: str) -> None:
     from trl import get_peft_config
     from vgs_distill.arguments import require, train_parser
+    from vgs_distill.models import student_source, teacher_source
 
     (config, _, model), values = train_parser().parse(["--config", str(EXAMPLES / name), "--use_cpu"])
     require(values, "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
     assert (config.gamma, config.decomposition) == (0.8, "matched")
+    if name == "qwen3vl_full.yaml":
+        assert student_source(model, config).options["dtype"] == "float32"
+        assert teacher_source(model, config).options["dtype"] == "bfloat16"
     adapter = get_peft_config(model)
     assert (adapter is not None) == (name == "qwen3vl_lora.yaml")
 

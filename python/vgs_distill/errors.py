@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -15,8 +16,9 @@ class TrainingStopped(RuntimeError):
 
 
 def one_sentence(error: BaseException) -> str:
-    """The message of an error on one line, its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The first sentence of an error's message on one line, its type where it has no message."""
+    first = re.split(r"(?<=[\w'\")`])\. (?=[A-Z])", " ".join(str(error).split()))[0]
+    return first or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
@@ -72,6 +73,8 @@ class ModelSource:
     def load(self, device: torch.device | None = None) -> PreTrainedModel:
         """The model with its weights, on `device` or where TRL puts it."""
         place: dict[str, Any] = {} if device is None else {"device_map": device}
+        if device is None and PartialState().num_processes > 1:
+            place = {"device_map": None}  # by default TRL spreads a model over all GPUs, which are other processes'
         try:
             return create_model_from_path(self.name, **self.hub, **place, use_safetensors=True, **self.options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def build(
     eval_rows = None
     if config.eval_strategy != "no":
         eval_rows = rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split)
+    existed = Path(config.output_dir).exists()
     config.model_init_kwargs = config.teacher_model_init_kwargs = None  # in the sources by now
     try:
         trainer = VGSTrainer(
@@ -86,6 +88,9 @@ def build(
             peft_config=get_peft_config(model),
         )
     except (ValueError, TypeError, ImportError) as error:
+        if not existed:
+            with suppress(OSError):  # transformers makes the folder before it checks the rest
+                Path(config.output_dir).rmdir()
         raise InputError(one_sentence(error)) from error
     return trainer, checkpoint
 
