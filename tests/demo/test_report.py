@@ -5,44 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
-from vgs_distill.demo.charts import Series, line_chart, moving_average
 from vgs_distill.demo.report import data_uri, render_report
 from vgs_distill.demo.results import gallery, spread, summarize
 from vgs_distill.demo.table import percent, results_table
+from vgs_distill.report.charts import Series, line_chart, moving_average
 
-VOID = {"meta", "img", "br", "line", "polyline"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects tags, attributes and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        assert self.open == [], "every tag is closed"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            # A paragraph or item ends with its parent in HTML; the template closes all others itself.
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from tests.html_page import Page
 
 
 @pytest.fixture

@@ -8,29 +8,21 @@ Layer: turns a results dictionary and histories into text. Called by `run`; draw
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from vgs_distill.demo.charts import Series, legend, line_chart, moving_average
 from vgs_distill.demo.table import percent, spread_text
+from vgs_distill.report.charts import Series, legend, line_chart, moving_average
+from vgs_distill.report.page import embedded, environment, time_bar
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SMOOTHING_SHARE = 25  # a line is averaged over a 25th of its steps: long enough to read, short enough to see turns
-_TIME_PARTS = {
-    "rollout": "student writes",
-    "teacher": "teacher reads",
-    "student": "student learns",
-    "steering": "steering",
-}
-_OTHER_TIME = "everything else"
 
 History = Sequence[Mapping[str, float]]
 
@@ -43,19 +35,13 @@ def render_report(results: Mapping[str, Any], histories: Mapping[str, History], 
         histories: run name -> one row per step.
         pictures: the gallery's pictures, in the order of `results["gallery"]`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["spread"] = spread_text
+    templates = environment(_TEMPLATES)
+    templates.filters["percent"] = percent
+    templates.filters["spread"] = spread_text
     by_method = _histories_by_method(results, histories)
     colors = {name: index for index, name in enumerate(results["methods"])}
     labels = {name: method["label"] for name, method in results["methods"].items()}
-    return environment.get_template("report.html.jinja").render(
+    return templates.get_template("report.html.jinja").render(
         results=results,
         labels={"teacher": "Teacher", "start": "Student start", **labels},
         colors=colors,
@@ -73,7 +59,7 @@ def data_uri(picture: Image.Image) -> str:
     """The picture as a PNG inside a URL, at its own 32 pixels: the page enlarges it without blurring."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return embedded(buffer.getvalue(), "image/png")
 
 
 def _histories_by_method(results: Mapping[str, Any], histories: Mapping[str, History]) -> dict[str, list[History]]:
@@ -168,27 +154,9 @@ def _figures(
 
 def _times(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per method: its mean step in seconds and the parts of it, each with its share of the slowest method's step."""
-    # A part keeps its colour whether or not a method has the parts before it.
-    shades = {label: shade for shade, label in enumerate([*_TIME_PARTS.values(), _OTHER_TIME])}
     slowest = max((summary["step_seconds"]["total"] for summary in results["summary"].values()), default=1.0)
     rows = []
     for name, summary in results["summary"].items():
         seconds = summary["step_seconds"]
-        parts = {label: seconds[key] for key, label in _TIME_PARTS.items() if key in seconds}
-        parts[_OTHER_TIME] = max(0.0, seconds["total"] - sum(parts.values()))
-        rows.append(
-            {
-                "label": results["methods"][name]["label"],
-                "total": seconds["total"],
-                "parts": [
-                    {
-                        "label": label,
-                        "shade": shades[label],
-                        "seconds": value,
-                        "share": 100 * value / (slowest or 1.0),
-                    }
-                    for label, value in parts.items()
-                ],
-            }
-        )
+        rows.append(time_bar(results["methods"][name]["label"], seconds, seconds["total"], slowest))
     return rows
