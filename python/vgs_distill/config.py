@@ -49,6 +49,10 @@ class VGSConfig(DistillationConfig):
             training stops.
         check_dataset_rows: How many rows of a map-style dataset have their image opened before training starts (all
             rows have their prompt checked); None for all.
+        record_completions_every: Steps from one record of sampled completions to the next, for the report: a few rows
+            with their images and log q - log r of every token, from passes that the step runs anyway; 0 for none.
+        record_modules_every: Steps from one record of the gradients' norms and cosine in every module to the next (with
+            ``"amortized"`` at the first refresh from there on); 0 for none.
     """
 
     steering: str = field(
@@ -89,6 +93,12 @@ class VGSConfig(DistillationConfig):
     check_dataset_rows: int | None = field(
         default=10_000, metadata={"help": "How many rows have their image opened before training; None for all."}
     )
+    record_completions_every: int = field(
+        default=100, metadata={"help": "Steps from one record of sampled completions to the next; 0 for none."}
+    )
+    record_modules_every: int = field(
+        default=0, metadata={"help": "Steps from one record of the gradients of every module to the next; 0 for none."}
+    )
 
     def __post_init__(self) -> None:
         # Before transformers starts what the launcher asked for: DeepSpeed, process groups.
@@ -116,6 +126,9 @@ class VGSConfig(DistillationConfig):
             raise ValueError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
         if self.max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}")
+        for name in ("record_completions_every", "record_modules_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
         if not self.refresh_drift > 1.0:
             raise ValueError(f"refresh_drift must be above 1, got {self.refresh_drift}")
         if self.max_completion_length is not None and self.max_completion_length < 1:

@@ -5,7 +5,7 @@ Called by the trainer; it hands in how to run a backbone, so that this file know
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from vgs_kernels import DecomposedKL, LinearDecomposedKL, linear_decomposed_kl
 
 from .config import VGSConfig
+from .contribution import visual_contribution
 from .families import Family, ImageTokens
 from .heads import language_head
 from .masking import Batch, masked_view, rows_with_image
@@ -33,6 +34,7 @@ class MicroBatchLoss(NamedTuple):
     logit_gramian: Tensor  # (2, 2), of the logit gradients of lang and vis; detached
     tokens: DecomposedKL  # (valid tokens,) each, detached
     positions: Tensor  # (valid tokens, 2): row and completion position of each
+    contribution: Tensor | None  # (contribution rows, completion), log q - log r of what was sampled; None for no rows
 
     def weighted(self, weights: Tensor) -> Tensor:
         """weights[0] * lang + weights[1] * vis, differentiable; without steering weights."""
@@ -67,8 +69,11 @@ def decomposed_loss(
     run_teacher: RunBackbone,
     span: Callable[[str], AbstractContextManager[None]],
     steering_weights: Tensor | None = None,  # (2,)
+    contribution_rows: Sequence[int] = (),
 ) -> MicroBatchLoss:
     """Run the streams and split the loss; with `steering_weights` only the weighted sum is differentiable.
+
+    `contribution_rows`: rows of the batch that the visual contribution of every token is computed for.
 
     `span` times the passes that steering adds.
 
@@ -136,6 +141,17 @@ def decomposed_loss(
             objective = result.objective if objective is None else objective + result.objective
         results.append(result)
     assert lang is not None
+    contribution = None
+    if contribution_rows:
+        chosen = list(contribution_rows)
+        contribution = visual_contribution(
+            teacher_hidden[chosen],
+            teacher_hidden[chosen] if masked_teacher_hidden is None else masked_teacher_hidden[chosen],
+            teacher_head,
+            batch.completion_ids[chosen],
+            image_mask[chosen],
+            config.temperature,
+        )
     return MicroBatchLoss(
         lang / items_in_step,
         None if vis is None else vis / items_in_step,
@@ -143,4 +159,5 @@ def decomposed_loss(
         torch.stack([result.logit_gramian for result in results]).sum(0) / items_in_step**2,
         DecomposedKL(*(torch.cat(part) for part in zip(*(result.tokens for result in results), strict=True))),
         torch.cat([image_mask.nonzero(), text_mask.nonzero()]),
+        contribution,
     )

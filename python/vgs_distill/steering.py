@@ -10,7 +10,8 @@ Called by the trainer; the mathematics is `vgs_kernels`, what crosses processes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from vgs_kernels import combine_gradients, gradient_gramian
 from .distributed import average_gradients, shard_group
 
 Policy = Callable[[Tensor], Tensor]
+_NO_MODULES: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class SteeringRecord(NamedTuple):
@@ -28,6 +30,7 @@ class SteeringRecord(NamedTuple):
 
     gramian: Tensor  # (2, 2), of the parameter gradients (g_lang, g_vis)
     weights: Tensor  # (2,), of (g_lang, g_vis)
+    modules: Mapping[str, Tensor]  # the Gramian of each module that was asked for
 
     def metrics(self) -> dict[str, Tensor]:
         norms = self.gramian.diagonal().clamp(min=0.0).sqrt()
@@ -54,7 +57,7 @@ class GradientPair:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]
         self._lang: list[Tensor | None] = []
         self._vis: list[Tensor | None] = []
         self.discard()
@@ -72,16 +75,19 @@ class GradientPair:
         """No gradient is in `.grad` any more: neither half alone may meet an optimizer."""
         self._vis = self._detach()
 
-    def combine(self, policy: Policy, replicated: bool) -> SteeringRecord | None:
+    def combine(
+        self, policy: Policy, replicated: bool, modules: Mapping[str, Sequence[int]] = _NO_MODULES
+    ) -> SteeringRecord | None:
         """Put the steered gradient into `.grad` and forget the two; None if there was no gradient at all.
 
         `replicated`: every process holds whole gradients of its own part of the batch (DDP), to be averaged first.
+        `modules`: name -> indices into `parameters`; each also gets a Gramian of its own in the record.
         """
         lang, vis = self._lang, self._vis
         self.discard()
         if replicated:
-            lang = average_gradients(self._parameters, lang)
-            vis = average_gradients(self._parameters, vis)
+            lang = average_gradients(self.parameters, lang)
+            vis = average_gradients(self.parameters, vis)
         out: list[Tensor] = []
         present: list[int] = []
         for index, (a, b) in enumerate(zip(lang, vis, strict=True)):
@@ -91,26 +97,32 @@ class GradientPair:
                 present.append(index)
         if not present:
             return None
+        group = shard_group(out)
+        by_module = {
+            name: gradient_gramian([lang[i] for i in own], [vis[i] for i in own], process_group=group)
+            for name, indices in modules.items()
+            if (own := [i for i in indices if i in present])
+        }
         lang, vis = [lang[i] for i in present], [vis[i] for i in present]
-        gramian = gradient_gramian(lang, vis, process_group=shard_group(out))
+        gramian = gradient_gramian(lang, vis, process_group=group)
         weights = policy(gramian)
         combine_gradients(lang, vis, weights, out=out, gramian=gramian)
         for i, gradient in zip(present, out, strict=True):
-            self._parameters[i].grad = gradient
-        return SteeringRecord(gramian, weights)
+            self.parameters[i].grad = gradient
+        return SteeringRecord(gramian, weights, by_module)
 
     def discard(self) -> None:
         """Forget both gradients; `.grad` stays as it is."""
-        self._lang = [None] * len(self._parameters)
-        self._vis = [None] * len(self._parameters)
+        self._lang = [None] * len(self.parameters)
+        self._vis = [None] * len(self.parameters)
 
     def _attach(self, gradients: list[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
 
     def _detach(self) -> list[Tensor | None]:
-        gradients = [parameter.grad for parameter in self._parameters]
-        for parameter in self._parameters:
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
             parameter.grad = None
         return gradients
 

@@ -29,7 +29,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
@@ -44,8 +44,10 @@ from .heads import backbone
 from .interruption import Interruption
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, without_image_parts
+from .modules import parameters_by_module
 from .nonfinite import SkippedUpdates, describe_rows, describe_step
 from .output_dir import check_output_dir
+from .recording import RunRecorder
 from .sampler import EpochOrder
 from .schedule import gamma_at
 from .steering import (
@@ -102,8 +104,9 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
                                   (where they are measured: every step, or every refresh of ``"amortized"``)
     ``steering/gamma``            share of the visual direction
     ``steering/weight_ratio``     weight of the visual gradient over that of the language gradient
-    ``steering/refreshed``, ...   at a refresh of ``"amortized"``: the ``steering/predicted_weight_ratio`` and the
-                                  ``steering/direction_cosine`` between predicted and measured update
+    ``steering/refreshed``, ...   at a refresh of ``"amortized"``: the ``steering/predicted_weight_ratio``, the
+                                  ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between
+                                  predicted and measured update
     ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering; and of the
                                   forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of
                                   teacher and student
@@ -173,6 +176,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self._skip_update = False  # the same on all processes
         self._interruption = Interruption()
         self.add_callback(self._interruption)
+        self._recorder = RunRecorder(args, self.model, self.teacher_model)
+        self.add_callback(self._recorder)
 
     # ------------------------------------------------------------------ the step
 
@@ -221,6 +226,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if self.args.steering == "none":
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self._metrics[self._mode]["loss/full"].append(loss.detach())
+            self._record_completions(inputs, None)
             return (loss, None) if return_outputs else loss
 
         if self._training:
@@ -231,6 +237,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         result = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs, items)
         self._record_loss(result, inputs)
+        self._record_completions(inputs, result.contribution)
         full = result.tokens.full.sum() / items
         plan = self._plan
         if plan is None:
@@ -271,6 +278,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             run_teacher=self._run_teacher,
             span=self._timer.span,
             steering_weights=None if self._plan is None else self._plan.weights,
+            contribution_rows=self._recorder.marked_rows(inputs),
         )
 
     def _run_backbone(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -328,6 +336,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             output["token_type_ids"][:, output["prompt_ids"].size(1) :] = 1
         if self.args.steering != "none" and self.args.image_mask == "drop" and "pixel_values" in output:
             output |= self._text_prompts(inputs, output["prompt_ids"], output["prompt_mask"])
+        if self._training:
+            self._recorder.mark_examples(self.state.global_step + 1, output, inputs)
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
@@ -369,7 +379,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         metrics: dict[str, Tensor | float] = {"steering/gamma": plan.gamma}
         weights = plan.weights
         if plan.apart:
-            record = self._gradients.combine(plan.policy, is_replicated(model))
+            record = self._gradients.combine(plan.policy, is_replicated(model), self._modules_to_record())
             if record is None:
                 return
             if not torch.isfinite(record.gramian).all():  # the policy would go on with the other part alone
@@ -379,6 +389,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
                 return
             weights = record.weights
             metrics |= record.metrics()
+            self._recorder.record_modules(self.state.global_step + 1, record.modules)
             if self._predictor is not None:
                 metrics |= self._refresh(self._predictor, plan.policy, record, logit_gramian)
         elif self._predictor is not None:
@@ -412,7 +423,10 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self, predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor
     ) -> dict[str, Tensor | float]:
         """Measure anew; return how good the prediction for this very step would have been."""
-        metrics: dict[str, Tensor | float] = {"steering/refreshed": 1.0}
+        metrics: dict[str, Tensor | float] = {
+            "steering/refreshed": 1.0,
+            "steering/measured_weight_ratio": weight_ratio(record.weights),
+        }
         if predictor.ready:
             known = logit_gramian if self.current_gradient_accumulation_steps == 1 else None
             predicted = policy(predictor.predict(known))
@@ -475,6 +489,14 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         for name, total in (("loss/full", full), ("loss/lang", lang), ("loss/vis", vis), ("entropy", entropy)):
             metrics[name].append(total / tokens.clamp(min=1))
 
+    def _record_completions(self, inputs: dict[str, Any], contribution: Tensor | None) -> None:
+        self._recorder.record_completions(self.state.global_step + 1, inputs, contribution, self._tokenizer)
+
+    def _modules_to_record(self) -> dict[str, list[int]]:
+        if not self._recorder.modules_due(self.state.global_step + 1):
+            return {}
+        return parameters_by_module(self.accelerator.unwrap_model(self.model), self._gradients.parameters)
+
     def _record_times(self) -> None:
         times = self._timer.flush()
         step = times.pop("step")
@@ -484,6 +506,11 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             parts |= {name: times.get(name, 0.0) for name in ("masked_teacher", "masked_student")}
         for name, seconds in parts.items():
             self._metrics["train"][f"time/{name}"].append(seconds)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        self._timer.flush()  # its rollouts and passes belong to no training step
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Metrics stay on the device until they are logged: one synchronisation per logging step, not per step.

@@ -17,6 +17,7 @@ from vgs_distill import VGSTrainer, families
 from vgs_distill.config import IMAGE_MASKS
 from vgs_distill.families import check_teacher_reads_same_images
 from vgs_distill.masking import Batch, masked_view
+from vgs_distill.modules import parameters_by_module
 from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES
@@ -53,6 +54,21 @@ def test_three_steps(family: str, decomposition: str, image_mask: str, tmp_path:
         assert row["gradient/norm_vis"] > 0
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert any("vision" in name or "visual" in name for name in moved), "the vision tower learns too"
+
+
+@every_family
+def test_its_modules_are_told_apart(family: str) -> None:
+    model = SMALL_FAMILIES[family].model(processor_of(family), 1)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    parts = parameters_by_module(model, parameters)
+    head = [] if model.config.tie_word_embeddings or "lm_head.weight" not in names else ["head"]
+    layers = ["decoder layer 0", "decoder layer 1"]
+    assert list(parts) == ["vision tower", "connector", "embedding", *layers, "decoder, other", *head]
+    assert sorted(index for indices in parts.values() for index in indices) == list(range(len(parameters)))
+    for part, word in [("vision tower", "vis"), ("embedding", "embed_tokens"), ("decoder layer 1", ".layers.1.")]:
+        assert all(word in names[index] for index in parts[part])
+    for index in parts["connector"]:
+        assert any(word in names[index] for word in ("merger", "connector", "projector", "image_newline"))
 
 
 def rollout(trainer: VGSTrainer, rows: int = 4) -> Batch:

@@ -1,0 +1,259 @@
+"""What a run leaves behind for its report: a log that grows line by line and survives SIGKILL, and small pictures.
+
+    RUN_DIR/recording/log.jsonl    one JSON object a line, `kind` says which (below)
+    RUN_DIR/recording/images/      pictures that completions belong to, named by their content
+
+    start        a (resumed) training begins at `step`, of `max_steps`; `settings` of the run. What was logged before
+                 for later steps is superseded.
+    metrics      `values`: what the trainer logged after `step`
+    completion   one of `step`: `prompt`, `images` (file names), `tokens` (texts), and `log_ratios`, log q - log r of
+                 each token in nats, teacher with against teacher without the image; null where no masked teacher ran
+    modules      `norms_lang`, `norms_vis`, `cosines` of the two gradients at `step`, per module in `names`
+    end          training returned at `step`
+
+Every record carries `step` and `time` (seconds since 1970). A line is appended by one write; one that a crash cut off
+is no JSON, and the reader (`report/log.py`) passes over it. Called by the trainer; decides nothing about training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.image_utils import load_image
+from transformers.utils import logging
+from trl import DistillationConfig
+
+from .config import VGSConfig
+from .report.log import IMAGE_FOLDER, LOG_FILE
+
+logger = logging.get_logger(__name__)
+
+COMPLETIONS_PER_RECORD = 4
+_LONGEST_SIDE = 384  # of a kept picture, in pixels: sharp at the width of a phone
+_PNG_UP_TO = 128  # pixels; JPEG blurs what is that small, and saves nothing
+_TRL_SETTINGS = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "max_completion_length",
+    "temperature",
+    "max_grad_norm",
+    "seed",
+)
+
+
+class RunRecorder(TrainerCallback):
+    """Appends to the log of a run, on the main process only. A disk that refuses ends the recording, not the run."""
+
+    def __init__(self, config: VGSConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        self._run_dir = Path(config.output_dir or ".")
+        self._completions = _Interval(config.record_completions_every)
+        self._modules = _Interval(config.record_modules_every)
+        self._settings = {"student": _model_name(student), "teacher": _model_name(teacher)}
+        self._settings |= {name: getattr(config, name) for name in (*_TRL_SETTINGS, *_own_settings())}
+        self._recording = False
+
+    # ------------------------------------------------------------------ called by the Trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._recording = state.is_world_process_zero
+        with self._disk():
+            (self._run_dir / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
+            _end_last_line(self._run_dir / LOG_FILE)
+        self._append("start", state.global_step, max_steps=state.max_steps, settings=self._settings)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._append("metrics", state.global_step, values=_finite_numbers(logs or {}))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._append("end", state.global_step)
+        self._recording = False
+
+    # ------------------------------------------------------------------ called by the engine
+
+    def mark_examples(self, step: int, batch: dict[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
+        """Where `step` is due, send the first few dataset rows along with their batch, which is shuffled and split."""
+        if self._completions.due(step):
+            marked = [dict(example) for example in examples[:COMPLETIONS_PER_RECORD]]
+            batch["examples"] = [*marked, *[None] * (len(examples) - len(marked))]
+
+    @staticmethod
+    def marked_rows(batch: Mapping[str, Any]) -> list[int]:
+        """The rows of a micro-batch whose completions are to be recorded."""
+        return [row for row, example in enumerate(batch.get("examples", [])) if example is not None]
+
+    def record_completions(
+        self,
+        step: int,
+        batch: Mapping[str, Any],
+        log_ratios: Tensor | None,  # (marked rows, completion)
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Write down the marked rows of a micro-batch."""
+        for index, row in enumerate(self.marked_rows(batch) if self._recording else []):
+            length = int(batch["completion_mask"][row].sum())
+            example = batch["examples"][row]
+            images: list[str] = []
+            with self._disk():
+                images.extend(map(self._keep_image, _images(example)))
+            self._append(
+                "completion",
+                step,
+                prompt=_prompt_text(example["prompt"]),
+                images=images,
+                tokens=token_texts(tokenizer, batch["completion_ids"][row, :length].tolist()),
+                log_ratios=None if log_ratios is None else _rounded(log_ratios[index, :length]),
+            )
+
+    def modules_due(self, step: int) -> bool:
+        return self._modules.due(step)
+
+    def record_modules(self, step: int, gramians: Mapping[str, Tensor]) -> None:
+        """Norms and cosine of the two gradients of each module, from its Gramian (2, 2); nothing for no modules."""
+        if not gramians:
+            return
+        norms_lang, norms_vis, cosines = [], [], []
+        for gramian in gramians.values():
+            (lang, cross), (_, vis) = gramian.tolist()
+            norms_lang.append(math.sqrt(lang))
+            norms_vis.append(math.sqrt(vis))
+            cosines.append(cross / math.sqrt(lang * vis) if lang * vis > 0 else None)
+        self._append("modules", step, names=list(gramians), norms_lang=norms_lang, norms_vis=norms_vis, cosines=cosines)
+
+    def _keep_image(self, image: Any) -> str:
+        """Save a small copy, once per content and in one piece, and return its name."""
+        small = load_image(image)
+        small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+        file_format = "PNG" if max(small.size) <= _PNG_UP_TO else "JPEG"
+        buffer = io.BytesIO()
+        small.save(buffer, format=file_format, optimize=True)
+        content = buffer.getvalue()
+        path = self._run_dir / IMAGE_FOLDER / f"{hashlib.sha256(content).hexdigest()[:16]}.{file_format.lower()}"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            part.write_bytes(content)
+            part.replace(path)
+        return path.name
+
+    def _append(self, kind: str, step: int, **values: Any) -> None:
+        """Write one line, in one piece; the kernel keeps it when the process is killed."""
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        if self._recording:
+            with self._disk(), (self._run_dir / LOG_FILE).open("ab", buffering=0) as log:
+                log.write(json.dumps(record).encode() + b"\n")
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("the recording of the run stops here, training goes on: %s", error)
+            self._recording = False
+
+
+def _end_last_line(path: Path) -> None:
+    """A run that was killed may have left half a line; what is appended must not become part of it."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("ab") as log:
+            log.write(b"\n")
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of every token; together they read as the whole does.
+
+    A token that ends inside a character has the empty text, and the one that completes the character has it all.
+    Decoded in a short window that starts at a boundary: tokenizers drop or add a space at the start of what they
+    decode, and decoding every prefix would be quadratic.
+    """
+    texts: list[str] = []
+    start = read = 0  # the window begins at `start`; its text up to `read` has been given out
+    for end in range(1, len(ids) + 1):
+        known, text = (str(tokenizer.decode(ids[start:to])) for to in (read, end))
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(known) :])
+        start, read = read, end
+    return texts
+
+
+class _Interval:
+    """Due at the first step asked for and then whenever a multiple of `every` has been reached; 0 is never."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._last: int | None = None
+
+    def due(self, step: int) -> bool:
+        if not self._every or (self._last is not None and step // self._every == self._last // self._every):
+            return False
+        self._last = step
+        return True
+
+
+def _own_settings() -> list[str]:
+    inherited = {field.name for field in fields(DistillationConfig)}
+    return [field.name for field in fields(VGSConfig) if field.name not in inherited]
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    """Where it was loaded from, or its class if it was built in memory."""
+    return model.config.name_or_path or type(model).__name__
+
+
+def _finite_numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Strict JSON has no NaN and no infinity, and nothing else of a log can be drawn."""
+    return {
+        name: float(value) for name, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _prompt_text(prompt: Any) -> str:
+    """What the prompt says: the text of its messages, without roles and images."""
+    if isinstance(prompt, str):
+        return prompt
+    texts: list[str] = []
+    for message in prompt:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts.extend(part["text"] for part in parts if part.get("type") == "text" and part.get("text"))
+    return "\n\n".join(texts)
+
+
+def _images(example: Mapping[str, Any]) -> list[Any]:
+    images = example.get("images", [example.get("image")])
+    return [image for image in images or [] if image is not None]
