@@ -18,7 +18,7 @@ runner = CliRunner()
 def test_help_names_the_commands() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("train", "eval", "demo", "doctor", "bench"):
+    for command in ("train", "eval", "report", "demo", "doctor", "bench"):
         assert command in result.output
 
 

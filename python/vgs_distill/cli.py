@@ -126,6 +126,22 @@ def demo(
 
 
 @app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Output directory of a training run, finished or not.")],
+    output: Annotated[Path | None, typer.Option(help="The file to write. (default: RUN_DIR/report.html)")] = None,
+) -> None:
+    """Write one self-contained HTML page about a training run: losses, gradients, time, and what the student wrote.
+
+    The page needs no network and no script, reads on a phone and prints; a run that still trains may be reported too.
+    Accuracies are those that `vgs eval --output_file` left as eval*.json in RUN_DIR or its checkpoint-* folders.
+    """
+    from vgs_distill.report.run import write_report
+
+    with _one_sentence():
+        typer.echo(f"Written: {write_report(run_dir, output)}")
+
+
+@app.command()
 def doctor() -> None:
     """Say which backend runs every kernel here and why nothing faster does; test all, with exit code 1 if one errs."""
     from rich.console import Console
