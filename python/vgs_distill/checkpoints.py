@@ -229,7 +229,7 @@ def check_space(directory: Path, needed: int) -> None:
     """OSError unless `needed` bytes fit on the disk of `directory`."""
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise OSError(f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB free")
+        raise OSError(f"{needed / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB free")
 
 
 def _missing(folder: Path) -> str | None:

@@ -61,7 +61,7 @@ def test_a_directory_that_went_away_is_named(make_trainer: Callable[..., VGSTrai
 def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_space(tmp_path, free // 2)
-    with pytest.raises(OSError, match=r"GiB are needed and .* GiB free"):
+    with pytest.raises(OSError, match=r"MiB are needed and .* MiB free"):
         check_space(tmp_path, 2 * free)
 
 
