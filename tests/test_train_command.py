@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def test_a_run_leaves_a_model_a_processor_and_what_repeats_it(workspace: Workspa
 
     vgs("train", "--config", str(run / "run.yaml"), "--resume_from_checkpoint", "true", "--max_steps", "3")
     assert [row["step"] for row in history(run) if "steering/gamma" in row] == [1, 2, 3]
+
+
+def test_the_environment_of_a_run_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vgs_distill.arguments import train_parser
+
+    monkeypatch.setenv("VGS_TEST_ONLY", "before")
+    (tmp_path / "run.yaml").write_text("env: {VGS_TEST_ONLY: 7}\nuse_cpu: true")
+    _, values = train_parser().parse(["--config", str(tmp_path / "run.yaml")])
+    assert os.environ["VGS_TEST_ONLY"] == "7"
+    assert values["env"] == {"VGS_TEST_ONLY": "7"}
 
 
 @pytest.mark.parametrize("name", ["saved", "rows.parquet", "pictures"])

@@ -95,6 +95,7 @@ class SettingsParser(TrlParser):
         self.command = command
         self._groups: dict[str, Any] = {}
         self._hints: dict[str, Any] = {}
+        self._environment: dict[str, str] = {}
         super().__init__(
             dataclass_types,
             prog=f"vgs {command}",
@@ -129,7 +130,7 @@ class SettingsParser(TrlParser):
                 filled.append(kind(**{item.name: values[item.name] for item in fields(kind) if item.init}))
             except (ValueError, TypeError, OSError, ImportError) as error:
                 raise InputError(one_sentence(error)) from error
-        return filled, values
+        return filled, {"env": self._environment, **values} if self._environment else values
 
     def error(self, message: str) -> NoReturn:
         """argparse's way to refuse a value, without its usage text."""
@@ -179,7 +180,8 @@ class SettingsParser(TrlParser):
         flags: list[str] = []
         for (key, scalar), value in zip(written.items(), typed.values(), strict=True):
             if key == "env" and isinstance(scalar, dict):
-                os.environ.update({name: str(setting) for name, setting in scalar.items()})
+                self._environment = {name: str(setting) for name, setting in scalar.items()}
+                os.environ.update(self._environment)
                 continue
             if key not in self._hints:
                 raise InputError(f"{str(path)!r} has an unknown key {key!r}{nearest(key, self._hints)}")
