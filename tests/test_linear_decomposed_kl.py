@@ -174,6 +174,21 @@ def test_objective_is_the_weighted_sum(decomposition: str, chosen: str) -> None:
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_hidden_gradients_are_those_of_the_sums(decomposition: str, chosen: str) -> None:
+    problem = Problem(decomposition)
+    lang_reaches = problem.hidden if problem.masked_hidden is None else problem.masked_hidden
+    apart = problem.call(backend=chosen)
+    assert apart.hidden_gradients.objective is None
+    assert_all_close([apart.hidden_gradients.lang], gradients(apart.lang, [lang_reaches]))
+    assert_all_close([apart.hidden_gradients.vis], gradients(apart.vis, [problem.hidden]))
+    together = problem.call(backend=chosen, steering_weights=torch.tensor([0.3, 0.7]))
+    assert together.hidden_gradients[:2] == (None, None)
+    assert_all_close([together.hidden_gradients.objective], gradients(together.objective, [problem.hidden]))
+    with torch.no_grad():
+        assert problem.call(backend=chosen).hidden_gradients == (None, None, None)
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_gramian_is_that_of_the_logit_gradients(decomposition: str, chosen: str) -> None:
     problem = Problem(decomposition)
     got = problem.call(backend=chosen, max_chunk_bytes=chunk_bytes(problem, 3)).logit_gramian

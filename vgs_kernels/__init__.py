@@ -10,12 +10,13 @@ from .gradient_gramian import gradient_gramian
 from .linear_decomposed_kl import linear_decomposed_kl
 from .steering import VisualGradientSteering
 from .torchjd_adapter import from_torchjd
-from .types import DecomposedKL, LinearDecomposedKL, LMHead
+from .types import DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
 from .version import __version__
 
 __all__ = [
     "BackendUnavailableError",
     "DecomposedKL",
+    "HiddenGradients",
     "LMHead",
     "LinearDecomposedKL",
     "VisualGradientSteering",

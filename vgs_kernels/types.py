@@ -23,6 +23,17 @@ class DecomposedKL(NamedTuple):
     entropy: Tensor  # of the student
 
 
+class HiddenGradients(NamedTuple):
+    """Gradients of the sums of `LinearDecomposedKL` with respect to the student's hidden states, detached.
+
+    Shape `(tokens, width)`; None where a sum is not differentiable, or nothing asked for hidden gradients.
+    """
+
+    lang: Tensor | None  # with respect to masked_student_hidden where it is given, else student_hidden
+    vis: Tensor | None  # with respect to student_hidden
+    objective: Tensor | None  # with respect to student_hidden
+
+
 class LinearDecomposedKL(NamedTuple):
     """What `vgs_kernels.linear_decomposed_kl` returns; sums over tokens, in nats."""
 
@@ -31,6 +42,7 @@ class LinearDecomposedKL(NamedTuple):
     objective: Tensor | None  # (), steering_weights[0] * lang + steering_weights[1] * vis; None without them
     tokens: DecomposedKL  # per token, unweighted, detached; 0 where the token weight is 0
     logit_gramian: Tensor  # (2, 2), of the token-weighted logit gradients of lang and vis; detached
+    hidden_gradients: HiddenGradients  # those that `backward` scales: read them, do not write to them
 
 
 class LMHead(NamedTuple):

@@ -26,9 +26,9 @@ class VGSConfig(DistillationConfig):
     Attributes:
         steering: ``"exact"`` measures the gradients of the language and the visual part over the whole accumulated
             batch and recombines them, at the price of a second backward pass; ``"amortized"`` runs one backward pass
-            of the weighted sum, with weights predicted from the logit gradients, and measures exactly every
-            `refresh_every` steps; ``"none"`` is monolithic on-policy distillation, KL(student || teacher), by
-            TRL's own loss, with no masked passes.
+            of the weighted sum, with weights predicted from the gradients of the last hidden states, and measures
+            exactly every `refresh_every` steps; ``"none"`` is monolithic on-policy distillation,
+            KL(student || teacher), by TRL's own loss, with no masked passes.
         decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
             (equations: `vgs_kernels.decomposed_kl`).
         gamma: Share of the visual direction in [0, 1]; the value a schedule ends at.
@@ -40,8 +40,9 @@ class VGSConfig(DistillationConfig):
         steering_scale: ``"unit"``, as in the paper: the steered gradient has norm at most 1; ``"preserve"``: the norm
             of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
         refresh_every: Steps from one exact measurement to the next, with ``"amortized"``; 0 never measures and takes
-            the ratio of the logit gradients for that of the parameter gradients.
-        refresh_drift: Measure early when the ratio of the two logit gradient norms has changed by this factor.
+            the ratio that the hidden gradients suggest for that of the parameter gradients.
+        refresh_drift: Measure early when the ratio that the hidden gradients suggest, averaged over the last steps, has
+            changed by this factor since the last measurements.
         image_mask: What the masked view of a prompt is. ``"drop"``: the prompt is what the chat template writes
             without the image, and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
             ``"attention"``: image tokens stay, but nothing attends to them.
@@ -82,7 +83,7 @@ class VGSConfig(DistillationConfig):
     )
     refresh_drift: float = field(
         default=2.0,
-        metadata={"help": "Measure early when the ratio of the logit gradient norms moves by this factor."},
+        metadata={"help": "Measure early when the ratio of the two hidden gradient norms moves by this factor."},
     )
     image_mask: str = field(
         default="drop", metadata={"help": "What a masked image is: 'drop', 'blank' or 'attention'."}

@@ -68,7 +68,7 @@ def shard_group(gradients: Sequence[Tensor]) -> ProcessGroup | None:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a small tensor over all processes."""
+    """The sum of a tensor over all processes, in place."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor

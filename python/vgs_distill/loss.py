@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .contribution import visual_contribution
 from .families import Family, ImageTokens
 from .heads import language_head
 from .masking import Batch, masked_view, rows_with_image
+from .proxy import GradientProxy
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
 RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
@@ -28,16 +30,15 @@ RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
 class MicroBatchLoss(NamedTuple):
     """Both parts of the loss of a micro-batch, and what is logged of it."""
 
-    lang: Tensor  # (), sum over tokens / number of tokens of the step, differentiable without steering weights
+    lang: Tensor  # (), sum over tokens / number of tokens of the step, differentiable
     vis: Tensor | None  # the same; None if no row has an image
-    objective: Tensor | None  # (), the weighted sum, differentiable; None without steering weights
-    logit_gramian: Tensor  # (2, 2), of the logit gradients of lang and vis; detached
+    proxy: GradientProxy | None  # of the gradients of lang and vis; None unless steering is amortized
     tokens: DecomposedKL  # (valid tokens,) each, detached
     positions: Tensor  # (valid tokens, 2): row and completion position of each
     contribution: Tensor | None  # (contribution rows, completion), log q - log r of what was sampled; None for no rows
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """weights[0] * lang + weights[1] * vis, differentiable; without steering weights."""
+        """weights[0] * lang + weights[1] * vis, differentiable."""
         lang = weights[0].to(self.lang) * self.lang
         return lang if self.vis is None else lang + weights[1].to(self.vis) * self.vis
 
@@ -68,14 +69,11 @@ def decomposed_loss(
     run_student: RunBackbone,
     run_teacher: RunBackbone,
     span: Callable[[str], AbstractContextManager[None]],
-    steering_weights: Tensor | None = None,  # (2,)
     contribution_rows: Sequence[int] = (),
 ) -> MicroBatchLoss:
-    """Run the streams and split the loss; with `steering_weights` only the weighted sum is differentiable.
+    """Run the streams and split the loss. `span` times the passes that steering adds.
 
     `contribution_rows`: rows of the batch that the visual contribution of every token is computed for.
-
-    `span` times the passes that steering adds.
 
     Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
     the row itself, so all of its KL(student || teacher) is language.
@@ -99,47 +97,61 @@ def decomposed_loss(
     head = language_head(student, student_hidden)
     teacher_head = language_head(teacher, student_hidden)
 
+    needs_proxy = config.steering == "amortized" and torch.is_grad_enabled()
+
+    def student_rows(hidden: Tensor, mask: Tensor) -> Tensor:
+        rows = hidden[mask]
+        # The proxy needs their gradients even where the backbone is frozen.
+        return rows.requires_grad_() if needs_proxy and not rows.requires_grad else rows
+
     def teacher_rows(hidden: Tensor, mask: Tensor) -> Tensor:
         return hidden[mask].to(student_hidden.dtype)
 
     results: list[LinearDecomposedKL] = []
-    lang = vis = objective = None
+    proxies: list[GradientProxy] = []
+    lang = vis = None
     if any_image:
         assert masked_teacher_hidden is not None
+        rows = lang_rows = student_rows(student_hidden, image_mask)
+        masked_rows = None
+        if masked_student_hidden is not None:
+            masked_rows = lang_rows = student_rows(masked_student_hidden, image_mask)
         result = linear_decomposed_kl(
-            student_hidden[image_mask],
+            rows,
             head,
             teacher_rows(teacher_hidden, image_mask),
             teacher_head,
             masked_teacher_hidden=teacher_rows(masked_teacher_hidden, image_mask),
-            masked_student_hidden=None if masked_student_hidden is None else masked_student_hidden[image_mask],
+            masked_student_hidden=masked_rows,
             decomposition=config.decomposition,
             temperature=config.temperature,
-            steering_weights=steering_weights,
         )
-        lang, vis, objective = result.lang, result.vis, result.objective
+        lang, vis = result.lang, result.vis
         results.append(result)
+        if needs_proxy:
+            of_lang, of_vis, _ = result.hidden_gradients
+            assert of_lang is not None
+            assert of_vis is not None
+            proxies.append(GradientProxy.of_tokens((lang_rows, of_lang), (rows, of_vis)))
     if any_text or not any_image:
-        rows = teacher_rows(teacher_hidden, text_mask)
+        rows, text_teacher = student_rows(student_hidden, text_mask), teacher_rows(teacher_hidden, text_mask)
         # With r = q the teacher_prior split is lang = KL(p || q), vis = 0; the weight 0 spares the gradient of vis.
-        unit = torch.ones(2, device=rows.device) if steering_weights is None else steering_weights
         result = linear_decomposed_kl(
-            student_hidden[text_mask],
-            head,
             rows,
+            head,
+            text_teacher,
             teacher_head,
-            masked_teacher_hidden=rows,
+            masked_teacher_hidden=text_teacher,
             decomposition="teacher_prior",
             temperature=config.temperature,
-            steering_weights=torch.stack([unit[0], torch.zeros_like(unit[1])]),
+            steering_weights=torch.tensor([1.0, 0.0], device=rows.device),
         )
         assert result.objective is not None
-        if steering_weights is None:
-            lang = result.objective if lang is None else lang + result.objective
-        else:
-            lang = result.lang if lang is None else lang + result.lang
-            objective = result.objective if objective is None else objective + result.objective
+        lang = result.objective if lang is None else lang + result.objective
         results.append(result)
+        if needs_proxy:
+            assert result.hidden_gradients.objective is not None
+            proxies.append(GradientProxy.of_tokens((rows, result.hidden_gradients.objective), None))
     assert lang is not None
     contribution = None
     if contribution_rows:
@@ -155,8 +167,7 @@ def decomposed_loss(
     return MicroBatchLoss(
         lang / items_in_step,
         None if vis is None else vis / items_in_step,
-        None if objective is None else objective / items_in_step,
-        torch.stack([result.logit_gramian for result in results]).sum(0) / items_in_step**2,
+        reduce(GradientProxy.plus, proxies).scaled(1.0 / items_in_step) if proxies else None,
         DecomposedKL(*(torch.cat(part) for part in zip(*(result.tokens for result in results), strict=True))),
         torch.cat([image_mask.nonzero(), text_mask.nonzero()]),
         contribution,

@@ -132,92 +132,112 @@ def no_gradient(device: torch.device) -> Tensor:
     return torch.zeros((), device=device, requires_grad=True)
 
 
+class RunningAverage:
+    """Exponential average, per component and over the entries in which the component was there.
+
+    An entry counts 0.8 of the next one, so that about the last five decide: the ratio of one batch is too noisy to go
+    by, and ratios change while a student learns.
+    """
+
+    DECAY = 0.8
+
+    def __init__(self, size: int) -> None:
+        self.value = torch.zeros(size)
+        self.weight = torch.zeros(size)  # of all entries together; 0: never there
+
+    def add(self, entry: Tensor, present: Tensor) -> None:
+        value, weight = self.value.to(entry), self.weight.to(entry)
+        self.weight = torch.where(present, self.DECAY * weight + 1.0, weight)
+        self.value = torch.where(present, value + (entry - value) / self.weight.clamp(min=1.0), value)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"value": self.value.tolist(), "weight": self.weight.tolist()}
+
+    def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
+        self.value = torch.tensor(state["value"], device=device)
+        self.weight = torch.tensor(state["weight"], device=device)
+
+
 class GramianPredictor:
-    """Predicts the Gramian of the parameter gradients from that of the logit gradients, which the kernel gives free.
+    """Predicts the Gramian of the parameter gradients from the squared norms that stand for it (`proxy.py`), (2,).
 
-    At a refresh both are known, and their ratio rho = (parameter norm)^2 / (logit norm)^2 is kept per component, with
-    the cosine. Until the next refresh the prediction is rho times a logit Gramian: that of the step itself, or of the
-    last one where the weights must be known before the step's losses are (accumulation). A refresh is due
-    every `refresh_every` steps, and early when the two logit norms have moved against each other by more than
-    `drift` (a ratio) since the last one.
+    At a refresh both are known. Their ratio, averaged over refreshes, times the proxy of a step predicts that step;
+    the cosine is the average one. Where the weights must be known before the step's losses are (accumulation), the
+    average proxy of the last steps takes the place of the step's own. A refresh is due every `refresh_every` steps,
+    and early when the ratio of the two proxy norms, averaged over the last steps, differs by more than the factor
+    `drift` from its average over refreshes. Averages of positive numbers are those of their logarithms.
 
-    `refresh_every` 0 never measures: rho is 1, the logit Gramian stands for that of the parameters, and the first step
-    takes both components as equal. It is what engines that step inside `backward` (DeepSpeed) can do.
+    `refresh_every` 0 never measures: the proxy stands for the Gramian as it is, and before the first step both
+    components are taken as equal. It is what engines that step inside `backward` (DeepSpeed) can do.
 
-    A component that was absent (norm 0) at the refresh has no rho: it is predicted as 0 until the next, which is due
-    as soon as that component appears.
+    A component that no refresh has met yet is predicted as 0; its first appearance makes a refresh due.
     """
 
     def __init__(self, refresh_every: int, drift: float) -> None:
         self.refresh_every = refresh_every
         self.drift = drift
-        self._rho: Tensor | None = None  # (2,)
-        self._cosine: Tensor | None = None  # ()
-        self._logit: Tensor | None = None  # (2, 2), of the last step
-        self._reference: float = 0.0  # log of the logit norm ratio at the last refresh
-        self._since_refresh = 0
-        if refresh_every == 0:
-            self._rho, self._cosine, self._logit = torch.ones(2), torch.zeros(()), torch.eye(2)
+        self._averages = {
+            "ratio": RunningAverage(2),  # log of (squared norm / proxy), over refreshes
+            "cosine": RunningAverage(1),  # over refreshes
+            "measured": RunningAverage(2),  # log of the proxy, over refreshes
+            "recent": RunningAverage(2),  # log of the proxy, over steps
+        }
+        self._since_refresh = 0  # 0: none yet
 
     @property
     def ready(self) -> bool:
-        """Whether there has been a refresh, so that `predict` has something to go by."""
-        return self._rho is not None
+        """Whether `predict` has something to go by."""
+        return self.refresh_every == 0 or self._since_refresh > 0
 
     def refresh_due(self) -> bool:
         if self.refresh_every == 0:
             return False
-        if self._rho is None or self._logit is None or self._since_refresh >= self.refresh_every:
+        if self._since_refresh == 0 or self._since_refresh >= self.refresh_every:
             return True
-        return abs(_log_norm_ratio(self._logit) - self._reference) > math.log(self.drift)
+        measured, recent = self._averages["measured"], self._averages["recent"]
+        known = measured.weight > 0
+        change = (recent.value - measured.value).diff().abs() / 2  # halved: of norms, not of squares
+        drifted = known.all() & (change > math.log(self.drift))
+        return bool((drifted | ((recent.weight > 0) & ~known).any()).item())
 
-    def predict(self, logit_gramian: Tensor | None = None) -> Tensor:
-        """The predicted Gramian of the parameter gradients, (2, 2); only after a refresh. None: by the last step's."""
-        logit = self._logit if logit_gramian is None else logit_gramian
-        assert self._rho is not None
-        assert self._cosine is not None
-        assert logit is not None
-        squares = self._rho.to(logit) * logit.diagonal()
-        cross = self._cosine.to(squares) * squares.prod().sqrt()
-        return torch.stack([squares[0], cross, cross, squares[1]]).reshape(2, 2)
+    def predict(self, proxy: Tensor | None = None) -> Tensor:
+        """The predicted Gramian of the parameter gradients, (2, 2); only when `ready`. None: by the last steps'."""
+        ratio, cosine, recent = (self._averages[name] for name in ("ratio", "cosine", "recent"))
+        proxy = recent.value.exp() if proxy is None else proxy
+        squares = ratio.value.to(proxy).exp() * proxy
+        if self.refresh_every > 0:
+            squares = torch.where(ratio.weight.to(proxy) > 0, squares, 0.0)
+        cross = cosine.value.to(proxy) * squares.prod().sqrt()
+        return torch.cat([squares[:1], cross, cross, squares[1:]]).reshape(2, 2)
 
-    def observe(self, logit_gramian: Tensor) -> None:
-        """Take in the logit Gramian of a step that ran on a prediction."""
-        self._logit = logit_gramian
+    def observe(self, proxy: Tensor) -> None:
+        """Take in the proxy of a step that ran on a prediction."""
+        self._averages["recent"].add(*_log(proxy))
         self._since_refresh += 1
 
-    def refresh(self, gramian: Tensor, logit_gramian: Tensor) -> None:
-        """Take in both Gramians of a step that measured the parameter gradients."""
-        squares, logit_squares = gramian.diagonal(), logit_gramian.diagonal().to(gramian.dtype)
-        self._rho = torch.where(logit_squares > 0, squares / logit_squares, 0.0)
-        cosine = gramian[0, 1] / squares.prod().sqrt()
-        self._cosine = torch.where(torch.isfinite(cosine), cosine, 0.0)
-        self._logit = logit_gramian.to(gramian.dtype)
-        self._reference = _log_norm_ratio(self._logit)
+    def refresh(self, gramian: Tensor, proxy: Tensor) -> None:
+        """Take in the Gramian and the proxy of a step that measured the parameter gradients."""
+        logs, present = _log(proxy)
+        log_squares, measured = _log(gramian.diagonal().to(proxy))
+        cosine = (gramian[0, 1] / gramian.diagonal().prod().sqrt()).to(proxy).reshape(1)
+        self._averages["ratio"].add(log_squares - logs, measured & present)
+        self._averages["cosine"].add(cosine, torch.isfinite(cosine))
+        self._averages["measured"].add(logs, present)
+        self._averages["recent"].add(logs, present)
         self._since_refresh = 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        return {
-            "rho": None if self._rho is None else self._rho.tolist(),
-            "cosine": None if self._cosine is None else self._cosine.item(),
-            "logit_gramian": None if self._logit is None else self._logit.tolist(),
-            "since_refresh": self._since_refresh,
-            "log_norm_ratio": self._reference,
-        }
+        averages = {name: average.state_dict() for name, average in self._averages.items()}
+        return {**averages, "since_refresh": self._since_refresh}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        def restore(value: Any) -> Tensor | None:
-            return None if value is None else torch.tensor(value, dtype=torch.float32, device=device)
-
-        self._rho, self._cosine = restore(state["rho"]), restore(state["cosine"])
-        self._logit = restore(state["logit_gramian"])
+        for name, average in self._averages.items():
+            average.load_state_dict(state[name], device)
         self._since_refresh = int(state["since_refresh"])
-        self._reference = float(state["log_norm_ratio"])
 
 
-def _log_norm_ratio(logit_gramian: Tensor) -> float:
-    """log(|logit gradient of vis| / |logit gradient of lang|); one appearing or vanishing is an infinite change."""
-    lang, vis = (max(value, 0.0) for value in logit_gramian.diagonal().tolist())
-    tiny = 1e-300
-    return 0.5 * (math.log(max(vis, tiny)) - math.log(max(lang, tiny)))
+def _log(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm, and where there is one."""
+    usable = (squares > 0) & torch.isfinite(squares)
+    return torch.where(usable, squares, 1.0).log(), usable

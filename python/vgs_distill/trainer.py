@@ -47,6 +47,7 @@ from .masking import Batch, without_image_parts
 from .modules import parameters_by_module
 from .nonfinite import SkippedUpdates, describe_rows, describe_step
 from .output_dir import check_output_dir
+from .proxy import GradientProxy
 from .recording import RunRecorder
 from .sampler import EpochOrder
 from .schedule import gamma_at
@@ -82,12 +83,20 @@ class _StepPlan:
         self.gamma = gamma
         self.policy = policy
         self.apart = apart  # two backward passes, weights from what they measure; otherwise one of the weighted sum
-        self.weights = weights  # (2,) of the one pass; None: from the logit Gramian of the step's only micro-batch
+        self.weights = weights  # (2,) of the one pass; None: from the proxy of the step's only micro-batch
         self.micro_batch_loss = torch.zeros(())
-        self.logit_gramian = torch.zeros(2, 2)
+        self._proxy: GradientProxy | None = None  # of the micro-batches so far, on this process
+        self._proxy_squares: Tensor | None = None
 
-    def add_logit_gramian(self, gramian: Tensor) -> None:
-        self.logit_gramian = self.logit_gramian.to(gramian) + gramian
+    def add_proxy(self, proxy: GradientProxy) -> None:
+        self._proxy = proxy if self._proxy is None else self._proxy.plus(proxy)
+
+    def proxy_squares(self) -> Tensor:
+        """What stands for |g_lang|^2 and |g_vis|^2 of the step, over all processes; asked for after its last loss."""
+        if self._proxy_squares is None:
+            assert self._proxy is not None
+            self._proxy_squares = GradientProxy(*(sum_over_processes(part) for part in self._proxy)).squares()
+        return self._proxy_squares
 
 
 class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
@@ -244,13 +253,13 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             return (full, None) if return_outputs else full
 
         plan.micro_batch_loss = full
-        plan.add_logit_gramian(result.logit_gramian / self.accelerator.num_processes**2)
+        if result.proxy is not None:
+            plan.add_proxy(result.proxy.scaled(1.0 / self.accelerator.num_processes))  # gradients are averaged
         if not plan.apart:
-            objective = result.objective
             if plan.weights is None:
                 assert self._predictor is not None
-                plan.weights = plan.policy(self._predictor.predict(sum_over_processes(plan.logit_gramian.clone())))
-                objective = result.weighted(plan.weights)
+                plan.weights = plan.policy(self._predictor.predict(plan.proxy_squares()))
+            objective = result.weighted(plan.weights)
             return (objective, None) if return_outputs else objective
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self._gradients.accumulate_lang()
@@ -277,7 +286,6 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             run_student=self._run_backbone,
             run_teacher=self._run_teacher,
             span=self._timer.span,
-            steering_weights=None if self._plan is None else self._plan.weights,
             contribution_rows=self._recorder.marked_rows(inputs),
         )
 
@@ -375,7 +383,6 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             self._gradients.discard()
             self._drop_update(model)
             return
-        logit_gramian = sum_over_processes(plan.logit_gramian)
         metrics: dict[str, Tensor | float] = {"steering/gamma": plan.gamma}
         weights = plan.weights
         if plan.apart:
@@ -391,9 +398,9 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             metrics |= record.metrics()
             self._recorder.record_modules(self.state.global_step + 1, record.modules)
             if self._predictor is not None:
-                metrics |= self._refresh(self._predictor, plan.policy, record, logit_gramian)
+                metrics |= self._refresh(self._predictor, plan.policy, record, plan.proxy_squares())
         elif self._predictor is not None:
-            self._predictor.observe(logit_gramian)
+            self._predictor.observe(plan.proxy_squares())
         assert weights is not None
         metrics["steering/weight_ratio"] = weight_ratio(weights)
         for name, value in metrics.items():
@@ -420,7 +427,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self._skipped.note(f"the gradient is not finite, of {rows}")
 
     def _refresh(
-        self, predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, logit_gramian: Tensor
+        self, predictor: GramianPredictor, policy: VisualGradientSteering, record: SteeringRecord, proxy: Tensor
     ) -> dict[str, Tensor | float]:
         """Measure anew; return how good the prediction for this very step would have been."""
         metrics: dict[str, Tensor | float] = {
@@ -428,11 +435,11 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             "steering/measured_weight_ratio": weight_ratio(record.weights),
         }
         if predictor.ready:
-            known = logit_gramian if self.current_gradient_accumulation_steps == 1 else None
+            known = proxy if self.current_gradient_accumulation_steps == 1 else None
             predicted = policy(predictor.predict(known))
             metrics["steering/predicted_weight_ratio"] = weight_ratio(predicted)
             metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, predicted)
-        predictor.refresh(record.gramian, logit_gramian)
+        predictor.refresh(record.gramian, proxy)
         return metrics
 
     # ------------------------------------------------------------------ interruptions

@@ -13,7 +13,7 @@ from torch import nn
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.checkpoints import STATE_FILE
-from vgs_distill.steering import GradientPair, GramianPredictor, direction_cosine, no_gradient
+from vgs_distill.steering import GradientPair, GramianPredictor, RunningAverage, direction_cosine, no_gradient
 
 from tests.engine.test_trainer import step_logs
 from vgs_kernels import VisualGradientSteering
@@ -70,44 +70,65 @@ def test_a_pair_without_any_gradient_leaves_none() -> None:
     assert layer.weight.grad is None
 
 
-def test_the_predictor_scales_the_logit_gramian() -> None:
+def pair(lang: float, vis: float) -> torch.Tensor:
+    return torch.tensor([lang, vis])
+
+
+def test_the_predictor_scales_the_proxy() -> None:
     predictor = GramianPredictor(refresh_every=4, drift=3.0)
     assert predictor.refresh_due()
-    predictor.refresh(gramian(8.0, 18.0, 0.5), gramian(2.0, 2.0))
+    predictor.refresh(gramian(8.0, 18.0, 0.5), pair(2.0, 2.0))
     torch.testing.assert_close(predictor.predict(), gramian(8.0, 18.0, 0.5))
-    predictor.observe(gramian(4.0, 1.0))
-    torch.testing.assert_close(predictor.predict(), gramian(16.0, 9.0, 0.5))
-    torch.testing.assert_close(predictor.predict(gramian(1.0, 4.0)), gramian(4.0, 36.0, 0.5))
+    torch.testing.assert_close(predictor.predict(pair(1.0, 4.0)), gramian(4.0, 36.0, 0.5))
+    # A second refresh is averaged in, in logarithms, and so are the proxies that go before a step.
+    new = 1.0 / (1.0 + RunningAverage.DECAY)
+    predictor.refresh(gramian(16.0, 9.0, -0.5), pair(2.0, 2.0))
+    cosine = 0.5 * (1 - new) - 0.5 * new
+    torch.testing.assert_close(predictor.predict(pair(1.0, 1.0)), gramian(4 * 2**new, 9 * 2**-new, cosine))
+    predictor.observe(pair(4.0, 2.0))
+    share = 1.0 / (1.0 + RunningAverage.DECAY + RunningAverage.DECAY**2)
+    torch.testing.assert_close(predictor.predict()[0, 0], predictor.predict(pair(2.0 * 2**share, 2.0))[0, 0])
 
 
 def test_a_refresh_is_due_on_schedule_and_on_drift() -> None:
     predictor = GramianPredictor(refresh_every=3, drift=2.0)
-    predictor.refresh(gramian(1.0, 1.0), gramian(1.0, 1.0))
+    predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
     due = []
     for _ in range(3):
         due.append(predictor.refresh_due())
-        predictor.observe(gramian(1.0, 1.0))
+        predictor.observe(pair(1.0, 1.0))
     assert due == [False, False, True]
-    predictor.refresh(gramian(1.0, 1.0), gramian(1.0, 1.0))
-    predictor.observe(gramian(1.0, 3.9))  # norms apart by less than 2
+    predictor = GramianPredictor(refresh_every=100, drift=2.0)
+    predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
+    predictor.observe(pair(1.0, 4.0 * 1.5))  # one step beyond; the average of steps is not
     assert not predictor.refresh_due()
-    predictor.observe(gramian(1.0, 4.1))
+    for _ in range(20):
+        predictor.observe(pair(1.0, 3.9))  # norms apart by less than 2
+    assert not predictor.refresh_due()
+    for _ in range(20):
+        predictor.observe(pair(1.0, 4.2))
     assert predictor.refresh_due()
 
 
 def test_a_component_that_appears_is_measured_at_once() -> None:
     predictor = GramianPredictor(refresh_every=100, drift=2.0)
-    predictor.refresh(gramian(1.0, 0.0), gramian(1.0, 0.0))
-    assert torch.isfinite(predictor.predict()).all()
+    predictor.refresh(gramian(1.0, 0.0), pair(1.0, 0.0))
+    assert torch.equal(predictor.predict(), gramian(1.0, 0.0))
+    predictor.observe(pair(1.0, 0.0))
     assert not predictor.refresh_due()
-    predictor.observe(gramian(1.0, 0.5))
+    predictor.observe(pair(1.0, 0.5))
     assert predictor.refresh_due()
+    predictor.refresh(gramian(1.0, 2.0), pair(1.0, 0.5))
+    torch.testing.assert_close(predictor.predict(pair(1.0, 0.25)), gramian(1.0, 1.0))
+    predictor.observe(pair(1.0, 0.0))  # one step without it asks for nothing
+    assert not predictor.refresh_due()
 
 
-def test_without_measuring_the_logit_gramian_stands_for_that_of_the_parameters() -> None:
+def test_without_measuring_the_proxy_stands_for_the_gramian() -> None:
     predictor = GramianPredictor(refresh_every=0, drift=2.0)
     torch.testing.assert_close(predictor.predict(), torch.eye(2))
-    predictor.observe(gramian(4.0, 100.0))
+    torch.testing.assert_close(predictor.predict(pair(3.0, 5.0)), gramian(3.0, 5.0))
+    predictor.observe(pair(4.0, 100.0))
     assert not predictor.refresh_due()
     torch.testing.assert_close(predictor.predict(), gramian(4.0, 100.0))
 
@@ -137,8 +158,8 @@ def test_a_run_that_never_measures_trains(make_trainer: Callable[..., VGSTrainer
 
 def test_the_state_survives_json() -> None:
     predictor = GramianPredictor(refresh_every=5, drift=2.0)
-    predictor.refresh(gramian(0.3, 0.7, -0.2), gramian(0.11, 0.13))
-    predictor.observe(gramian(0.17, 0.19))
+    predictor.refresh(gramian(0.3, 0.7, -0.2), pair(0.11, 0.13))
+    predictor.observe(pair(0.17, 0.19))
     copy = GramianPredictor(refresh_every=5, drift=2.0)
     copy.load_state_dict(json.loads(json.dumps(predictor.state_dict())), torch.device("cpu"))
     assert torch.equal(copy.predict(), predictor.predict())

@@ -16,7 +16,7 @@ from ..decomposed_kl.api import (
     combine_parts,
     resolve_vocab_size,
 )
-from ..types import DecomposedKL, LinearDecomposedKL, LMHead
+from ..types import DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
 from . import op
 
 # CPU: 128 tokens of three bf16 streams at a vocabulary of 151,936, with scratch below 128 MiB. The head gradient
@@ -88,7 +88,8 @@ def linear_decomposed_kl(
         :class:`LinearDecomposedKL`: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
         the 2×2 Gramian of the token-weighted logit gradients of (lang, vis), detached. Its off-diagonal is 0 in
         ``bayes`` and ``matched``, where the two live on different logits, and all of it is 0 when nothing requires a
-        gradient.
+        gradient. ``hidden_gradients``: those of the sums with respect to the hidden states, formed in this call where
+        hidden states require one.
 
     Numerics: as in ``decomposed_kl``. Deterministic. No host synchronisation on a GPU without ``gradient_filter``. On a
     CPU the head gradient is summed over chunks in its own dtype, so that in bf16 it is rounded once per chunk. Under
@@ -196,9 +197,11 @@ def linear_decomposed_kl(
             steering_weights is not None,
         )
     tokens_parts = DecomposedKL(*combine_parts(decomposition, values))
+    first, second = (gradients[0], gradients[3]) if needs_hidden else (None, None)
     if steering_weights is None:
-        return LinearDecomposedKL(lang, vis, None, tokens_parts, gramian)
-    return LinearDecomposedKL(lang.detach(), vis.detach(), objective, tokens_parts, gramian)
+        return LinearDecomposedKL(lang, vis, None, tokens_parts, gramian, HiddenGradients(first, second, None))
+    hidden = HiddenGradients(None, None, second)
+    return LinearDecomposedKL(lang.detach(), vis.detach(), objective, tokens_parts, gramian, hidden)
 
 
 def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
