@@ -17,6 +17,7 @@ from vgs_kernels.types import DECOMPOSITIONS
 STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
 GAMMA_SCHEDULES = ("constant", "linear", "cosine")
+OFFLOAD = "offload"
 
 
 @dataclass
@@ -48,6 +49,13 @@ class VGSConfig(DistillationConfig):
             ``"attention"``: image tokens stay, but nothing attends to them.
         max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
             training stops.
+        teacher_device: Where the teacher runs: None for beside the student, a device such as ``"cuda:1"`` or ``"cpu"``,
+            or ``"offload"`` to keep its weights in CPU memory and bring them to the student's device layer by layer.
+        pack_teacher: Run both views of the teacher in one batch. None decides: yes where it wastes no padding (masks
+            that keep the length of the prompt: ``blank``, ``attention``) or where weights travel (``offload``).
+            False needs the least memory.
+        max_prompt_length: Longest prompt in tokens, image tokens included; None for no limit. Nothing is ever cut: a
+            row above the limit takes no part in its step, with a warning.
         check_dataset_rows: How many rows of a map-style dataset have their image opened before training starts (all
             rows have their prompt checked); None for all.
         record_completions_every: Steps from one record of sampled completions to the next, for the report: a few rows
@@ -91,6 +99,18 @@ class VGSConfig(DistillationConfig):
     max_skipped_steps: int = field(
         default=8, metadata={"help": "Updates skipped in a row, for what is not finite, before training stops."}
     )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={"help": "Where the teacher runs: beside the student, a device, or 'offload' for weights on the CPU."},
+    )
+    pack_teacher: bool | None = field(
+        default=None,
+        metadata={"help": "Both views of the teacher in one batch; None: where that wastes no padding."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens, images included; longer rows are left out, never cut."},
+    )
     check_dataset_rows: int | None = field(
         default=10_000, metadata={"help": "How many rows have their image opened before training; None for all."}
     )
@@ -123,6 +143,8 @@ class VGSConfig(DistillationConfig):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be 1 or more, or None, got {self.max_prompt_length}")
         if self.refresh_every < 0:
             raise ValueError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
         if self.max_skipped_steps < 1:
@@ -136,6 +158,8 @@ class VGSConfig(DistillationConfig):
             raise ValueError(f"max_completion_length must be 1 or more, got {self.max_completion_length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.pack_teacher is None:
+            self.pack_teacher = self.image_mask != "drop" or self.teacher_device == OFFLOAD
         if self.steering == "none":
             return
         if self.beta != 1.0:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch._functorch.config
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
@@ -19,6 +21,17 @@ def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The model up to its last hidden state; adapters live inside it, `PeftModel` only wraps it."""
     whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return whole.base_model
+
+
+def without_compile_wrapper(model: nn.Module) -> nn.Module:
+    """What accelerate wrapped for `torch.compile`, which would trace the loss: it runs inside the model's forward."""
+    return getattr(model, "_orig_mod", model)
+
+
+def compile_backbone(model: PreTrainedModel | PeftModel, backend: str | None, mode: str | None) -> None:
+    """Compile the backbone in place, which keeps the names of its parameters."""
+    torch._functorch.config.donated_buffer = False  # exact steering runs back through one graph twice
+    backbone(model).compile(backend=backend or "inductor", mode=mode)
 
 
 def language_head(model: PreTrainedModel, like: Tensor) -> LMHead:

@@ -20,7 +20,7 @@ from .config import VGSConfig
 from .contribution import visual_contribution
 from .families import Family, ImageTokens
 from .heads import language_head
-from .masking import Batch, masked_view, rows_with_image
+from .masking import Batch, masked_view, rows_with_image, stack_views
 from .proxy import GradientProxy
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
@@ -70,10 +70,12 @@ def decomposed_loss(
     run_teacher: RunBackbone,
     span: Callable[[str], AbstractContextManager[None]],
     contribution_rows: Sequence[int] = (),
+    vocab_size: int | None = None,
 ) -> MicroBatchLoss:
     """Run the streams and split the loss. `span` times the passes that steering adds.
 
     `contribution_rows`: rows of the batch that the visual contribution of every token is computed for.
+    `vocab_size`: entries of the vocabulary that both models have (they may be padded differently); None if the same.
 
     Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
     the row itself, so all of its KL(student || teacher) is language.
@@ -83,12 +85,17 @@ def decomposed_loss(
     text_mask = loss_mask.bool() & ~has_image[:, None]
     any_image, any_text = bool(image_mask.any()), bool(text_mask.any())
 
-    teacher_hidden = run_teacher(teacher, batch)  # (rows, completion, teacher width)
     masked_teacher_hidden = masked_student_hidden = None
-    if any_image:
+    if not any_image:
+        teacher_hidden = run_teacher(teacher, batch)  # (rows, completion, teacher width)
+    else:
         masked = masked_view(config.image_mask, batch, image_tokens, family, student)
-        with span("masked_teacher"):
-            masked_teacher_hidden = run_teacher(teacher, masked)
+        if config.pack_teacher:
+            teacher_hidden, masked_teacher_hidden = run_teacher(teacher, stack_views(batch, masked)).chunk(2)
+        else:
+            teacher_hidden = run_teacher(teacher, batch)
+            with span("masked_teacher"):
+                masked_teacher_hidden = run_teacher(teacher, masked)
         if config.decomposition != "teacher_prior":
             with span("masked_student"):
                 masked_student_hidden = run_student(student, masked)
@@ -125,6 +132,7 @@ def decomposed_loss(
             masked_student_hidden=masked_rows,
             decomposition=config.decomposition,
             temperature=config.temperature,
+            vocab_size=vocab_size,
         )
         lang, vis = result.lang, result.vis
         results.append(result)
@@ -144,6 +152,7 @@ def decomposed_loss(
             masked_teacher_hidden=text_teacher,
             decomposition="teacher_prior",
             temperature=config.temperature,
+            vocab_size=vocab_size,
             steering_weights=torch.tensor([1.0, 0.0], device=rows.device),
         )
         assert result.objective is not None

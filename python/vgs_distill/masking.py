@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -99,6 +100,34 @@ def _grid_positions(batch: Batch, model: PreTrainedModel) -> Tensor:
         attention_mask=batch.attention_mask,
     )
     return positions
+
+
+def stack_views(first: Batch, second: Batch) -> Batch:
+    """Two views of the same rows as one batch of twice the rows; the second may have shorter prompts and no images."""
+    length = max(first.prompt_ids.size(1), second.prompt_ids.size(1))
+
+    def rows(a: Tensor, b: Tensor, total: int) -> Tensor:
+        return torch.cat([F.pad(part, (total - part.size(1), 0)) for part in (a, b)])
+
+    total = length + first.completion_ids.size(1)
+    multimodal = {}
+    for name, value in first.multimodal.items():
+        other = second.multimodal.get(name)
+        if name.endswith("token_type_ids"):
+            multimodal[name] = rows(
+                value, second.input_ids.new_zeros(second.input_ids.shape) if other is None else other, total
+            )
+        else:
+            multimodal[name] = value if other is None else torch.cat([value, other])
+    if "position_ids" in second.multimodal:  # those of the unmasked view
+        multimodal["position_ids"] = second.multimodal["position_ids"].repeat(1, 2, 1)
+    return Batch(
+        rows(first.prompt_ids, second.prompt_ids, length),
+        rows(first.prompt_mask, second.prompt_mask, length),
+        torch.cat([first.completion_ids, second.completion_ids]),
+        torch.cat([first.completion_mask, second.completion_mask]),
+        multimodal,
+    )
 
 
 def masked_view(image_mask: str, batch: Batch, tokens: ImageTokens, family: Family, model: PreTrainedModel) -> Batch:

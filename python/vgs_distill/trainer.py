@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
@@ -30,6 +31,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
@@ -37,10 +39,11 @@ from trl.trainer.utils import pad
 from vgs_kernels import VisualGradientSteering
 
 from .checkpoints import AtomicCheckpoints
-from .config import VGSConfig
+from .config import OFFLOAD, VGSConfig
 from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
+from .errors import InputError
 from .families import ImageTokens, check_image_mask, check_teacher_reads_same_images, family_of
-from .heads import backbone
+from .heads import backbone, compile_backbone, without_compile_wrapper
 from .interruption import Interruption
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, without_image_parts
@@ -59,8 +62,11 @@ from .steering import (
     no_gradient,
     weight_ratio,
 )
+from .teacher import load_teacher, place_teacher, shared_vocabulary
 from .timing import StepTimer
 from .validation import check_dataset
+
+logger = logging.get_logger(__name__)
 
 _IMAGE_KEYS = (
     "pixel_values",
@@ -156,7 +162,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             allow_fsdp_on_cpu(args.distributed_state)
         super().__init__(
             model=model,
-            teacher_model=teacher_model,
+            teacher_model=None,  # placed below, where it may also be elsewhere or have a vocabulary padded otherwise
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -164,16 +170,30 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             callbacks=callbacks,
             **kwargs,
         )
-        check_teacher_reads_same_images(self.model.config, self.teacher_model.config)
+        teacher = load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
+        check_teacher_reads_same_images(self.model.config, teacher.config)
+        self._vocab_size = shared_vocabulary(
+            self.model.config, teacher.config, len(self._tokenizer), padding=args.steering != "none"
+        )
+        self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device)
         self._family = family_of(self.model.config)
         self._image_tokens = ImageTokens.of(self.model.config, self.processing_class)
         if args.steering != "none":
             check_image_mask(self.model.config, args.image_mask)
-        banned = {*self._image_tokens.banned_while_sampling, *(self.generation_config.suppress_tokens or [])}
+        if args.torch_compile:
+            compile_backbone(self.model, args.torch_compile_backend, args.torch_compile_mode)
+        padding = range(self._vocab_size, self.model.config.get_text_config().vocab_size)
+        own = self.generation_config.suppress_tokens or []
+        banned = {*self._image_tokens.banned_while_sampling, *padding, *own}
         self.generation_config.suppress_tokens = sorted(banned)
         self.generation_kwargs["suppress_tokens"] = sorted(banned)
+        if args.use_vllm:  # whose sampling takes the tokens' text
+            words = self._tokenizer.convert_ids_to_tokens(self._image_tokens.banned_while_sampling)
+            options = self.vllm_generation.generation_kwargs
+            self.vllm_generation.generation_kwargs = {**options, "bad_words": [*options.get("bad_words", []), *words]}
 
         self._image_counts: Tensor | None = None
+        self._stand_in: dict[str, Any] | None = None  # the last row whose prompt was not too long
         self._timer = StepTimer(self.accelerator.device)
         self._gradients: Any = None  # GradientPair, once the model is prepared
         self._predictor = None
@@ -193,10 +213,11 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        wrapped = without_compile_wrapper(model)
         if self._plan is None and self.args.steering != "none":
             self._plan = self._make_plan()
         apart = self._plan is not None and self._plan.apart
-        with self._timer.span("step"), two_backward_passes(self.accelerator, model) if apart else nullcontext():
+        with self._timer.span("step"), two_backward_passes(self.accelerator, wrapped) if apart else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
             if apart:
                 self._gradients.end_micro_batch()
@@ -204,7 +225,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
                 loss = self._plan.micro_batch_loss
                 if self.accelerator.sync_gradients:
                     with self._timer.span("steering"):
-                        self._finish_step(model, self._plan)
+                        self._finish_step(wrapped, self._plan)
         if self.accelerator.sync_gradients:
             self._plan = None
             self._record_times()
@@ -232,6 +253,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return what the Trainer is to run back: the weighted sum, or the visual part after the language part."""
+        model = without_compile_wrapper(model)
         if self.args.steering == "none":
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self._metrics[self._mode]["loss/full"].append(loss.detach())
@@ -274,20 +296,22 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             self._image_counts = inputs.get("batch_num_images")  # TRL hands on the inputs that it knows
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         self.teacher_model.eval()
-        return decomposed_loss(
-            self.args,
-            unwrapped_student,
-            self.accelerator.unwrap_model(self.teacher_model),
-            _batch_of(inputs),
-            _loss_mask(inputs),
-            num_items_in_batch,
-            self._image_tokens,
-            self._family,
-            run_student=self._run_backbone,
-            run_teacher=self._run_teacher,
-            span=self._timer.span,
-            contribution_rows=self._recorder.marked_rows(inputs),
-        )
+        with self.accelerator.autocast():
+            return decomposed_loss(
+                self.args,
+                unwrapped_student,
+                self.accelerator.unwrap_model(self.teacher_model),
+                _batch_of(inputs),
+                _loss_mask(inputs),
+                num_items_in_batch,
+                self._image_tokens,
+                self._family,
+                run_student=self._run_backbone,
+                run_teacher=self._run_teacher,
+                span=self._timer.span,
+                contribution_rows=self._recorder.marked_rows(inputs),
+                vocab_size=self._vocab_size,
+            )
 
     def _run_backbone(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return self._get_last_hidden_state(
@@ -311,11 +335,13 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if "pixel_values" in multimodal and self._image_counts is not None:
             multimodal["batch_num_images"] = self._image_counts
         teacher = unwrapped_model is self.accelerator.unwrap_model(self.teacher_model)
-        with self._timer.span("teacher") if teacher else nullcontext():
-            output = backbone(unwrapped_model)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **multimodal
-            )
-        return output.last_hidden_state[:, :-1][:, -logits_to_keep:]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **multimodal}
+        if teacher and self.args.teacher_device not in (None, OFFLOAD):
+            inputs = send_to_device(inputs, self.args.teacher_device)
+        # accelerate casts in a model's own forward, which is not called: the loss needs no logits.
+        with self._timer.span("teacher") if teacher else nullcontext(), self.accelerator.autocast():
+            output = backbone(unwrapped_model)(use_cache=False, **inputs)
+        return output.last_hidden_state[:, :-1][:, -logits_to_keep:].to(input_ids.device)
 
     # ------------------------------------------------------------------ rollouts
 
@@ -331,12 +357,19 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._family.needs_image and not all(_has_image(row) for row in inputs):
-            raise ValueError(
+            raise InputError(
                 f"a row has no image, but the processor of model type {self.model.config.model_type!r} takes no prompt "
                 "without one; filter such rows out"
             )
-        with self._timer.span("rollout"):
+        left_out: list[int] = []
+        if self.args.max_prompt_length is not None:
+            inputs, left_out = self._without_long_prompts(inputs, self.args.max_prompt_length)
+        # Sampling changes shapes with every token, which torch.compile would follow with as many graphs.
+        with self._timer.span("rollout"), torch.compiler.set_stance("force_eager"):
             output = super()._generate_and_score_completions(inputs)
+        if self.args.max_prompt_length is not None:
+            output["completion_mask"][left_out] = 0
+            output["num_items_in_batch"] = self.accelerator.gather(_loss_mask(output).sum()).sum()
         if self._family.pads_images:
             output.pop("num_images", None)  # TRL would cut by images what is laid out by rows
         if self._family.bidirectional_prompt and "token_type_ids" in output:
@@ -347,6 +380,29 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if self._training:
             self._recorder.mark_examples(self.state.global_step + 1, output, inputs)
         return output
+
+    def _without_long_prompts(self, inputs: list[dict[str, Any]], limit: int) -> tuple[list[dict[str, Any]], list[int]]:
+        """The rows with another one in place of each whose prompt is too long, and where those are.
+
+        An image is worth nothing when cut, and a question without its end little, so such rows are left out whole. The
+        stand-ins keep batches rectangular; their completions do not count.
+        """
+        lengths = [len(self._tokenize_prompts([_messages(row)])[0][0]) for row in inputs]
+        left_out = [index for index, length in enumerate(lengths) if length > limit]
+        if len(left_out) < len(inputs):
+            self._stand_in = inputs[lengths.index(min(lengths))]
+        if not left_out:
+            return inputs, left_out
+        if self._stand_in is None:
+            raise InputError(
+                f"every prompt so far is longer than max_prompt_length={limit} tokens, images included (the shortest "
+                f"has {min(lengths)}); raise the limit or make the images smaller"
+            )
+        logger.warning(
+            "step %d: %d of %d prompts are longer than max_prompt_length=%d tokens, images included (the longest has "
+            "%d), and are left out.", self.state.global_step + 1, len(left_out), len(inputs), limit, max(lengths),
+        )  # fmt: skip
+        return [self._stand_in if index in left_out else row for index, row in enumerate(inputs)], left_out
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if not self._family.one_prompt_at_a_time:
@@ -536,6 +592,14 @@ def _batch_of(inputs: dict[str, Any]) -> Batch:
         inputs.get("text_prompt_ids"),
         inputs.get("text_prompt_mask"),
     )
+
+
+def _messages(row: dict[str, Any]) -> Any:
+    """The prompt of a row with its images in it, as TRL puts them there."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
+    return prepare_multimodal_messages(row["prompt"], images=images)
 
 
 def _has_image(row: dict[str, Any]) -> bool:

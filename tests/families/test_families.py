@@ -16,7 +16,7 @@ from torch import Tensor
 from vgs_distill import VGSTrainer, families
 from vgs_distill.config import IMAGE_MASKS
 from vgs_distill.families import check_teacher_reads_same_images
-from vgs_distill.masking import Batch, masked_view
+from vgs_distill.masking import Batch, masked_view, stack_views
 from vgs_distill.modules import parameters_by_module
 from vgs_distill.trainer import _batch_of
 
@@ -101,6 +101,19 @@ def test_a_masked_image_cannot_be_seen(family: str, tmp_path: Path) -> None:
         )
         assert torch.isfinite(first).all()
         torch.testing.assert_close(first, second, atol=ATOL, rtol=0, msg=lambda m, mask=image_mask: f"{mask}: {m}")
+
+
+@every_family
+@pytest.mark.parametrize("image_mask", IMAGE_MASKS)
+def test_both_views_in_one_batch_are_those_of_two_passes(family: str, image_mask: str, tmp_path: Path) -> None:
+    trainer = make_trainer(family, str(tmp_path), questions((1, 2)), image_mask=image_mask)
+    batch = rollout(trainer)
+    masked = masked_view(image_mask, batch, trainer._image_tokens, trainer._family, trainer.model)
+    with torch.no_grad():
+        apart = torch.cat([trainer._run_backbone(trainer.model, view) for view in (batch, masked)])
+        packed = trainer._run_backbone(trainer.model, stack_views(batch, masked))
+    real = torch.cat([batch.completion_mask, batch.completion_mask]).bool()
+    torch.testing.assert_close(packed[real], apart[real], atol=ATOL, rtol=0)
 
 
 @every_family

@@ -1,0 +1,75 @@
+"""The teacher of a run: loaded, checked against the student, and put where `VGSConfig.teacher_device` says.
+
+The head of the teacher always stays beside that of the student, because the loss projects both chunk by chunk.
+Called by the trainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import create_model_from_path
+
+from .config import OFFLOAD, VGSConfig
+from .errors import InputError
+from .heads import backbone, without_compile_wrapper
+
+
+def load_teacher(name: str, args: VGSConfig) -> PreTrainedModel:
+    """Load a teacher by name as TRL does."""
+    options: Any = {
+        "trust_remote_code": args.trust_remote_code,
+        "revision": args.teacher_model_revision,
+    }
+    options |= args.teacher_model_init_kwargs or {}
+    if isinstance(dtype := options.get("dtype"), str) and dtype != "auto":
+        options["dtype"] = getattr(torch, dtype)
+    return create_model_from_path(name, **options)
+
+
+def shared_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig, tokens: int, padding: bool) -> int:
+    """How many entries of the vocabulary both models have. They may be padded differently beyond the real `tokens`.
+
+    Without `padding` (TRL's own loss) the sizes must be equal. InputError where the vocabularies cannot be the same.
+    """
+    sizes = [config.get_text_config().vocab_size for config in (student, teacher)]
+    if sizes[0] == sizes[1]:
+        return sizes[0]
+    if min(sizes) < tokens:
+        raise InputError(
+            f"the student has {sizes[0]} entries in its vocabulary and the teacher {sizes[1]}, but the tokenizer has "
+            f"{tokens} tokens; the teacher judges token by token, so choose one of the student's family"
+        )
+    if not padding:
+        raise InputError(
+            f"the vocabularies are padded to {sizes[0]} (student) and {sizes[1]} (teacher), which steering='none' "
+            "cannot take; steer, or resize one with resize_token_embeddings"
+        )
+    return min(sizes)
+
+
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, where: str | None) -> Any:
+    """Put the teacher on its device, and wrap it as the launcher asks where it stays with the student."""
+    if where is None:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return prepare_deepspeed(teacher, accelerator)
+        return without_compile_wrapper(accelerator.prepare_model(teacher, evaluation_mode=True))
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise InputError(
+            f"teacher_device={where!r} does not go with FSDP or DeepSpeed, which place the teacher themselves; leave "
+            "it out"
+        )
+    teacher.requires_grad_(False).eval()
+    head = teacher.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().to(accelerator.device), requires_grad=False)  # no longer tied
+    if where == OFFLOAD:
+        cpu_offload(backbone(teacher), execution_device=accelerator.device)
+    else:
+        backbone(teacher).to(where)
+    return teacher
