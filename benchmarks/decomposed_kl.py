@@ -91,13 +91,13 @@ def kernel_calls(streams: Sequence[Tensor], gradient: Tensor, device: str) -> di
     # entropy, full, prior, shift, masked: vis = full - prior, lang = prior
     row = [0.0, STEERING_WEIGHTS[1], STEERING_WEIGHTS[0] - STEERING_WEIGHTS[1], 0.0, 0.0]
     coefficients = torch.tensor(row, dtype=dtype, device=device).repeat(tokens, 1)
-    values, normalizers = kernels.divergences(*streams, None, transform)
+    values, statistics = kernels.divergences(*streams, None, transform)
 
     def loss() -> None:
         kernels.divergences(*streams, None, transform)
 
     def slope() -> None:
-        kernels.logit_gradients(*streams, None, values, normalizers, coefficients, transform, out_student=gradient)
+        kernels.logit_gradients(*streams, None, values, statistics, coefficients, transform, out_student=gradient)
 
     def both() -> None:
         loss()

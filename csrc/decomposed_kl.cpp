@@ -9,10 +9,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
       "divergences(Tensor student, Tensor teacher, Tensor masked_teacher, Tensor? masked_student, "
       "Tensor? token_weights, int decomposition, int vocab_size, float temperature, float student_scale, "
       "float teacher_scale, float student_softcap, float teacher_softcap, int cpu_level, "
-      "Tensor(a!) values, Tensor(b!) log_normalizers) -> ()");
+      "Tensor(a!) values, Tensor(b!) statistics) -> ()");
   m.def(
       "logit_gradients(Tensor student, Tensor teacher, Tensor masked_teacher, Tensor? masked_student, "
-      "Tensor values, Tensor log_normalizers, Tensor coefficients, Tensor? second_coefficients, "
+      "Tensor values, Tensor statistics, Tensor coefficients, Tensor? second_coefficients, "
       "int decomposition, int vocab_size, float temperature, float student_scale, float teacher_scale, "
       "float student_softcap, float teacher_softcap, int cpu_level, Tensor(a!) out_student, "
       "Tensor(b!)? out_masked_student, Tensor(c!)? out_second, Tensor(d!)? row_gramian) -> ()");

@@ -56,11 +56,11 @@ def run(
     out_dtype: torch.dtype | None = None,
     in_place: bool = False,
 ) -> dict[str, Tensor]:
-    """Values, normalisers and every gradient output, into NaN-filled buffers (or over the inputs)."""
+    """Values and every gradient output, into NaN-filled buffers (or over the inputs)."""
     logits = [None if t is None else t.clone() for t in logits] if in_place else logits
     student, masked = logits[0], logits[3]
     rows = student.shape[0]
-    values, normalizers = kernels.divergences(*logits, transform, weights)
+    values, statistics = kernels.divergences(*logits, transform, weights)
     generator = torch.Generator().manual_seed(rows)
     coefficients = torch.randn(rows, 5, generator=generator, dtype=torch.float64).to(values.dtype)
     if weights is not None:
@@ -73,11 +73,11 @@ def run(
     outs = [student, masked, logits[2]] if in_place else fresh
     gramian = torch.full((rows, 3), math.nan, dtype=values.dtype)
     kernels.logit_gradients(
-        *logits, values, normalizers, coefficients, transform,
+        *logits, values, statistics, coefficients, transform,
         out_student=outs[0], out_masked_student=None if masked is None else outs[1], second_coefficients=second,
         out_second=None if second is None else outs[2], row_gramian=gramian,
     )  # fmt: skip
-    found = {"values": values, "normalizers": normalizers, "gramian": gramian, "student": outs[0]}
+    found = {"values": values, "gramian": gramian, "student": outs[0]}
     if masked is not None:
         found["masked"] = outs[1]
     if second is not None:
@@ -255,13 +255,13 @@ def test_row_offsets_past_two_to_the_31() -> None:
     got = run(native, [student, *small[1:]], transform)
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
-    values, normalizers = native.divergences(student, small[1], small[2], None, transform)
+    values, statistics = native.divergences(student, small[1], small[2], None, transform)
     coefficients = reference.component_coefficients("teacher_prior", torch.ones(rows))[1]
     native.logit_gradients(
-        student, small[1], small[2], None, values, normalizers, coefficients, transform, out_student=student
+        student, small[1], small[2], None, values, statistics, coefficients, transform, out_student=student
     )
     wanted = torch.empty_like(small[0])
-    native.logit_gradients(*small, values, normalizers, coefficients, transform, out_student=wanted)
+    native.logit_gradients(*small, values, statistics, coefficients, transform, out_student=wanted)
     assert torch.equal(student, wanted)
 
 
@@ -313,18 +313,18 @@ def test_unknown_level_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_opcheck(decomposition: str) -> None:
     logits = make_streams(decomposition, 3, 21, torch.float32, 1.0, 16)
     transform = LogitTransform(decomposition, 21, **PLAIN)
-    values, normalizers = native.divergences(*logits, transform)
+    values, statistics = native.divergences(*logits, transform)
     coefficients = torch.ones_like(values)
     settings = native._settings(transform)
     operators = torch.ops.vgs_kernels_native
     torch.library.opcheck(
         operators.divergences.default,
-        (*logits, None, *settings, torch.empty_like(values), torch.empty_like(normalizers)),
+        (*logits, None, *settings, torch.empty_like(values), torch.empty_like(statistics)),
     )
     outs = [torch.empty_like(logits[0]), None if logits[3] is None else torch.empty_like(logits[0])]
     torch.library.opcheck(
         operators.logit_gradients.default,
-        (*logits, values, normalizers, coefficients, None, *settings, *outs, None, torch.empty(3, 3)),
+        (*logits, values, statistics, coefficients, None, *settings, *outs, None, torch.empty(3, 3)),
     )
 
 

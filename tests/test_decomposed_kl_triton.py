@@ -43,9 +43,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    """Runs every test of this file in the interpreter."""
+    """Runs every test of this file, and those of the rounding, in the interpreter."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "tests/test_accuracy.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -144,14 +144,14 @@ def check(streams: list[Any], settings: LogitTransform, out_dtype: torch.dtype |
         weights = coefficients.to(accumulated)
         seconds = None if second is None else second.to(accumulated)
         with guard(*inputs, *outs, out_second, gramian, weights, seconds):
-            values, normalizers = module.divergences(*inputs, settings)
+            values, statistics = module.divergences(*inputs, settings)
             module.logit_gradients(
-                *inputs, values, normalizers, weights, settings, out_student=outs[0], out_masked_student=outs[3],
+                *inputs, values, statistics, weights, settings, out_student=outs[0], out_masked_student=outs[3],
                 second_coefficients=seconds, out_second=out_second, row_gramian=gramian,
             )  # fmt: skip
-        found = [values, normalizers, outs[0], gramian]
+        found = [values, outs[0], gramian]
         results.append(found + [out for out in (outs[3], out_second) if out is not None])
-    names = ("values", "log_normalizers", "student gradient", "Gramian", "other gradient")
+    names = ("values", "student gradient", "Gramian", "other gradient")
     for name, ours, plain, exact in zip(names, *results, strict=True):
         assert_close(ours, plain, exact, f"{settings.decomposition} {name}")
 
@@ -221,12 +221,12 @@ def test_in_place(decomposition: str) -> None:
     streams = logits(decomposition, 3, 1048, torch.bfloat16)
     coefficients = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     second = coefficients.flip(0).contiguous() if decomposition == "teacher_prior" else None
-    values, normalizers = kernels.divergences(*streams, settings)
+    values, statistics = kernels.divergences(*streams, settings)
 
     def run(inputs: list[Any], apart: bool) -> list[Tensor]:
         outs = [None if s is None else torch.full_like(s, math.nan) if apart else s for s in inputs]
         kernels.logit_gradients(
-            *inputs, values, normalizers, coefficients, settings, out_student=outs[0], out_masked_student=outs[3],
+            *inputs, values, statistics, coefficients, settings, out_student=outs[0], out_masked_student=outs[3],
             second_coefficients=second, out_second=outs[2] if second is not None else None,
         )  # fmt: skip
         return [outs[0], outs[3] if second is None else outs[2]]
@@ -246,15 +246,15 @@ def test_skipped_rows_are_not_read(decomposition: str) -> None:
         if stream is not None:
             stream[1] = math.nan
     weights = torch.tensor([1.0, 0.0, 2.0], device=DEVICE)
-    values, normalizers = kernels.divergences(*streams, settings, weights)
+    values, statistics = kernels.divergences(*streams, settings, weights)
     assert (values[1] == 0).all()
-    assert (normalizers[1] == 0).all()
+    assert (statistics[1] == 0).all()
     assert (values[[0, 2], reference.FULL] > 0).all()
     outs = [None if s is None else torch.full_like(s, math.nan) for s in streams]
     gramian = torch.full((3, 3), math.nan, device=DEVICE)
     coefficients = weights[:, None].expand(3, 5).contiguous()
     kernels.logit_gradients(
-        *streams, values, normalizers, coefficients, settings, out_student=outs[0], out_masked_student=outs[3],
+        *streams, values, statistics, coefficients, settings, out_student=outs[0], out_masked_student=outs[3],
         row_gramian=gramian,
     )  # fmt: skip
     for out in (outs[0], outs[3], gramian):
@@ -268,11 +268,11 @@ def test_a_stream_without_coefficient_is_not_read() -> None:
     """The language part alone leaves the teacher that sees the image unread: it may hold anything."""
     settings = transform("teacher_prior", 1029)
     student, teacher, masked, _ = logits("teacher_prior", 2, 1029, torch.float32)
-    values, normalizers = kernels.divergences(student, teacher, masked, None, settings)
+    values, statistics = kernels.divergences(student, teacher, masked, None, settings)
     coefficients = torch.zeros(2, 5, device=DEVICE)
     coefficients[:, reference.PRIOR] = 1.0
     out, expected = torch.empty_like(student), torch.empty_like(student)
-    arguments = (masked, None, values, normalizers, coefficients, settings)
+    arguments = (masked, None, values, statistics, coefficients, settings)
     kernels.logit_gradients(student, torch.full_like(teacher, math.nan), *arguments, out_student=out)
     reference.logit_gradients(student, teacher, *arguments, out_student=expected)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-8)
@@ -283,10 +283,10 @@ def test_a_stream_without_coefficient_is_not_read() -> None:
 def test_no_tokens(decomposition: str) -> None:
     streams = logits(decomposition, 0, 40, torch.float32)
     settings = transform(decomposition, 40)
-    values, normalizers = kernels.divergences(*streams, settings)
+    values, statistics = kernels.divergences(*streams, settings)
     assert values.shape == (0, 5)
-    assert normalizers.shape == (0, 4)
-    kernels.logit_gradients(*streams, values, normalizers, values.clone(), settings, out_student=streams[0])
+    assert statistics.shape == (0, reference.STATISTICS)
+    kernels.logit_gradients(*streams, values, statistics, values.clone(), settings, out_student=streams[0])
 
 
 @runs_kernels
@@ -301,12 +301,12 @@ def test_row_offsets_past_32_bits() -> None:
         far = space.as_strided((tokens, 40), (stride, 1))
         far.copy_(student)
         settings = transform("teacher_prior", 40)
-        values, normalizers = kernels.divergences(student, teacher, masked, None, settings)
+        values, statistics = kernels.divergences(student, teacher, masked, None, settings)
         coefficients = torch.ones_like(values)
         near_out = torch.empty_like(student)
-        arguments = (teacher, masked, None, values, normalizers, coefficients, settings)
+        arguments = (teacher, masked, None, values, statistics, coefficients, settings)
         kernels.logit_gradients(student, *arguments, out_student=near_out)
-        with guard(far, teacher, masked, coefficients, values, normalizers):
+        with guard(far, teacher, masked, coefficients, values, statistics):
             far_values, _ = kernels.divergences(far, teacher, masked, None, settings)
             kernels.logit_gradients(far, *arguments, out_student=far)
         assert torch.equal(far_values, values)

@@ -109,9 +109,9 @@ def test_the_launcher_starts_what_the_gate_compiles(decomposition: str, monkeypa
     if decomposition == "teacher_prior":
         streams[3], second = None, torch.zeros(64, 5)
     settings = LogitTransform(decomposition, 4096, 1.0, 1.0, 1.0, 0.0, 0.0)
-    values, normalizers = kernels.divergences(*streams, settings, torch.ones(64))
+    values, statistics = kernels.divergences(*streams, settings, torch.ones(64))
     kernels.logit_gradients(
-        *streams, values, normalizers, values, settings, out_student=streams[0], out_masked_student=streams[3],
+        *streams, values, statistics, values, settings, out_student=streams[0], out_masked_student=streams[3],
         second_coefficients=second, out_second=None if second is None else streams[2], row_gramian=torch.zeros(64, 3),
     )  # fmt: skip
     for kernel, (_, types, constants, options) in expected.items():

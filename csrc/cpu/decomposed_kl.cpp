@@ -105,10 +105,12 @@ RowState empty_state() {
 }
 
 void merge(RowState& total, RowState& part) {
-  double maximum[kStreams];
+  double maximum[kStreams], anchor[kValues];
   for (int s = 0; s < kStreams; ++s) maximum[s] = std::max(total.maximum[s], part.maximum[s]);
-  rescale(total, maximum);
-  rescale(part, maximum);
+  for (int c = 0; c < kValues; ++c)
+    anchor[c] = (part.maximum[kBase[c]] > total.maximum[kBase[c]] ? part : total).anchor[c];
+  rescale(total, maximum, anchor);
+  rescale(part, maximum, anchor);
   for (int s = 0; s < kStreams; ++s) total.sum[s] += part.sum[s];
   for (int c = 0; c < kValues; ++c) {
     total.moment[c] += part.moment[c];
@@ -117,28 +119,39 @@ void merge(RowState& total, RowState& part) {
 }
 
 void finish_row(const Problem& problem, const RowState& state, int64_t row, const Operand& values,
-                const Operand& log_normalizers) {
-  double log_sum[kStreams], log_normalizer[kStreams];
+                const Operand& statistics) {
+  double log_sum[kStreams], maximum[kStreams], inverse_sum[kStreams], mean[kValues];
   for (int s = 0; s < kStreams; ++s) {
-    log_sum[s] = state.sum[s] == 0.0 ? -kInfinity : std::log(state.sum[s]);
-    log_normalizer[s] = (state.maximum[s] == -kInfinity ? 0.0 : state.maximum[s]) + log_sum[s];
-    log_normalizers.set(row, s, problem.streams.stream[s].data ? log_normalizer[s] : 0.0);
+    const bool empty = state.sum[s] == 0.0;
+    log_sum[s] = empty ? -kInfinity : std::log(state.sum[s]);
+    inverse_sum[s] = empty ? 0.0 : 1.0 / state.sum[s];
+    maximum[s] = state.maximum[s] == -kInfinity ? 0.0 : state.maximum[s];
   }
-  // E_base[(z_base - shift_base) - (z_other - shift_other)] - log sum_base + log sum_other. The mass of a hole counts
+  for (int c = 0; c < kValues; ++c) {
+    mean[c] = state.moment[c] * inverse_sum[kBase[c]];
+    statistics.set(row, kMean + c, mean[c]);
+    if (c > 0) statistics.set(row, kAnchor + c - 1, state.anchor[c]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    statistics.set(row, kMaximum + i, maximum[i ? kP0 : kP]);
+    statistics.set(row, kInverseSum + i, inverse_sum[i ? kP0 : kP]);
+  }
+  // The mean difference, less the same at the base's maximum: log p = -log sum_base there. The mass of a hole counts
   // where it is a positive number of the accumulation dtype, as in the reference.
-  const auto divergence = [&](int column, int base, int other) {
+  const auto divergence = [&](int column) {
+    const int base = kBase[column], other = kOther[column];
     if (state.sum[base] == 0.0) return 0.0;
-    const double mass = std::exp(state.hole[column] - log_normalizer[base]);
+    const double mass = std::exp(state.hole[column] - maximum[base] - log_sum[base]);
     if ((problem.is_double ? mass : static_cast<float>(mass)) > 0.0) return kInfinity;
-    return state.moment[column] / state.sum[base] - log_sum[base] + log_sum[other];
+    return mean[column] - log_sum[base] + (log_sum[other] + (maximum[other] - state.anchor[column]));
   };
   const bool has_prior = problem.settings.decomposition != kMatched;
   const bool has_masked = problem.settings.decomposition != kTeacherPrior;
-  values.set(row, kEntropy, state.sum[kP] == 0.0 ? 0.0 : log_sum[kP] - state.moment[kEntropy] / state.sum[kP]);
-  values.set(row, kFull, divergence(kFull, kP, kQ));
-  values.set(row, kPrior, has_prior ? divergence(kPrior, kP, kR) : 0.0);
-  values.set(row, kShift, has_prior && has_masked ? divergence(kShift, kP, kP0) : 0.0);
-  values.set(row, kMasked, has_masked ? divergence(kMasked, kP0, kR) : 0.0);
+  values.set(row, kEntropy, state.sum[kP] == 0.0 ? 0.0 : log_sum[kP] - mean[kEntropy]);
+  values.set(row, kFull, divergence(kFull));
+  values.set(row, kPrior, has_prior ? divergence(kPrior) : 0.0);
+  values.set(row, kShift, has_prior && has_masked ? divergence(kShift) : 0.0);
+  values.set(row, kMasked, has_masked ? divergence(kMasked) : 0.0);
 }
 
 // Run `segment(row, index, begin, end)` for all segments and then `finish(row)`, a thread to a group of rows where there
@@ -169,13 +182,13 @@ void divergences(const Tensor& student, const Tensor& teacher, const Tensor& mas
                  const std::optional<Tensor>& masked_student, const std::optional<Tensor>& token_weights,
                  int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
                  double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level, Tensor values,
-                 Tensor log_normalizers) {
+                 Tensor statistics) {
   const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
                                        {static_cast<Decomposition>(decomposition), vocab_size, temperature,
                                         student_scale, teacher_scale, student_softcap, teacher_softcap});
   const Kernels& kernels = kernels_of_level(cpu_level);
   const Operand out_values(values, problem.rows, kValues, problem.is_double, "values");
-  const Operand out_normalizers(log_normalizers, problem.rows, kStreams, problem.is_double, "log_normalizers");
+  const Operand out_statistics(statistics, problem.rows, kStatistics, problem.is_double, "statistics");
   std::optional<Operand> weights;
   if (token_weights) weights.emplace(*token_weights, problem.rows, 1, problem.is_double, "token_weights");
   const auto is_skipped = [&](int64_t row) { return weights && weights->is_zero(row); };
@@ -184,11 +197,11 @@ void divergences(const Tensor& student, const Tensor& teacher, const Tensor& mas
   const bool whole = problem.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   std::vector<RowState> parts(whole ? problem.rows * problem.segments : 0);
   const auto finish = [&](int64_t row, RowState& state) {
-    finish_row(problem, state, row, out_values, out_normalizers);
+    finish_row(problem, state, row, out_values, out_statistics);
   };
   const auto skip = [&](int64_t row) {
     for (int c = 0; c < kValues; ++c) out_values.set(row, c, 0.0);
-    for (int s = 0; s < kStreams; ++s) out_normalizers.set(row, s, 0.0);
+    for (int s = 0; s < kStatistics; ++s) out_statistics.set(row, s, 0.0);
   };
   thread_local RowState total, part;
   for_rows(
@@ -212,10 +225,13 @@ void divergences(const Tensor& student, const Tensor& teacher, const Tensor& mas
       });
 }
 
-GradientRow make_gradient_row(const Operand& values, const Operand& log_normalizers, const Operand& coefficients,
+GradientRow make_gradient_row(const Operand& values, const Operand& statistics, const Operand& coefficients,
                               const std::optional<Operand>& second_coefficients, bool wants_gramian, int64_t row) {
   GradientRow g{};
-  for (int s = 0; s < kStreams; ++s) g.log_normalizer[s] = log_normalizers.get(row, s);
+  for (int i = 0; i < 2; ++i) {
+    g.maximum[i ? kP0 : kP] = statistics.get(row, kMaximum + i);
+    g.inverse_sum[i ? kP0 : kP] = statistics.get(row, kInverseSum + i);
+  }
   for (int c = 0; c < kValues; ++c) {
     const double value = values.get(row, c);
     const double weight = coefficients.get(row, c);
@@ -225,7 +241,8 @@ GradientRow make_gradient_row(const Operand& values, const Operand& log_normaliz
     if (g.absent[c]) continue;
     g.weight[c] = weight;
     g.second_weight[c] = second;
-    g.mean[c] = value;
+    g.mean[c] = statistics.get(row, kMean + c);
+    if (c > 0) g.anchor[c] = statistics.get(row, kAnchor + c - 1);
   }
   return g;
 }
@@ -250,7 +267,7 @@ struct Output {
 };
 
 void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor& masked_teacher,
-                     const std::optional<Tensor>& masked_student, const Tensor& values, const Tensor& log_normalizers,
+                     const std::optional<Tensor>& masked_student, const Tensor& values, const Tensor& statistics,
                      const Tensor& coefficients, const std::optional<Tensor>& second_coefficients,
                      int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
                      double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level,
@@ -265,7 +282,7 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
   const Kernels& kernels = kernels_of_level(cpu_level);
   const bool is_double = problem.is_double;
   const Operand in_values(values, problem.rows, kValues, is_double, "values");
-  const Operand in_normalizers(log_normalizers, problem.rows, kStreams, is_double, "log_normalizers");
+  const Operand in_statistics(statistics, problem.rows, kStatistics, is_double, "statistics");
   const Operand in_coefficients(coefficients, problem.rows, kValues, is_double, "coefficients");
   std::optional<Operand> in_second, gramian;
   if (second_coefficients) in_second.emplace(*second_coefficients, problem.rows, kValues, is_double, "second_coefficients");
@@ -290,7 +307,7 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
         Gram part{};
         kernels.gradients(
             problem.streams, problem.settings.decomposition,
-            make_gradient_row(in_values, in_normalizers, in_coefficients, in_second, gramian.has_value(), row), row,
+            make_gradient_row(in_values, in_statistics, in_coefficients, in_second, gramian.has_value(), row), row,
             begin, end, {outputs[0].row(row), outputs[1].row(row), outputs[2].row(row), element},
             gramian ? part.sums : nullptr);
         if (!gramian) return;

@@ -15,6 +15,13 @@ enum { kP, kQ, kR, kP0, kStreams };
 // Columns of `values`, as in vgs_kernels/decomposed_kl/reference.py.
 enum { kEntropy, kFull, kPrior, kShift, kMasked, kValues };
 
+// The two streams of a column: the expectation is under `base`. Entropy has no other.
+constexpr int kBase[kValues] = {kP, kP, kP, kP, kP0};
+constexpr int kOther[kValues] = {-1, kQ, kR, kP0, kR};
+
+// First columns of `statistics`: maximum and 1 / sum of p and p0, anchors of the columns after entropy, means of all.
+enum { kMaximum = 0, kInverseSum = 2, kAnchor = 4, kMean = kAnchor + kValues - 1, kStatistics = kMean + kValues };
+
 enum Decomposition { kTeacherPrior, kBayes, kMatched, kDecompositions };
 
 // Vocabulary entries of one partial result. Fixed, so that results do not depend on the number of threads.
@@ -34,19 +41,23 @@ struct Streams {
   Element element;
 };
 
-// Sums over part of a row, relative to a shift per stream (the running maximum, 0 while all is -inf). With
-// e_s = exp(z_s - shift_s) and d_s = z_s - shift_s:
+// Sums over part of a row, relative to a shift per stream (the running maximum, 0 while all is -inf) and an anchor per
+// column: the other stream's logit where the base stream has its maximum (0 where that is not finite). With
+// e = exp(z_base - shift_base), the distances z_base - shift_base and z_other - anchor are both 0 at that entry, so that
+// the moment of a row with all its mass on one entry is exactly 0, however large and differently rounded its logits.
 struct RowState {
   double maximum[kStreams];
-  double sum[kStreams];  // sum e_s
-  double moment[kValues];  // sum e_p d_p, e_p (d_p - d_q), e_p (d_p - d_r), e_p (d_p - d_p0), e_p0 (d_p0 - d_r)
-  double hole[kValues];  // largest z_p (or z_p0) where the other stream of that column is -inf
+  double sum[kStreams];  // sum exp(z_s - shift_s)
+  double anchor[kValues];
+  double moment[kValues];  // sum e (z_base - shift_base), then sum e ((z_base - shift_base) - (z_other - anchor))
+  double hole[kValues];  // largest z_base where the other stream of that column is -inf
 };
 
 // What a row of the gradient needs besides the logits. An `absent` column has an infinite value and takes no part.
 struct GradientRow {
-  double log_normalizer[kStreams];
-  double mean[kValues];  // of the column's log ratio: its value
+  double maximum[kStreams], inverse_sum[kStreams];  // of p and p0
+  double anchor[kValues];
+  double mean[kValues];  // moment / sum
   double weight[kValues];
   double second_weight[kValues];
   bool absent[kValues];
@@ -86,13 +97,13 @@ namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 
-// Move the sums of `state` to the shifts of a larger maximum. Exact up to rounding: with D_s = new - old shift,
-// sum e' = exp(-D_p) sum e, and sum e' (d'_p - d'_q) = exp(-D_p) (sum e (d_p - d_q) + (D_q - D_p) sum e).
-static inline void rescale(RowState& state, const double maximum[kStreams]) {
+// Move the sums of `state` to larger maxima and other anchors. Exact up to rounding: with D = new - old shift or anchor,
+// sum e' = exp(-D_base) sum e, and the moment's differences grow by D_anchor - D_base.
+static inline void rescale(RowState& state, const double maximum[kStreams], const double anchor[kValues]) {
+  const double infinity = __builtin_inf();
   double step[kStreams], factor[kStreams];
   bool moved = false;
   for (int s = 0; s < kStreams; ++s) {
-    const double infinity = __builtin_inf();
     const double before = state.maximum[s] == -infinity ? 0.0 : state.maximum[s];
     const double after = maximum[s] == -infinity ? 0.0 : maximum[s];
     step[s] = after - before;
@@ -102,11 +113,11 @@ static inline void rescale(RowState& state, const double maximum[kStreams]) {
     state.maximum[s] = maximum[s];
   }
   if (!moved) return;
-  static const int other[kValues] = {-1, kQ, kR, kP0, kR};
   for (int c = 0; c < kValues; ++c) {
-    const int base = c == kMasked ? kP0 : kP;
-    const double shift = (other[c] < 0 ? 0.0 : step[other[c]]) - step[base];
-    state.moment[c] = factor[base] == 0.0 ? 0.0 : factor[base] * (state.moment[c] + shift * state.sum[base]);
+    const int base = kBase[c];
+    const double growth = (anchor[c] - state.anchor[c]) - step[base];
+    state.moment[c] = factor[base] == 0.0 ? 0.0 : factor[base] * (state.moment[c] + growth * state.sum[base]);
+    state.anchor[c] = anchor[c];
   }
   for (int s = 0; s < kStreams; ++s) state.sum[s] *= factor[s];
 }

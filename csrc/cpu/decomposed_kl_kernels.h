@@ -7,7 +7,8 @@
 // entries, and in double beyond it.
 //
 //   T  accumulation type      Vec  register of T       z[s]  transformed logits of stream s (p, q, r, p0)
-//   e  exp(z - shift)         d    z - shift           block buffers are padded with -inf to whole registers
+//   e  exp(d)                 d    z - shift           block buffers are padded with -inf to whole registers
+//   shift, anchor: see RowState
 #pragma once
 
 #include "decomposed_kl.h"
@@ -111,39 +112,44 @@ struct Prefetch {
 // largest logit among them: whether it carries mass is known only when the row is complete.
 template <class T, bool kUsesPrior, bool kUsesMasked, bool kCareful>
 bool block_sums(const Block<T>& block, int64_t n, const T shift[kStreams], const Prefetch& next, RowState& state) {
+  // (shift and the anchors of `state` are those of this block already)
   using Vec = typename Simd<T>::Vec;
   constexpr int64_t kLanes = Simd<T>::kLanes;
   constexpr bool kUsesShift = kUsesPrior && kUsesMasked;
   const T infinity = static_cast<T>(__builtin_inf());
   const Vec none = Vec{};
   Vec sum[kStreams] = {}, moment[kValues] = {};
+  T anchor[kValues];
+  for (int c = 0; c < kValues; ++c) anchor[c] = static_cast<T>(state.anchor[c]);
   Vec hole[kValues];
   if constexpr (kCareful)
     for (Vec& h : hole) h = none - infinity;
 
   for (int64_t i = 0; i < n; i += kLanes) {
-    Vec d[kStreams], e[kStreams];
+    Vec z[kStreams], d[kStreams], e[kStreams];
     for (int s = 0; s < kStreams; ++s) {
       if (s == kP0 && !kUsesMasked) continue;
       next.entry(s, i);
-      d[s] = load<Vec>(block.z[s] + i) - shift[s];
+      z[s] = load<Vec>(block.z[s] + i);
+      d[s] = z[s] - shift[s];
       e[s] = exponential(d[s]);
       sum[s] += e[s];
     }
-    const auto add = [&](int column, int base, int other) {
-      Vec difference = e[base] == none ? none : d[base] - d[other];
+    const auto add = [&](int column) {
+      const int base = kBase[column], other = kOther[column];
+      Vec difference = e[base] == none ? none : d[base] - (z[other] - anchor[column]);
       if constexpr (kCareful) {
-        const auto is_hole = d[other] == -infinity;
+        const auto is_hole = z[other] == -infinity;
         hole[column] = maximum(is_hole ? d[base] : none - infinity, hole[column]);
         difference = is_hole ? none : difference;
       }
       moment[column] += e[base] * difference;
     };
     moment[kEntropy] += e[kP] * (e[kP] == none ? none : d[kP]);
-    add(kFull, kP, kQ);
-    if constexpr (kUsesPrior) add(kPrior, kP, kR);
-    if constexpr (kUsesShift) add(kShift, kP, kP0);
-    if constexpr (kUsesMasked) add(kMasked, kP0, kR);
+    add(kFull);
+    if constexpr (kUsesPrior) add(kPrior);
+    if constexpr (kUsesShift) add(kShift);
+    if constexpr (kUsesMasked) add(kMasked);
   }
 
   double moments[kValues];
@@ -156,7 +162,7 @@ bool block_sums(const Block<T>& block, int64_t n, const T shift[kStreams], const
   for (int c = 0; c < kValues; ++c) {
     state.moment[c] += moments[c];
     if constexpr (kCareful) {
-      const double top = max_lanes<T>(hole[c]) + static_cast<double>(shift[c == kMasked ? kP0 : kP]);
+      const double top = max_lanes<T>(hole[c]) + static_cast<double>(shift[kBase[c]]);
       if (top > state.hole[c]) state.hole[c] = top;
     }
   }
@@ -164,12 +170,24 @@ bool block_sums(const Block<T>& block, int64_t n, const T shift[kStreams], const
   return true;
 }
 
+// Where the block raises the maximum of a base stream: anchor its columns at that entry.
+template <class T>
+void move_anchors(const Block<T>& block, const Streams& streams, int base, T maximum, double anchor[kValues]) {
+  int64_t i = 0;
+  while (block.z[base][i] != maximum) ++i;
+  for (int c = kFull; c < kValues; ++c) {
+    if (kBase[c] != base || !streams.stream[kOther[c]].data) continue;
+    const double other = block.z[kOther[c]][i];
+    anchor[c] = other - other == 0.0 ? other : 0.0;
+  }
+}
+
 template <class T, bool kUsesPrior, bool kUsesMasked>
 void row_divergences(const Streams& streams, int64_t row, int64_t begin, int64_t end, RowState& state) {
   Block<T> block;
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t n = end - start < kBlock ? end - start : kBlock;
-    double maximum[kStreams];
+    double maximum[kStreams], anchor[kValues];
     T shift[kStreams];
     for (int s = 0; s < kStreams; ++s) {
       maximum[s] = state.maximum[s];
@@ -179,7 +197,10 @@ void row_divergences(const Streams& streams, int64_t row, int64_t begin, int64_t
       }
       shift[s] = maximum[s] == -__builtin_inf() ? T(0) : static_cast<T>(maximum[s]);
     }
-    rescale(state, maximum);
+    for (int c = 0; c < kValues; ++c) anchor[c] = state.anchor[c];
+    for (int base = kP; base <= kP0; base += kP0 - kP)
+      if (maximum[base] > state.maximum[base]) move_anchors(block, streams, base, static_cast<T>(maximum[base]), anchor);
+    rescale(state, maximum, anchor);
     const Prefetch next(streams, row, start + kBlock);
     if (!block_sums<T, kUsesPrior, kUsesMasked, false>(block, n, shift, next, state))
       block_sums<T, kUsesPrior, kUsesMasked, true>(block, n, shift, next, state);
@@ -202,7 +223,8 @@ void divergences(const Streams& streams, Decomposition decomposition, int64_t ro
   divergences_of<float>(streams, decomposition, row, begin, end, state);
 }
 
-// d objective / d logit = p * sum_c weight[c] (log ratio[c] - mean[c]) * d z / d logit. Every stream of a position is
+// d objective / d logit = p * sum_c weight[c] (difference[c] - mean[c]) * d z / d logit, where p = exp(z_p - maximum) / sum
+// and the difference is that of RowState. Every stream of a position is
 // read before anything is written to it, which is what makes the outputs safe over the inputs.
 template <class T, bool kUsesPrior, bool kUsesMasked, bool kSecond, bool kGramian>
 void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, int64_t begin, int64_t end,
@@ -212,18 +234,21 @@ void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, in
   constexpr bool kUsesShift = kUsesPrior && kUsesMasked;
   const Vec none = Vec{};
   Block<T> block;
-  T log_normalizer[kStreams], mean[kValues], weight[kValues], second[kValues];
-  for (int s = 0; s < kStreams; ++s) log_normalizer[s] = static_cast<T>(g.log_normalizer[s]);
+  const T maximum = static_cast<T>(g.maximum[kP]), inverse_sum = static_cast<T>(g.inverse_sum[kP]);
+  const T maximum0 = static_cast<T>(g.maximum[kP0]), inverse_sum0 = static_cast<T>(g.inverse_sum[kP0]);
+  T mean[kValues], weight[kValues], second[kValues];
   for (int c = 0; c < kValues; ++c) {
     mean[c] = static_cast<T>(g.mean[c]);
     weight[c] = static_cast<T>(g.weight[c]);
     second[c] = static_cast<T>(g.second_weight[c]);
   }
-  // An absent column compares the stream with itself: 0 on the support, whatever the other stream holds.
-  const int q = g.absent[kFull] ? kP : kQ;
-  const int r = g.absent[kPrior] ? kP : kR;
-  const int p0 = g.absent[kShift] ? kP : kP0;
-  const int r_of_masked = g.absent[kMasked] ? kP0 : kR;
+  // An absent column compares its base with itself: 0 on the support, whatever the other stream holds.
+  int other[kValues];
+  T anchor[kValues];
+  for (int c = kFull; c < kValues; ++c) {
+    other[c] = g.absent[c] ? kBase[c] : kOther[c];
+    anchor[c] = static_cast<T>(g.absent[c] ? g.maximum[kBase[c]] : g.anchor[c]);
+  }
   const Stream& student = streams.stream[kP];
   // d z / d x = slope (1 - (z / cap)^2); the second factor is 1 without a cap.
   const bool capped = student.softcap_out != 0.0;
@@ -242,25 +267,25 @@ void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, in
     Vec lang_lang = none, lang_vis = none, vis_vis = none;
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec z = load<Vec>(block.z[kP] + i);
-      const auto log_probability = [&](int s) { return load<Vec>(block.z[s] + i) - log_normalizer[s]; };
-      const Vec lp = z - log_normalizer[kP];
-      const Vec lr = log_probability(kR);
-      const Vec p = exponential(lp);
+      const auto from_anchor = [&](int c) { return load<Vec>(block.z[other[c]] + i) - anchor[c]; };
+      const Vec d = z - maximum;
+      const Vec p = exponential(d) * inverse_sum;
       const auto carries = p > none;
       const Vec mass = p * chain(z);
       next.entry(kP, i), next.entry(kQ, i), next.entry(kR, i);
-      const Vec entropy = -lp - mean[kEntropy];
-      const Vec full = (lp - log_probability(q)) - mean[kFull];
+      const Vec entropy = mean[kEntropy] - d;
+      const Vec full = (d - from_anchor(kFull)) - mean[kFull];
       Vec total = weight[kEntropy] * entropy + weight[kFull] * full;
       Vec second_total = second[kEntropy] * entropy + second[kFull] * full;
-      Vec prior = none, shift = none;
+      Vec prior = none, shift = none, masked_from_anchor = none;
+      if constexpr (kUsesMasked) masked_from_anchor = from_anchor(kMasked);
       if constexpr (kUsesPrior) {
-        prior = (lp - (r == kR ? lr : lp)) - mean[kPrior];
+        prior = (d - from_anchor(kPrior)) - mean[kPrior];
         total += weight[kPrior] * prior;
         second_total += second[kPrior] * prior;
       }
       if constexpr (kUsesShift) {
-        shift = (lp - log_probability(p0)) - mean[kShift];
+        shift = (d - from_anchor(kShift)) - mean[kShift];
         total += weight[kShift] * shift;
       }
       store(block.z[kP] + i, carries ? mass * total : none);
@@ -277,9 +302,9 @@ void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, in
       if constexpr (kUsesMasked) {
         const Vec z0 = load<Vec>(block.z[kP0] + i);
         next.entry(kP0, i);
-        const Vec l0 = z0 - log_normalizer[kP0];
-        const Vec mass0 = exponential(l0);
-        const Vec masked = (l0 - (r_of_masked == kR ? lr : l0)) - mean[kMasked];
+        const Vec d0 = z0 - maximum0;
+        const Vec mass0 = exponential(d0) * inverse_sum0;
+        const Vec masked = (d0 - masked_from_anchor) - mean[kMasked];
         const Vec lang = mass0 > none ? mass0 * chain(z0) * masked : none;
         store(block.z[kP0] + i, mass0 > none ? lang * weight[kMasked] : none);
         if constexpr (kGramian) lang_lang += lang * lang;

@@ -139,7 +139,7 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
     logits, out = f"*{variant.dtype}", f"*{variant.out_dtype or variant.dtype}"
     two_teachers = variant.decomposition == "teacher_prior"
     constants: dict[str, Any] = {"KIND": kernels.DECOMPOSITION_CODES[variant.decomposition]}
-    pointers = dict.fromkeys(("WEIGHTS", "OUT", "NORMALIZERS", "WORKSPACE", "VALUES_", "COEFFICIENTS"), "*fp32")
+    pointers = dict.fromkeys(("WEIGHTS", "OUT", "STATISTICS", "WORKSPACE", "VALUES_", "COEFFICIENTS"), "*fp32")
     pointers |= dict.fromkeys(("P", "Q", "R", "N"), logits) | dict.fromkeys(("OUT_P", "OUT_N", "OUT_SECOND"), out)
     pointers |= dict.fromkeys(("SECOND", "GRAMIAN"), "*fp32")
     scalars = dict.fromkeys(("student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap"), "fp32")
@@ -149,6 +149,8 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
     else:
         function = kernels.divergences_kernel if variant.kernel == "divergences" else kernels.gradients_kernel
         launch_options = {"num_warps": shape.warps}
+        if variant.kernel == "divergences":
+            launch_options = config.forward_options(device, shape, variant.decomposition)
         form = FORMS[variant.form]
         constants |= {
             "STUDENT_FORM": form,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
 from ..types import DECOMPOSITIONS, LogitTransform, accumulation_dtype
-from .reference import STREAMS, VALUES
+from .reference import STATISTICS, VALUES
 
 _ops = torch.ops.vgs_kernels_native
 
@@ -41,16 +41,16 @@ def divergences(
     transform: LogitTransform,
     token_weights: Tensor | None = None,  # (tokens,)
 ) -> tuple[Tensor, Tensor]:
-    """`values` (tokens, 5) and `log_normalizers` (tokens, 4), as in `reference.divergences`."""
+    """`values` (tokens, 5) and `statistics` (tokens, 13), as in `reference.divergences`."""
     dtype = accumulation_dtype(student.dtype)
     values = student.new_empty((student.shape[0], VALUES), dtype=dtype)
-    log_normalizers = student.new_empty((student.shape[0], STREAMS), dtype=dtype)
+    statistics = student.new_empty((student.shape[0], STATISTICS), dtype=dtype)
     if token_weights is not None:
         token_weights = token_weights.to(dtype).contiguous()
     _ops.divergences(
-        student, teacher, masked_teacher, masked_student, token_weights, *_settings(transform), values, log_normalizers
+        student, teacher, masked_teacher, masked_student, token_weights, *_settings(transform), values, statistics
     )
-    return values, log_normalizers
+    return values, statistics
 
 
 def logit_gradients(
@@ -59,7 +59,7 @@ def logit_gradients(
     masked_teacher: Tensor,  # (tokens, >= vocab)
     masked_student: Tensor | None,  # (tokens, >= vocab)
     values: Tensor,  # (tokens, 5)
-    log_normalizers: Tensor,  # (tokens, 4)
+    statistics: Tensor,  # (tokens, 13)
     coefficients: Tensor,  # (tokens, 5)
     transform: LogitTransform,
     *,
@@ -77,7 +77,7 @@ def logit_gradients(
         masked_teacher,
         masked_student,
         values.contiguous(),
-        log_normalizers.contiguous(),
+        statistics.contiguous(),
         coefficients.to(values.dtype).contiguous(),
         None if second_coefficients is None else second_coefficients.to(values.dtype).contiguous(),
         *_settings(transform),

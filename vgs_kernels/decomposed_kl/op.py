@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from ..types import LogitTransform, accumulation_dtype
-from .reference import STREAMS, VALUES
+from .reference import STATISTICS, VALUES
 
 
 @torch.library.custom_op("vgs_kernels::divergences", mutates_args=())
@@ -41,7 +41,7 @@ def divergences(
 def _(student, teacher, masked_teacher, masked_student, *_args):  # type: ignore[no-untyped-def]
     dtype = accumulation_dtype(student.dtype)
     tokens = student.shape[0]
-    return student.new_empty((tokens, VALUES), dtype=dtype), student.new_empty((tokens, STREAMS), dtype=dtype)
+    return student.new_empty((tokens, VALUES), dtype=dtype), student.new_empty((tokens, STATISTICS), dtype=dtype)
 
 
 @torch.library.custom_op("vgs_kernels::divergences_backward", mutates_args=())
@@ -51,7 +51,7 @@ def divergences_backward(
     masked_teacher: Tensor,
     masked_student: Tensor | None,
     values: Tensor,
-    log_normalizers: Tensor,
+    statistics: Tensor,
     coefficients: Tensor,
     decomposition: str,
     vocab_size: int,
@@ -75,7 +75,7 @@ def divergences_backward(
         masked_teacher,
         masked_student,
         values,
-        log_normalizers,
+        statistics,
         coefficients,
         transform,
         out_student=grad_student,
@@ -94,14 +94,14 @@ def _(student, teacher, masked_teacher, masked_student, *_args):  # type: ignore
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     student, teacher, masked_teacher, masked_student, *settings = inputs
-    values, log_normalizers = output
+    values, statistics = output
     ctx.settings = settings
     ctx.has_masked_student = masked_student is not None
-    ctx.mark_non_differentiable(log_normalizers)
-    ctx.save_for_backward(student, teacher, masked_teacher, masked_student, values, log_normalizers)
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(student, teacher, masked_teacher, masked_student, values, statistics)
 
 
-def _backward(ctx, grad_values: Tensor, _grad_log_normalizers: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_values: Tensor, _grad_statistics: Tensor):  # type: ignore[no-untyped-def]
     grad_student, grad_masked = divergences_backward(*ctx.saved_tensors, grad_values.contiguous(), *ctx.settings)
     nothing = (None,) * len(ctx.settings)
     return grad_student, None, None, grad_masked if ctx.has_masked_student else None, *nothing

@@ -3,7 +3,7 @@
 This file is the specification of the kernel interface. Every backend module offers the same two functions, which take
 2-D logits with unit stride in the last dimension and return new tensors:
 
-* `divergences`: the five per-token numbers every decomposition is a combination of, and the log-normalisers.
+* `divergences`: the five per-token numbers every decomposition is a combination of, and the statistics of every row.
 * `logit_gradients`: the gradient of any weighted sum of those five with respect to the student logits.
 
 Called by `decomposed_kl/op.py` and `linear_decomposed_kl/op.py` only.
@@ -18,7 +18,17 @@ Streams: p student, q teacher, r masked teacher, p0 masked student; lp, lq, lr, 
 | 3                  | SHIFT   | KL(p || p0)   | p, p0 is a constant here  (bayes, else 0) |
 | 4                  | MASKED  | KL(p0 || r)   | p0 (bayes and matched, else 0)            |
 
-Columns of `log_normalizers`: p, q, r, p0 (0 where the stream is absent).
+Columns of `statistics`, what the gradient needs of a row (0 where it does not apply):
+
+| 0, 1    | maximum of z_p, of z_p0                                                                                    |
+| 2, 3    | 1 / sum exp(z - maximum) of p, p0                                                                          |
+| 4 to 7  | anchors: z_q, z_r, z_p0 where z_p has its maximum, z_r where z_p0 has it; 0 where that is not finite       |
+| 8 to 12 | by column of `values` the mean, under p (or p0), of the difference d (of z_p - maximum for ENTROPY)        |
+
+with d = (z_p - its maximum) - (z_q - its anchor). A divergence is mean d + log p - log q, the logs at the maximum of p;
+its gradient is p * (d - mean d). Both terms of d are 0 at the entry with most mass, so that neither the offset of the
+logits nor a large normaliser is rounded into the gradient: centred by the value, which holds the normalisers, it has
+hundreds of times the error of plain autograd where few entries hold the mass.
 """
 
 from __future__ import annotations
@@ -33,6 +43,7 @@ from ..types import LogitTransform, accumulation_dtype
 ENTROPY, FULL, PRIOR, SHIFT, MASKED = range(5)
 VALUES = 5
 STREAMS = 4
+MAXIMUM, INVERSE_SUM, ANCHOR, MEAN, STATISTICS = 0, 2, 4, 8, 13  # first columns of `statistics`, and how many
 
 USES_PRIOR = ("teacher_prior", "bayes")  # decompositions that compare the student with the masked teacher
 USES_MASKED_STUDENT = ("bayes", "matched")
@@ -45,15 +56,24 @@ def _transformed(logits: Tensor, scale: float, softcap: float, transform: LogitT
     return z / transform.temperature
 
 
-def _kl(lp: Tensor, lq: Tensor) -> Tensor:
-    """KL(p || q) along the last dimension; entries with p = 0 contribute 0, p > 0 against q = 0 gives +inf."""
-    p = lp.exp()
-    return torch.where(p == 0, 0.0, p * (lp - lq)).sum(-1)  # p is NaN, not 0, where a student is broken
+def _mean(p: Tensor, x: Tensor) -> Tensor:
+    """sum p x along the last dimension; entries with p = 0 contribute 0, whatever x is there."""
+    return torch.where(p == 0, 0.0, p * x).sum(-1)  # p is NaN, not 0, where a student is broken
 
 
-def _log_probs(z: Tensor) -> Tensor:
-    """log_softmax; a row that is -inf throughout has no mass anywhere, where torch has NaN."""
-    return torch.where((z == -math.inf).all(-1, keepdim=True), -math.inf, torch.log_softmax(z, -1))
+class _Stream:
+    """One stream: transformed logits z, their maximum and its place, log-probabilities."""
+
+    def __init__(self, z: Tensor) -> None:  # (tokens, vocab)
+        self.z = z
+        top, self.place = z.max(-1, keepdim=True)
+        self.top = torch.where(top == -math.inf, 0.0, top)  # (tokens, 1), like the two below
+        self.distance = z - self.top  # (tokens, vocab)
+        self.sum = self.distance.exp().sum(-1, keepdim=True)
+        self.log_probs = torch.where(self.sum == 0, -math.inf, self.distance - self.sum.log())
+
+    def inverse_sum(self) -> Tensor:
+        return torch.where(self.sum == 0, 0.0, 1 / self.sum)
 
 
 def divergences(
@@ -64,48 +84,48 @@ def divergences(
     transform: LogitTransform,
     token_weights: Tensor | None = None,  # (tokens,): rows of weight 0 are not read, their results are 0
 ) -> tuple[Tensor, Tensor]:
-    """Return `values` (tokens, 5) and `log_normalizers` (tokens, 4), in the accumulation dtype."""
+    """Return `values` (tokens, 5) and `statistics` (tokens, 13), in the accumulation dtype."""
     tokens = student.shape[0]
     dtype = accumulation_dtype(student.dtype)
     values = torch.zeros(tokens, VALUES, dtype=dtype, device=student.device)
-    log_normalizers = torch.zeros(tokens, STREAMS, dtype=dtype, device=student.device)
+    statistics = torch.zeros(tokens, STATISTICS, dtype=dtype, device=student.device)
     if tokens == 0:
-        return values, log_normalizers
+        return values, statistics
 
-    log_probs: list[Tensor | None] = []
-    for column, (logits, scale, softcap) in enumerate(
-        (
-            (student, transform.student_scale, transform.student_softcap),
-            (teacher, transform.teacher_scale, transform.teacher_softcap),
-            (masked_teacher, transform.teacher_scale, transform.teacher_softcap),
-            (masked_student, transform.student_scale, transform.student_softcap),
-        )
-    ):
-        if logits is None:
-            log_probs.append(None)
-            continue
-        z = _transformed(logits, scale, softcap, transform)
-        log_normalizers[:, column] = torch.logsumexp(z, -1)
-        log_probs.append(_log_probs(z))
-    lp, lq, lr, l0 = log_probs
-    assert lp is not None
-    assert lq is not None
-    assert lr is not None
+    def stream(logits: Tensor, scale: float, softcap: float) -> _Stream:
+        return _Stream(_transformed(logits, scale, softcap, transform))
 
-    p = lp.exp()
-    values[:, ENTROPY] = -torch.where(p == 0, 0.0, p * lp).sum(-1)
-    values[:, FULL] = _kl(lp, lq)
+    def distribution(base: _Stream, index: int) -> Tensor:
+        statistics[:, MAXIMUM + index] = base.top[:, 0]
+        statistics[:, INVERSE_SUM + index] = base.inverse_sum()[:, 0]
+        return base.distance.exp() * base.inverse_sum()
+
+    def divergence(column: int, p: Tensor, base: _Stream, other: _Stream) -> None:
+        anchor = other.z.gather(-1, base.place)
+        anchor = torch.where(torch.isfinite(anchor), anchor, 0.0)
+        values[:, column] = _mean(base.log_probs.exp(), base.log_probs - other.log_probs)
+        statistics[:, ANCHOR + column - 1] = anchor[:, 0]
+        statistics[:, MEAN + column] = _mean(p, base.distance - (other.z - anchor))
+
+    student_form = transform.student_scale, transform.student_softcap
+    teacher_form = transform.teacher_scale, transform.teacher_softcap
+    seeing, prior = stream(student, *student_form), stream(masked_teacher, *teacher_form)
+    p = distribution(seeing, 0)
+    values[:, ENTROPY] = -_mean(seeing.log_probs.exp(), seeing.log_probs)
+    statistics[:, MEAN + ENTROPY] = _mean(p, seeing.distance)
+    divergence(FULL, p, seeing, stream(teacher, *teacher_form))
     if transform.decomposition in USES_PRIOR:
-        values[:, PRIOR] = _kl(lp, lr)
-    if l0 is not None:
-        values[:, MASKED] = _kl(l0, lr)
+        divergence(PRIOR, p, seeing, prior)
+    if masked_student is not None:
+        blind = stream(masked_student, *student_form)
+        divergence(MASKED, distribution(blind, 1), blind, prior)
         if transform.decomposition == "bayes":
-            values[:, SHIFT] = _kl(lp, l0)
+            divergence(SHIFT, p, seeing, blind)
     if token_weights is not None:
         skipped = (token_weights == 0)[:, None]
         values.masked_fill_(skipped, 0.0)
-        log_normalizers.masked_fill_(skipped, 0.0)
-    return values, log_normalizers
+        statistics.masked_fill_(skipped, 0.0)
+    return values, statistics
 
 
 def logit_gradients(
@@ -114,7 +134,7 @@ def logit_gradients(
     masked_teacher: Tensor,  # (tokens, >= vocab)
     masked_student: Tensor | None,  # (tokens, >= vocab)
     values: Tensor,  # (tokens, 5), of `divergences`
-    log_normalizers: Tensor,  # (tokens, 4), of `divergences`
+    statistics: Tensor,  # (tokens, 13), of `divergences`
     coefficients: Tensor,  # (tokens, 5): d objective / d values
     transform: LogitTransform,
     *,
@@ -135,17 +155,14 @@ def logit_gradients(
     look (the two components of teacher_prior). `row_gramian` receives, per token, <lang, lang>, <lang, vis> and
     <vis, vis> of the unweighted logit gradients of the two components; rows with coefficients all 0 get 0.
     """
-    student_z = _transformed(student, transform.student_scale, transform.student_softcap, transform)
-    lp = student_z - log_normalizers[:, :1]
-    lq = _transformed(teacher, transform.teacher_scale, transform.teacher_softcap, transform) - log_normalizers[:, 1:2]
-    lr = (
-        _transformed(masked_teacher, transform.teacher_scale, transform.teacher_softcap, transform)
-        - log_normalizers[:, 2:3]
-    )
-    l0 = masked_z = None
-    if masked_student is not None:
-        masked_z = _transformed(masked_student, transform.student_scale, transform.student_softcap, transform)
-        l0 = masked_z - log_normalizers[:, 3:4]
+    teacher_form = transform.teacher_scale, transform.teacher_softcap, transform
+    student_form = transform.student_scale, transform.student_softcap, transform
+    zp, zq = _transformed(student, *student_form), _transformed(teacher, *teacher_form)
+    zr = _transformed(masked_teacher, *teacher_form)
+    z0 = None if masked_student is None else _transformed(masked_student, *student_form)
+
+    def column(first: int, offset: int) -> Tensor:
+        return statistics[:, first + offset : first + offset + 1]
 
     def chain(z: Tensor) -> Tensor | float:
         """d transformed / d raw logit."""
@@ -154,30 +171,37 @@ def logit_gradients(
             return slope
         return slope * (1.0 - (z * transform.temperature / transform.student_softcap).square())
 
-    def term(weights: Tensor, column: int, log_ratio: Tensor, support: Tensor) -> Tensor:
-        """weight * (log_ratio - its mean), 0 where the weight is 0, the value infinite, or the support empty."""
-        value = values[:, column : column + 1]
-        weight = torch.where(torch.isinf(value), 0.0, weights[:, column : column + 1])
-        return torch.where(support & (weight != 0), weight * (log_ratio - value), 0.0)
+    def distribution(z: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Distances from the maximum, and probabilities."""
+        distance = z - column(MAXIMUM, index)
+        return distance, distance.exp() * column(INVERSE_SUM, index)
+
+    def term(weights: Tensor, divergence: int, distance: Tensor, other: Tensor, support: Tensor) -> Tensor:
+        """weight * (d - its mean), 0 where the weight is 0, the value infinite, or the support empty."""
+        infinite = torch.isinf(values[:, divergence : divergence + 1])
+        weight = torch.where(infinite, 0.0, weights[:, divergence : divergence + 1])
+        difference = distance - (other - column(ANCHOR, divergence - 1)) - column(MEAN, divergence)
+        return torch.where(support & (weight != 0), weight * difference, 0.0)
 
     def student_gradient(weights: Tensor) -> Tensor:
-        p = lp.exp()
+        distance, p = distribution(zp, 0)
         support = p > 0
-        total = term(weights, ENTROPY, -lp, support) + term(weights, FULL, lp - lq, support)
+        weight = weights[:, ENTROPY : ENTROPY + 1]
+        total = torch.where(support & (weight != 0), weight * (column(MEAN, ENTROPY) - distance), 0.0)
+        total = total + term(weights, FULL, distance, zq, support)
         if transform.decomposition in USES_PRIOR:
-            total = total + term(weights, PRIOR, lp - lr, support)
+            total = total + term(weights, PRIOR, distance, zr, support)
         if transform.decomposition == "bayes":
-            assert l0 is not None
-            total = total + term(weights, SHIFT, lp - l0, support)
-        return torch.where(support & (total != 0), p * total * chain(student_z), 0.0)
+            assert z0 is not None
+            total = total + term(weights, SHIFT, distance, z0, support)
+        return torch.where(support & (total != 0), p * total * chain(zp), 0.0)
 
     def masked_gradient(weights: Tensor) -> Tensor:
-        assert l0 is not None
-        assert masked_z is not None
-        p0 = l0.exp()
+        assert z0 is not None
+        distance, p0 = distribution(z0, 1)
         support = p0 > 0
-        total = term(weights, MASKED, l0 - lr, support)
-        return torch.where(support & (total != 0), p0 * total * chain(masked_z), 0.0)
+        total = term(weights, MASKED, distance, zr, support)
+        return torch.where(support & (total != 0), p0 * total * chain(z0), 0.0)
 
     results = [(out_student, student_gradient(coefficients))]
     if out_masked_student is not None:

@@ -8,9 +8,10 @@ Legend, inside kernels:
     P Q R N         their pointers; suffix _s: row stride in elements, _w: width of an output
     z               transformed logits, softcap(scale * x) / temperature
     m s             running maximum of z, running sum of exp(z - m)
-    zp zq ...       z of a stream; ap aq ... = z - m; ep en = exp(ap), exp(an); lp lq ... log-probabilities
+    zp zq ...       z of a stream; ap an = z - m of the student's; ep en = exp(ap), exp(an)
     self            sum of ep * ap
-    pq pr pn nr     sums of exp-weighted differences of two streams, sum of ep * (ap - aq) and so on
+    pq pr pn nr     a pair of streams: the sum of ep * (ap - (zq - c_pq)) and so on
+    c_pq c_pr ...   anchor of a pair: the second stream's z where the first has its maximum, 0 where that is not finite
     hole            largest zp where the other stream is -inf: student mass there makes the divergence infinite
     tile            [LOADS, LANES, VECTOR] consecutive columns; reductions over the first and last axis stay in a thread
 
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from ..types import LogitTransform
 from . import triton_config as config
-from .reference import STREAMS, VALUES
+from .reference import STATISTICS, VALUES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DECOMPOSITION_CODES = {"teacher_prior": 0, "bayes": 1, "matched": 2}
@@ -52,7 +53,8 @@ SOFTCAPPED = tl.constexpr(SOFTCAP_FORM)
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
 LN2 = tl.constexpr(math.log(2.0))
 INF = tl.constexpr(math.inf)
-WORKSPACE_STATES = 17  # numbers that describe a part of a row, the tuple `state`
+SMALLEST = tl.constexpr(2.0**-126)  # normal float32 number
+WORKSPACE_STATES = 21  # numbers that describe a part of a row, the tuple `state`
 STATES = tl.constexpr(WORKSPACE_STATES)
 
 
@@ -140,37 +142,40 @@ def _moved(total, s, factor, shift):
 
 
 @triton.jit
-def _pair(total, hole, m, a, e, b, s, factor, shift):
-    """Add a tile to sum e * (a - b) and to the hole; s, factor, shift describe the mass seen before the tile.
+def _pair(total, c, hole, m, a, e, z, s, factor, shift):
+    """A pair meets a tile: a and e are the first stream's, z the second's; s, factor, shift describe the mass before.
 
-    The hole is found as a + m, not z: keeping the tile of z alive as well costs `bayes` 16 registers.
+    Where the tile raised the first stream's maximum, the anchor moves to the z found there. The hole is found as a + m,
+    not from the first stream's z: keeping that tile alive as well costs `bayes` 16 registers.
     """
-    there = b != -INF
-    total = _moved(total, s, factor, shift) + _sum(tl.where((e > 0) & there, e * (a - b), 0.0))
-    return total, tl.maximum(hole, _max(tl.where(there, -INF, a)) + m)
+    there = z != -INF
+    candidate = _max(tl.where(a == 0, z, -INF))
+    raised = (shift != 0) | (factor == 0)  # the first finite entry shifts by 0
+    new = tl.where(raised, tl.where(tl.abs(candidate) == INF, 0.0, candidate), c)
+    d = a - (z - new[None, :, None])
+    total = _moved(total, s, factor, shift - (new - c)) + _sum(tl.where((e > 0) & there, e * d, 0.0))
+    return total, new, tl.maximum(hole, _max(tl.where(there, -INF, a)) + m)
 
 
 @triton.jit
 def _grow(state, zp, zq, zr, zn, KIND: tl.constexpr):
     """The state after one more tile."""
-    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
+    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr = state
     # In this order a stream's tile dies before the next is needed: the registers of `bayes` depend on it.
     ap, ep, mp, sp_new, fp, dp = _stream(zp, mp, sp)
     self = _moved(self, sp, fp, dp) + _sum(tl.where(ep > 0, ep * ap, 0.0))
-    aq, _eq, mq, sq, _fq, dq = _stream(zq, mq, sq)
-    pq, hole_pq = _pair(pq, hole_pq, mp, ap, ep, aq, sp, fp, dp - dq)
-    if KIND == TEACHER_PRIOR:
-        ar, _er, mr, sr, _fr, dr = _stream(zr, mr, sr)
-    else:
-        an, en, mn, sn_new, fn, dn = _stream(zn, mn, sn)
-        if KIND == BAYES:
-            pn, hole_pn = _pair(pn, hole_pn, mp, ap, ep, an, sp, fp, dp - dn)
-        ar, _er, mr, sr, _fr, dr = _stream(zr, mr, sr)
-        nr, hole_nr = _pair(nr, hole_nr, mn, an, en, ar, sn, fn, dn - dr)
-        sn = sn_new
+    pq, c_pq, h_pq = _pair(pq, c_pq, h_pq, mp, ap, ep, zq, sp, fp, dp)
+    _aq, _eq, mq, sq, _fq, _dq = _stream(zq, mq, sq)
+    if KIND == BAYES:
+        pn, c_pn, h_pn = _pair(pn, c_pn, h_pn, mp, ap, ep, zn, sp, fp, dp)
     if KIND != MATCHED:
-        pr, hole_pr = _pair(pr, hole_pr, mp, ap, ep, ar, sp, fp, dp - dr)
-    return mp, sp_new, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr
+        pr, c_pr, h_pr = _pair(pr, c_pr, h_pr, mp, ap, ep, zr, sp, fp, dp)
+    if KIND != TEACHER_PRIOR:
+        an, en, mn, sn_new, fn, dn = _stream(zn, mn, sn)
+        nr, c_nr, h_nr = _pair(nr, c_nr, h_nr, mn, an, en, zr, sn, fn, dn)
+        sn = sn_new
+    _ar, _er, mr, sr, _fr, _dr = _stream(zr, mr, sr)
+    return mp, sp_new, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr
 
 
 @triton.jit
@@ -182,20 +187,30 @@ def _gather(m, s):
 
 
 @triton.jit
+def _gather_pair(total, c, m, top, s, factor, shift):
+    """Merge a pair over all parts; the anchor is that of a part which holds the first stream's maximum."""
+    new = tl.max(tl.where(m == top, c, -INF), 0)
+    return tl.sum(_moved(total, s, factor, shift - (new - c)), 0), new
+
+
+@triton.jit
 def _merge(state):
     """One state, of scalars, from a vector of states of disjoint parts."""
-    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
-    mp, sp_all, fp, dp = _gather(mp, sp)
-    mq, sq, _fq, dq = _gather(mq, sq)
-    mr, sr, _fr, dr = _gather(mr, sr)
-    mn, sn_all, fn, dn = _gather(mn, sn)
+    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr = state
+    top_p, sp_all, fp, dp = _gather(mp, sp)
+    mq, sq, _fq, _dq = _gather(mq, sq)
+    mr, sr, _fr, _dr = _gather(mr, sr)
+    top_n, sn_all, fn, dn = _gather(mn, sn)
     self = tl.sum(_moved(self, sp, fp, dp), 0)
-    pq = tl.sum(_moved(pq, sp, fp, dp - dq), 0)
-    pr = tl.sum(_moved(pr, sp, fp, dp - dr), 0)
-    pn = tl.sum(_moved(pn, sp, fp, dp - dn), 0)
-    nr = tl.sum(_moved(nr, sn, fn, dn - dr), 0)
-    hole_pq, hole_pr, hole_pn, hole_nr = tl.max(hole_pq, 0), tl.max(hole_pr, 0), tl.max(hole_pn, 0), tl.max(hole_nr, 0)
-    return mp, sp_all, mq, sq, mr, sr, mn, sn_all, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr
+    pq, c_pq = _gather_pair(pq, c_pq, mp, top_p, sp, fp, dp)
+    pr, c_pr = _gather_pair(pr, c_pr, mp, top_p, sp, fp, dp)
+    pn, c_pn = _gather_pair(pn, c_pn, mp, top_p, sp, fp, dp)
+    nr, c_nr = _gather_pair(nr, c_nr, mn, top_n, sn, fn, dn)
+    h_pq, h_pr, h_pn, h_nr = tl.max(h_pq, 0), tl.max(h_pr, 0), tl.max(h_pn, 0), tl.max(h_nr, 0)
+    return (
+        top_p, sp_all, mq, sq, mr, sr, top_n, sn_all, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn,
+        h_nr,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -204,36 +219,49 @@ def _log(x):
 
 
 @triton.jit
-def _divergence(total, s_from, s_to, hole, normalizer):
-    """KL from a finished state; +inf where the first distribution has mass that the second lacks."""
-    kl = total / s_from + _log(s_to / s_from)  # one logarithm of the ratio: two would cancel
+def _divergence(mean, s_from, s_to, m_to, c, hole, normalizer):
+    """KL from a finished pair; +inf where the first distribution has mass that the second lacks."""
+    kl = mean + _log(s_to / s_from) + (m_to - c)  # one logarithm of the ratio: two would cancel
     kl = tl.where(_exp(hole - normalizer) > 0, INF, kl)
     return tl.where(s_from == 0, 0.0, kl)  # no mass at all: nothing to sum
 
 
 @triton.jit
-def _finish(state, row, active, OUT, NORMALIZERS, KIND: tl.constexpr):
-    """Write the row's values and log-normalisers, 0 for a skipped row."""
-    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, hole_pq, hole_pr, hole_pn, hole_nr = state
-    norm_p = mp + _log(sp)
-    tl.store(NORMALIZERS + row * 4, tl.where(active, norm_p, 0.0))
-    tl.store(NORMALIZERS + row * 4 + 1, tl.where(active, mq + _log(sq), 0.0))
-    tl.store(NORMALIZERS + row * 4 + 2, tl.where(active, mr + _log(sr), 0.0))
-    entropy = tl.where(sp == 0, 0.0, _log(sp) - self / sp)
-    tl.store(OUT + row * 5, tl.where(active, entropy, 0.0))
-    tl.store(OUT + row * 5 + 1, tl.where(active, _divergence(pq, sp, sq, hole_pq, norm_p), 0.0))
-    prior, shift, masked, norm_n = 0.0, 0.0, 0.0, 0.0
+def _finish(state, row, active, OUT, STATISTICS, KIND: tl.constexpr):
+    """Write the row's values and statistics, 0 for a skipped row."""
+    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr = state
+    inverse_p = tl.where(active & (sp != 0), 1.0 / sp, 0.0)
+    inverse_n = tl.where(active & (sn != 0), 1.0 / sn, 0.0)
+    norm_p, norm_n = mp + _log(sp), mn + _log(sn)
+    prior, shift, masked = 0.0, 0.0, 0.0
+    full = _divergence(pq * inverse_p, sp, sq, mq, c_pq, h_pq, norm_p)
     if KIND != MATCHED:
-        prior = tl.where(active, _divergence(pr, sp, sr, hole_pr, norm_p), 0.0)
-    if KIND != TEACHER_PRIOR:
-        norm_n = tl.where(active, mn + _log(sn), 0.0)
-        masked = tl.where(active, _divergence(nr, sn, sr, hole_nr, norm_n), 0.0)
+        prior = _divergence(pr * inverse_p, sp, sr, mr, c_pr, h_pr, norm_p)
     if KIND == BAYES:
-        shift = tl.where(active, _divergence(pn, sp, sn, hole_pn, norm_p), 0.0)
-    tl.store(NORMALIZERS + row * 4 + 3, norm_n)
-    tl.store(OUT + row * 5 + 2, prior)
-    tl.store(OUT + row * 5 + 3, shift)
-    tl.store(OUT + row * 5 + 4, masked)
+        shift = _divergence(pn * inverse_p, sp, sn, mn, c_pn, h_pn, norm_p)
+    if KIND != TEACHER_PRIOR:
+        masked = _divergence(nr * inverse_n, sn, sr, mr, c_nr, h_nr, norm_n)
+    entropy = tl.where(sp == 0, 0.0, _log(sp) - self * inverse_p)
+    line = OUT + row * 5
+    tl.store(line, tl.where(active, entropy, 0.0))
+    tl.store(line + 1, tl.where(active, full, 0.0))
+    tl.store(line + 2, tl.where(active, prior, 0.0))
+    tl.store(line + 3, tl.where(active, shift, 0.0))
+    tl.store(line + 4, tl.where(active, masked, 0.0))
+    line = STATISTICS + row * 13
+    tl.store(line, tl.where(active & (mp != -INF), mp, 0.0))
+    tl.store(line + 1, tl.where(active & (mn != -INF), mn, 0.0))
+    tl.store(line + 2, inverse_p)
+    tl.store(line + 3, inverse_n)
+    tl.store(line + 4, tl.where(active, c_pq, 0.0))
+    tl.store(line + 5, tl.where(active, c_pr, 0.0))
+    tl.store(line + 6, tl.where(active, c_pn, 0.0))
+    tl.store(line + 7, tl.where(active, c_nr, 0.0))
+    tl.store(line + 8, self * inverse_p)
+    tl.store(line + 9, pq * inverse_p)
+    tl.store(line + 10, pr * inverse_p)
+    tl.store(line + 11, pn * inverse_p)
+    tl.store(line + 12, nr * inverse_n)
 
 
 @triton.jit
@@ -262,7 +290,7 @@ def _read(
 
 
 FORWARD_ARGUMENTS = (
-    "P", "Q", "R", "N", "WEIGHTS", "OUT", "NORMALIZERS", "WORKSPACE", "P_s", "Q_s", "R_s", "N_s", "V", "tiles",
+    "P", "Q", "R", "N", "WEIGHTS", "OUT", "STATISTICS", "WORKSPACE", "P_s", "Q_s", "R_s", "N_s", "V", "tiles",
     "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
 )  # fmt: skip
 
@@ -277,7 +305,7 @@ def divergences_kernel(
     N,  # (tokens, >= V) or None
     WEIGHTS,  # (tokens,) or None
     OUT,  # (tokens, 5)
-    NORMALIZERS,  # (tokens, 4)
+    STATISTICS,  # (tokens, 13)
     WORKSPACE,  # (tokens, splits, STATES) or None: the parts of split rows
     P_s, Q_s, R_s, N_s,
     V, tiles, splits,
@@ -302,7 +330,10 @@ def divergences_kernel(
 
     low = tl.full([LANES], -INF, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
-    state = (low, zero, low, zero, low, zero, low, zero, zero, zero, zero, zero, zero, low, low, low, low)
+    state = (
+        low, zero, low, zero, low, zero, low, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, low, low, low,
+        low,
+    )  # fmt: skip
     for start in range(begin, whole, TILE):
         columns = _columns(start, LOADS, LANES, VECTOR)
         zp, zq, zr, zn = _read(
@@ -320,19 +351,19 @@ def divergences_kernel(
 
     state = _merge(state)
     if WORKSPACE is None:
-        _finish(state, row, active, OUT, NORMALIZERS, KIND)
+        _finish(state, row, active, OUT, STATISTICS, KIND)
     else:
         line = WORKSPACE + (row * splits + part) * STATES
         for i in tl.static_range(STATES):
             tl.store(line + i, state[i])
 
 
-@triton.jit(do_not_specialize=("WORKSPACE", "WEIGHTS", "OUT", "NORMALIZERS", "splits"))
+@triton.jit(do_not_specialize=("WORKSPACE", "WEIGHTS", "OUT", "STATISTICS", "splits"))
 def merge_kernel(
     WORKSPACE,  # (tokens, splits, STATES)
     WEIGHTS,  # (tokens,) or None
     OUT,  # (tokens, 5)
-    NORMALIZERS,  # (tokens, 4)
+    STATISTICS,  # (tokens, 13)
     splits,
     KIND: tl.constexpr,
     PARTS: tl.constexpr,  # power of two >= splits
@@ -353,21 +384,22 @@ def merge_kernel(
         (
             mp, sp, mq, sq, mr, sr, mn, sn,
             tl.load(line + 8, there, 0.0), tl.load(line + 9, there, 0.0), tl.load(line + 10, there, 0.0),
-            tl.load(line + 11, there, 0.0), tl.load(line + 12, there, 0.0), tl.load(line + 13, there, -INF),
-            tl.load(line + 14, there, -INF), tl.load(line + 15, there, -INF), tl.load(line + 16, there, -INF),
+            tl.load(line + 11, there, 0.0), tl.load(line + 12, there, 0.0), tl.load(line + 13, there, 0.0),
+            tl.load(line + 14, there, 0.0), tl.load(line + 15, there, 0.0), tl.load(line + 16, there, 0.0),
+            tl.load(line + 17, there, -INF), tl.load(line + 18, there, -INF), tl.load(line + 19, there, -INF),
+            tl.load(line + 20, there, -INF),
         )
     )  # fmt: skip
-    _finish(state, row, active, OUT, NORMALIZERS, KIND)
+    _finish(state, row, active, OUT, STATISTICS, KIND)
 
 
 # Gradient: a second look.
 
 
 @triton.jit
-def _coefficient(COEFFICIENTS, row, column: tl.constexpr, value):
-    """A coefficient, 0 where the value is infinite: there is no direction."""
-    w = tl.load(COEFFICIENTS + row * 5 + column).to(tl.float32)
-    return tl.where(tl.abs(value) == INF, 0.0, w)
+def _coefficient(COEFFICIENTS, row, column: tl.constexpr, inverse_sum):
+    """A coefficient over the sum that makes exp(z - maximum) a probability."""
+    return tl.load(COEFFICIENTS + row * 5 + column).to(tl.float32) * inverse_sum
 
 
 @triton.jit
@@ -410,14 +442,18 @@ def _write(X, columns, gradient, V, width, TAIL: tl.constexpr, MASKED: tl.conste
 
 @triton.jit
 def _row_gradient(
-    P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, columns, norms, values, needs, used, w, second,
+    P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, columns, maxima, anchors, means, needs, used, w, second,
     V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap, sums,
     KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, WITH_GRAMIAN: tl.constexpr,
     TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile: g = p * sum of w * (log-ratio - its mean) * dz/dx. Returns the grown Gramian sums."""
-    norm_p, norm_q, norm_r, norm_n = norms
-    entropy, full, prior, shift, masked = values
+    """Gradients of one tile: g = p * sum of w * (difference - its mean) * dz/dx. Returns the grown Gramian sums.
+
+    p is exp(zp - max_p) here: 1 / sum is in the coefficients, and to be applied to the Gramian sums.
+    """
+    max_p, max_n = maxima
+    c_pq, c_pr, c_pn, c_nr = anchors
+    entropy, full, prior, shift, masked = means
     needs_p, needs_q, needs_r, needs_n = needs
     uses_full, uses_prior, uses_shift, uses_masked = used
     inside = True
@@ -425,36 +461,35 @@ def _row_gradient(
         inside = _inside(columns, V, TAIL)
     zp = _look(P, columns, inside, needs_p, student_multiplier, student_cap, STUDENT_FORM, MASKED)
     zq = _look(Q, columns, inside, needs_q, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
-    lp, lq = zp - norm_p, zq - norm_q
-    p = _exp(lp) * _slope(zp, student_multiplier, student_cap, STUDENT_FORM)
-    # p may be 0 by its slope; the support is that of the distribution.
-    support = _exp(lp) > 0
+    ap = zp - max_p
+    p = _exp(ap)
+    # The support is that of the distribution, within that of `_divergence`'s holes; the slope may be 0.
+    support = p > SMALLEST
+    p *= _slope(zp, student_multiplier, student_cap, STUDENT_FORM)
     if MASKED:
         support = support & inside
     support = support & needs_p
 
     # The selects keep 0 * inf away: a stream is read when any of its pairs is used, the others may be infinite.
-    d_full = tl.where(uses_full, lp - lq - full, 0.0)
-    total = w[0] * (-lp - entropy) + w[1] * d_full
+    d_full = tl.where(uses_full, ap - (zq - c_pq) - full, 0.0)
+    total = w[0] * (entropy - ap) + w[1] * d_full
     other = 0.0
     if OUT_SECOND is not None:
-        other = second[0] * (-lp - entropy) + second[1] * d_full
+        other = second[0] * (entropy - ap) + second[1] * d_full
     d_vis, d_lang = d_full, 0.0
     if KIND != TEACHER_PRIOR:
         zn = _look(N, columns, inside, needs_n, student_multiplier, student_cap, STUDENT_FORM, MASKED)
-        ln = zn - norm_n
     if (KIND != MATCHED) or (OUT_N is not None) or WITH_GRAMIAN:
         zr = _look(R, columns, inside, needs_r, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
-        lr = zr - norm_r
     if KIND != MATCHED:
-        d_prior = tl.where(uses_prior, lp - lr - prior, 0.0)
+        d_prior = tl.where(uses_prior, ap - (zr - c_pr) - prior, 0.0)
         total += w[2] * d_prior
         if OUT_SECOND is not None:
             other += second[2] * d_prior
         d_vis -= d_prior
         d_lang = d_prior
     if KIND == BAYES:
-        d_shift = tl.where(uses_shift, lp - ln - shift, 0.0)
+        d_shift = tl.where(uses_shift, ap - (zn - c_pn) - shift, 0.0)
         total += w[3] * d_shift
         d_vis += d_shift
         if OUT_SECOND is not None:
@@ -469,11 +504,13 @@ def _row_gradient(
             lang += _sum(g_lang * g_lang)
             cross += _sum(g_lang * g_vis)
     if (KIND != TEACHER_PRIOR) and ((OUT_N is not None) or WITH_GRAMIAN):
-        n = _exp(ln) * _slope(zn, student_multiplier, student_cap, STUDENT_FORM)
-        support_n = (_exp(ln) > 0) & needs_n
+        an = zn - max_n
+        n = _exp(an)
+        support_n = (n > SMALLEST) & needs_n
+        n *= _slope(zn, student_multiplier, student_cap, STUDENT_FORM)
         if MASKED:
             support_n = support_n & inside
-        g_masked = tl.where(support_n, n * tl.where(uses_masked, ln - lr - masked, 0.0), 0.0)
+        g_masked = tl.where(support_n, n * tl.where(uses_masked, an - (zr - c_nr) - masked, 0.0), 0.0)
         if WITH_GRAMIAN:
             lang += _sum(g_masked * g_masked)
         if OUT_N is not None:
@@ -485,7 +522,7 @@ def _row_gradient(
 
 
 GRADIENT_ARGUMENTS = (
-    "P", "Q", "R", "N", "VALUES_", "NORMALIZERS", "COEFFICIENTS", "SECOND", "OUT_P", "OUT_N", "OUT_SECOND", "GRAMIAN",
+    "P", "Q", "R", "N", "VALUES_", "STATISTICS", "COEFFICIENTS", "SECOND", "OUT_P", "OUT_N", "OUT_SECOND", "GRAMIAN",
     "P_s", "Q_s", "R_s", "N_s", "OUT_P_s", "OUT_N_s", "OUT_SECOND_s", "OUT_P_w", "OUT_N_w", "OUT_SECOND_w",
     "V", "width", "tiles", "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
 )  # fmt: skip
@@ -498,7 +535,7 @@ def gradients_kernel(
     R,  # (tokens, >= V)
     N,  # (tokens, >= V) or None
     VALUES_,  # (tokens, 5)
-    NORMALIZERS,  # (tokens, 4)
+    STATISTICS,  # (tokens, 13)
     COEFFICIENTS,  # (tokens, 5)
     SECOND,  # (tokens, 5) or None
     OUT_P,  # (tokens, OUT_P_w)
@@ -514,22 +551,23 @@ def gradients_kernel(
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    entropy = tl.load(VALUES_ + row * 5)
     full = tl.load(VALUES_ + row * 5 + 1)
     prior = tl.load(VALUES_ + row * 5 + 2)
     shift = tl.load(VALUES_ + row * 5 + 3)
     masked = tl.load(VALUES_ + row * 5 + 4)
-    w = (_coefficient(COEFFICIENTS, row, 0, entropy), _coefficient(COEFFICIENTS, row, 1, full),
-         _coefficient(COEFFICIENTS, row, 2, prior), _coefficient(COEFFICIENTS, row, 3, shift),
-         _coefficient(COEFFICIENTS, row, 4, masked))  # fmt: skip
+    inverse_p, inverse_n = tl.load(STATISTICS + row * 13 + 2), tl.load(STATISTICS + row * 13 + 3)
+    w = (_coefficient(COEFFICIENTS, row, 0, inverse_p), _coefficient(COEFFICIENTS, row, 1, inverse_p),
+         _coefficient(COEFFICIENTS, row, 2, inverse_p), _coefficient(COEFFICIENTS, row, 3, inverse_p),
+         _coefficient(COEFFICIENTS, row, 4, inverse_n))  # fmt: skip
     second = w
     active = _any_coefficient(COEFFICIENTS, row)
     if SECOND is not None:
-        second = (_coefficient(SECOND, row, 0, entropy), _coefficient(SECOND, row, 1, full),
-                  _coefficient(SECOND, row, 2, prior), _coefficient(SECOND, row, 3, shift), 0.0)  # fmt: skip
+        second = (_coefficient(SECOND, row, 0, inverse_p), _coefficient(SECOND, row, 1, inverse_p),
+                  _coefficient(SECOND, row, 2, inverse_p), _coefficient(SECOND, row, 3, inverse_p),
+                  0.0)  # fmt: skip
         active = active | _any_coefficient(SECOND, row)
 
-    # A pair is used when a coefficient asks for it, or the Gramian, unless its value is infinite.
+    # A pair is used when a coefficient asks for it, or the Gramian, unless its value is infinite: no direction.
     measured = active & (GRAMIAN is not None)
     uses_full = ((w[1] != 0) | (second[1] != 0) | measured) & (tl.abs(full) != INF)
     uses_prior = ((w[2] != 0) | (second[2] != 0) | measured) & (tl.abs(prior) != INF)
@@ -544,9 +582,10 @@ def gradients_kernel(
     needs_p = (w[0] != 0) | (second[0] != 0) | uses_full | uses_prior | uses_shift
     needs = (needs_p, uses_full, uses_prior | uses_masked, uses_shift | uses_masked)
     used = (uses_full, uses_prior, uses_shift, uses_masked)
-    values = (entropy, full, prior, shift, masked)
-    norms = (tl.load(NORMALIZERS + row * 4), tl.load(NORMALIZERS + row * 4 + 1), tl.load(NORMALIZERS + row * 4 + 2),
-             tl.load(NORMALIZERS + row * 4 + 3))  # fmt: skip
+    line = STATISTICS + row * 13
+    maxima = (tl.load(line), tl.load(line + 1))
+    anchors = (tl.load(line + 4), tl.load(line + 5), tl.load(line + 6), tl.load(line + 7))
+    means = (tl.load(line + 8), tl.load(line + 9), tl.load(line + 10), tl.load(line + 11), tl.load(line + 12))
 
     P = _row(P, row, P_s, VECTOR)
     Q = _row(Q, row, Q_s, VECTOR)
@@ -566,21 +605,24 @@ def gradients_kernel(
     sums = (zero, zero, zero)
     for start in range(begin, whole, TILE):
         sums = _row_gradient(
-            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), norms, values, needs, used, w,
-            second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maxima, anchors, means, needs,
+            used, w, second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier,
+            teacher_cap,
             sums, KIND, STUDENT_FORM, TEACHER_FORM, GRAMIAN is not None, TAIL, False,
         )  # fmt: skip
     for start in range(whole, stop, TILE):  # the tile that V cuts, and those that are padding only
         sums = _row_gradient(
-            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), norms, values, needs, used, w,
-            second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maxima, anchors, means, needs,
+            used, w, second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier,
+            teacher_cap,
             sums, KIND, STUDENT_FORM, TEACHER_FORM, GRAMIAN is not None, TAIL, True,
         )  # fmt: skip
     if GRAMIAN is not None:
         line = GRAMIAN + (row * splits + part) * 3
-        tl.store(line, tl.sum(sums[0], 0))
-        tl.store(line + 1, tl.sum(sums[1], 0))
-        tl.store(line + 2, tl.sum(sums[2], 0))
+        inverse_lang = inverse_p if KIND == TEACHER_PRIOR else inverse_n
+        tl.store(line, tl.sum(sums[0], 0) * inverse_lang * inverse_lang)
+        tl.store(line + 1, tl.sum(sums[1], 0) * inverse_p * inverse_p)
+        tl.store(line + 2, tl.sum(sums[2], 0) * inverse_p * inverse_p)
 
 
 # Launchers.
@@ -667,7 +709,7 @@ def divergences(
     transform: LogitTransform,
     token_weights: Tensor | None = None,  # (tokens,): rows of weight 0 are not read, their results are 0
 ) -> tuple[Tensor, Tensor]:
-    """`divergences` of `decomposed_kl/reference.py`: values (tokens, 5) and log_normalizers (tokens, 4), float32.
+    """`divergences` of `decomposed_kl/reference.py`: values (tokens, 5) and statistics (tokens, 13), float32.
 
     Raises:
         ValueError: float64 logits, or logits without unit stride along the vocabulary.
@@ -676,9 +718,9 @@ def divergences(
     _check(streams)
     tokens, vocab = student.shape[0], transform.vocab_size
     values = student.new_empty((tokens, VALUES), dtype=torch.float32)
-    log_normalizers = student.new_empty((tokens, STREAMS), dtype=torch.float32)
+    statistics = student.new_empty((tokens, STATISTICS), dtype=torch.float32)
     if tokens == 0:
-        return values, log_normalizers
+        return values, statistics
     if token_weights is not None:
         token_weights = token_weights.contiguous()
     scalars, constants = _settings(transform)
@@ -688,22 +730,23 @@ def divergences(
     def launch(warps: int | None) -> None:
         shape = config.geometry(device, student.element_size(), warps, aligned=_aligned(streams, vector))
         splits, tiles = config.split_row(device, shape, tokens, vocab)
+        options = config.forward_options(device, shape, transform.decomposition)
         workspace = None
         if splits > 1:
             workspace = values.new_empty((tokens, splits, WORKSPACE_STATES))
         divergences_kernel[(tokens, splits)](
-            *streams, token_weights, values, log_normalizers, workspace, *map(_stride, streams), vocab, tiles, splits,
-            *scalars, **constants, **_tile(shape, vocab), num_warps=shape.warps,
+            *streams, token_weights, values, statistics, workspace, *map(_stride, streams), vocab, tiles, splits,
+            *scalars, **constants, **_tile(shape, vocab), **options,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(tokens,)](
-                workspace, token_weights, values, log_normalizers, splits,
+                workspace, token_weights, values, statistics, splits,
                 KIND=constants["KIND"], PARTS=triton.next_power_of_2(splits), num_warps=1,
             )  # fmt: skip
 
     with torch.cuda.device_of(student):
         launch(_warps(launch, ("divergences", tokens, vocab, student.dtype, *constants.values()), student.device))
-    return values, log_normalizers
+    return values, statistics
 
 
 def logit_gradients(
@@ -712,7 +755,7 @@ def logit_gradients(
     masked_teacher: Tensor,  # (tokens, >= vocab)
     masked_student: Tensor | None,  # (tokens, >= vocab)
     values: Tensor,  # (tokens, 5), of `divergences`
-    log_normalizers: Tensor,  # (tokens, 4), of `divergences`
+    statistics: Tensor,  # (tokens, 13), of `divergences`
     coefficients: Tensor,  # (tokens, 5): d objective / d values
     transform: LogitTransform,
     *,
@@ -735,7 +778,7 @@ def logit_gradients(
         return
     if second_coefficients is not None:
         second_coefficients = second_coefficients.contiguous()
-    rows = (values.contiguous(), log_normalizers.contiguous(), coefficients.contiguous(), second_coefficients)
+    rows = (values.contiguous(), statistics.contiguous(), coefficients.contiguous(), second_coefficients)
     scalars, constants = _settings(transform)
     device = config.describe_device(student.device)
     vector = config.LOAD_BYTES // student.element_size()

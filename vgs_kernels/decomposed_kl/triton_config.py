@@ -46,6 +46,7 @@ class Heuristics:
     programs_per_processor: int
     waves: int
     minimum_tiles: int
+    bayes_forward: tuple[tuple[str, int], ...] = ()  # further options of the launch with the most state
 
 
 # warps=4: 128 threads read 2 KiB per stream and tile; a program this small leaves room for many others, whose loads
@@ -62,8 +63,13 @@ class Heuristics:
 #   that a small part.
 NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
 # AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program.
-AMD = Heuristics(warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
-# No cap on registers anywhere: the compiler takes a cap as a target. Capped at 128, a gradient that needs 75 took 106.
+# waves_per_eu=4: room for four wavefronts a SIMD, at most 128 registers. Left alone, `bayes` takes 136; under it,
+#   `matched`, which needs fewer, spills.
+AMD = Heuristics(
+    warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8,
+    bayes_forward=(("waves_per_eu", 4),),
+)  # fmt: skip
+# No cap on registers on NVIDIA: the compiler takes a cap as a target. Capped at 128, a gradient that needs 75 took 106.
 # The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
 INTERPRETER = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1)
 
@@ -104,6 +110,12 @@ def geometry(device: Device, itemsize: int, warps: int | None = None, aligned: b
         vector=vector,
         loads=max(1, device.heuristics.elements_per_lane // vector),
     )
+
+
+def forward_options(device: Device, shape: Geometry, decomposition: str) -> dict[str, int]:
+    """Options of the launch of `divergences_kernel`."""
+    further = device.heuristics.bayes_forward if decomposition == "bayes" else ()
+    return {"num_warps": shape.warps, **dict(further)}
 
 
 def split_row(device: Device, shape: Geometry, tokens: int, columns: int) -> tuple[int, int]:

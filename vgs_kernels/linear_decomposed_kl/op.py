@@ -92,14 +92,14 @@ def linear_decomposed_kl(
         chunk = logits.of_chunk(weights.shape[0])
         products.project(student_rows, student_weight, student_bias, chunk.students)
         products.project(teacher_rows, teacher_weight, teacher_bias, chunk.teachers)
-        chunk_values, log_normalizers = kernels.divergences(
+        chunk_values, statistics = kernels.divergences(
             chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, transform, weights
         )
         values[rows] = chunk_values
         if gradients.wanted:
             lang, vis = component_coefficients(decomposition, weights)
             row_gramians[rows] = gradients.add_chunk(
-                kernels, transform, rows, student_rows, chunk, chunk_values, log_normalizers, lang, vis,
+                kernels, transform, rows, student_rows, chunk, chunk_values, statistics, lang, vis,
                 steering_weights,
             )  # fmt: skip
     gradients.finish()
@@ -250,7 +250,7 @@ class _Gradients:
         student_rows: Tensor,  # (streams * n, width)
         chunk: _Chunk,  # logits; overwritten with their gradient where dtypes allow
         values: Tensor,
-        log_normalizers: Tensor,
+        statistics: Tensor,
         lang: Tensor,  # (n, 5)
         vis: Tensor,  # (n, 5)
         steering_weights: Tensor | None,
@@ -263,7 +263,7 @@ class _Gradients:
             lang, vis = lang * pair[0], vis * pair[1]
         # Gradients go to the dtype of the hidden states, in place over the logits when that is their dtype too.
         reuse = chunk.student.dtype == student_rows.dtype
-        streams = (chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, values, log_normalizers)
+        streams = (chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, values, statistics)
         if chunk.masked_student is not None:
             both: Tensor | None = (
                 chunk.students if reuse else torch.empty_like(chunk.students, dtype=student_rows.dtype)
