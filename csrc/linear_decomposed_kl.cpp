@@ -1,10 +1,11 @@
-// Schemas of the CPU helpers of linear_decomposed_kl. The caller is vgs_kernels/linear_decomposed_kl/products.py and column_filter.py, the
-// implementations are in cpu/linear_decomposed_kl.cpp.
+// Schemas of the CPU helpers of linear_decomposed_kl. Called by products.py and column_filter.py of
+// vgs_kernels/linear_decomposed_kl, implemented in cpu/linear_decomposed_kl.cpp.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
   m.def("transpose(Tensor input, Tensor(a!) out) -> ()");
   m.def("head_gradient(Tensor gradient, Tensor hidden, bool accumulate, int cpu_level, Tensor(a!) out) -> ()");
+  m.def("hidden_gradient(Tensor gradient, Tensor weight, int cpu_level, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, int cpu_level, Tensor(a!) out) -> ()");
   m.def(
       "select_columns(Tensor gradient, float tolerance, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) -> int");

@@ -39,6 +39,10 @@ def test_products(rows: int, vocab: int, width: int, level: int) -> None:
     operators.head_gradient(gradient, hidden, False, level, head)
     torch.testing.assert_close(head.double(), exact_head, rtol=1e-5, atol=1e-5)
     operators.head_gradient(gradient, hidden, True, level, head)
+    exact_hidden, out = gradient.double() @ weight.double(), nan(rows, width + 2)
+    operators.hidden_gradient(gradient, weight, level, out[:, :width])
+    torch.testing.assert_close(out[:, :width].double(), exact_hidden, rtol=1e-5, atol=3e-5)
+    assert out[:, width:].isnan().all()
     torch.testing.assert_close(head.double(), 2 * exact_head, rtol=1e-5, atol=2e-5)
 
 

@@ -91,6 +91,11 @@ struct Kernels {
   int64_t group, logit_band;
   void (*logits)(const float* panels, const float* weight, int64_t weight_stride, int64_t n, int64_t width, float* out,
                  int64_t out_stride, int64_t begin, int64_t end, float* scratch);
+  // The scratch of a thread holds `band` entries of the chunk's rows and of `panel_columns`, and a tile.
+  int64_t band;
+  void (*hidden_gradient)(const float* gradient, int64_t gradient_stride, const float* weight, int64_t weight_stride,
+                          int64_t n, int64_t vocab, float* out, int64_t out_stride, int64_t begin, int64_t end,
+                          float* scratch);
 };
 
 namespace baseline { extern const Kernels kernels; }

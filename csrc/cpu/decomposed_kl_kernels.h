@@ -388,5 +388,5 @@ void column_squares(const void* data, Element element, int64_t rows, int64_t row
 namespace vgs::VGS_LEVEL {
 extern const Kernels kernels;
 const Kernels kernels = {divergences, gradients, column_squares, kTile, kColumns, pack_hidden, head_gradient,
-                         kGroup,      kLogitBand, logits};
+                         kGroup,      kLogitBand, logits,         kBand, hidden_gradient};
 }  // namespace vgs::VGS_LEVEL

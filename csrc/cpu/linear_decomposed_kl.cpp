@@ -106,6 +106,22 @@ void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate
   });
 }
 
+// out (n, w) = gradient (n, v) weight (v, w), float32. Threads share the width; every entry is one sum over v in order.
+void hidden_gradient(const Tensor& gradient, const Tensor& weight, int64_t cpu_level, Tensor out) {
+  const int64_t n = gradient.size(0), vocab = gradient.size(1), width = weight.size(1);
+  check_product({&gradient, &weight, &out}, weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
+  const Kernels& kernels = kernels_of_level(cpu_level);
+  if (n == 0) return;
+  const int64_t panels = round_up(width, kernels.panel_columns) / kernels.panel_columns;
+  const int64_t scratch_rows = n + kernels.tile_rows + kernels.panel_columns;
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_rows * kernels.band + kernels.tile_rows * kernels.panel_columns);
+    kernels.hidden_gradient(floats(gradient), gradient.stride(0), floats(weight), weight.stride(0), n, vocab,
+                            static_cast<float*>(out.data_ptr()), out.stride(0), begin * kernels.panel_columns,
+                            std::min(width, end * kernels.panel_columns), scratch.data());
+  });
+}
+
 // out (n, v) = hidden (n, w) weight (v, w)^T, float32. Threads share the vocabulary.
 void logits(const Tensor& hidden, const Tensor& weight, int64_t cpu_level, Tensor out) {
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
@@ -179,6 +195,7 @@ int64_t select_columns(const Tensor& gradient, double tolerance, int64_t cpu_lev
 STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("transpose", TORCH_BOX(&vgs::transpose));
   m.impl("head_gradient", TORCH_BOX(&vgs::head_gradient));
+  m.impl("hidden_gradient", TORCH_BOX(&vgs::hidden_gradient));
   m.impl("logits", TORCH_BOX(&vgs::logits));
   m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
 }

@@ -70,7 +70,8 @@ class _Stream:
         self.top = torch.where(top == -math.inf, 0.0, top)  # (tokens, 1), like the two below
         self.distance = z - self.top  # (tokens, vocab)
         self.sum = self.distance.exp().sum(-1, keepdim=True)
-        self.log_probs = torch.where(self.sum == 0, -math.inf, self.distance - self.sum.log())
+        # A row that is -inf throughout has no mass anywhere, where torch has NaN.
+        self.log_probs = torch.where(self.sum == 0, -math.inf, torch.log_softmax(z, -1))
 
     def inverse_sum(self) -> Tensor:
         return torch.where(self.sum == 0, 0.0, 1 / self.sum)

@@ -9,9 +9,8 @@ packs only the small one. Measured on one core with AMX (128 rows, width 1024, v
 0.28 s as (n, w) @ (w, v) and 0.17 s as (v, w) @ (w, n); head gradient 0.55 s as (n, v).T @ (n, w) and 0.22 s as
 (v, n) @ (n, w). So a slice of the vocabulary is multiplied that way round, and transposed while it is in the cache.
 
-In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. Logits and
-head gradient are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that
-saves.
+In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. There all
+three are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves.
 """
 
 from __future__ import annotations
@@ -58,7 +57,10 @@ class Products:
 
     def hidden_gradient(self, logit_gradient: Tensor, weight: Tensor, out: Tensor) -> None:
         """out (n, w) = logit_gradient (n, v) @ weight (v, w)."""
-        torch.mm(logit_gradient, weight, out=out)
+        if self._streamed and weight.stride(1) == 1:
+            torch.ops.vgs_kernels_native.hidden_gradient(logit_gradient, weight, -1, out)
+        else:
+            torch.mm(logit_gradient, weight, out=out)
 
     def head_gradient(self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w)."""
