@@ -27,6 +27,7 @@ from ..decomposed_kl.api import combine_parts
 from ..decomposed_kl.reference import VALUES, component_coefficients
 from ..types import LogitTransform, accumulation_dtype
 from .column_filter import ColumnFilter
+from .pages import zeros_like
 from .products import Products, projection_dtype
 
 # Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept
@@ -208,9 +209,11 @@ class _Gradients:
         # Partial sums over chunks are kept in the accumulation dtype where the device multiplies into it for free.
         head_dtype = projection_dtype(student_weight)
         self.weight = [
-            torch.empty_like(student_weight, dtype=head_dtype, memory_format=torch.contiguous_format)
-            if wanted
-            else nothing
+            nothing
+            if not wanted
+            else zeros_like(student_weight, head_dtype)
+            if self.filter
+            else torch.empty_like(student_weight, dtype=head_dtype, memory_format=torch.contiguous_format)
             for wanted in (needs_weight and not combined, needs_weight and weight_grad is None)
         ]
         self.bias = [
@@ -223,14 +226,10 @@ class _Gradients:
         self.into_weight = [self.weight[0], self.weight[1] if weight_grad is None else weight_grad]
         self.into_bias = [self.bias[0], self.bias[1] if bias_grad is None else bias_grad]
         self.wanted = needs_hidden or any(t.numel() for t in (*self.into_weight, *self.into_bias))
-        self._accumulates = weight_grad is not None
+        self._accumulates = weight_grad is not None or self.filter is not None
 
     def begin(self) -> None:
         """Prepare the memory. The first chunk writes into the head gradient; zeros would cost a pass of their own."""
-        if self.filter is not None:
-            self._accumulates = True
-            for weight in self.weight:
-                weight.zero_()
         for bias in self.bias:
             bias.zero_()
         for hidden in self.hidden:
