@@ -3,6 +3,7 @@
 #   make demo        distil a small vision-language student on this machine (no GPU needed)
 #   make test        lint, types and all tests that this machine can run
 #   make bench       measure the kernels against plain torch, TRL and Liger; write docs/benchmarks.md
+#   make docs        build the documentation into site/; a warning is an error
 #   make gpu-check   on a machine with a GPU: all tests on it, all benchmarks, and records of both
 #   make lint        what pre-commit runs
 #   make format      rewrite the sources in the house format
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu-check lint format clean
+.PHONY: help demo test bench docs gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,7 +33,7 @@ $(VENV)/.demo: $(VENV)/.torch $(NATIVE_SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(NATIVE_SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,bench,dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,bench,docs,dev]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -43,6 +44,9 @@ test: $(VENV)/.dev lint
 
 bench: $(VENV)/.dev
 	$(BIN)/vgs bench $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
@@ -57,4 +61,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info vgs_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info vgs_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

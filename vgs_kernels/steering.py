@@ -16,12 +16,12 @@ SCALES = ("unit", "preserve")
 class VisualGradientSteering:
     r"""Normalise both gradients and recombine them towards vision.
 
-    .. math:: g = (1 - \gamma) \frac{g_\mathrm{lang}}{\lVert g_\mathrm{lang} \rVert}
-                + \gamma \frac{g_\mathrm{vis}}{\lVert g_\mathrm{vis} \rVert}
+    $$g = (1 - \gamma) \frac{g_\text{lang}}{\lVert g_\text{lang} \rVert}
+        + \gamma \frac{g_\text{vis}}{\lVert g_\text{vis} \rVert}$$
 
     Called with the Gramian of (g_lang, g_vis), shape (2, 2), returns the two weights
     ``[(1 - gamma) / |g_lang|, gamma / |g_vis|]``, shape (2,), same dtype and device. A component whose norm is zero or
-    not finite gets weight 0, so that the weights are always finite; :meth:`usable` tells which ones that are.
+    not finite gets weight 0, so that the weights are always finite; `usable` tells which ones that are.
 
     Args:
         gamma: In [0, 1]; 0 follows language alone, 1 vision alone. The paper uses 0.7 to 0.9.
@@ -37,7 +37,7 @@ class VisualGradientSteering:
 
     Source: arXiv 2606.00564, the steering rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vgs_kernels import VisualGradientSteering
         >>> VisualGradientSteering(gamma=0.8)(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))

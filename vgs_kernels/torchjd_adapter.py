@@ -16,9 +16,9 @@ from .steering import usable_components
 
 
 class TorchJDSteering:
-    r"""A policy that follows a rule of TorchJD: ``weights = weighting(gramian)``. Make one with :func:`from_torchjd`.
+    r"""A policy that follows a rule of TorchJD: ``weights = weighting(gramian)``. Make one with `from_torchjd`.
 
-    Same interface as :class:`vgs_kernels.VisualGradientSteering`: called with the Gramian of (g_lang, g_vis), shape
+    Same interface as `VisualGradientSteering`: called with the Gramian of (g_lang, g_vis), shape
     (2, 2), it returns their two weights, shape (2,), same dtype and device. A component whose norm is zero or not
     finite enters the rule as zero and gets weight 0, and so does one whose weight the rule leaves undefined.
 
@@ -38,7 +38,7 @@ class TorchJDSteering:
         return torch.where(usable & torch.isfinite(weights), weights, 0.0)
 
     def usable(self, gramian: Tensor) -> Tensor:
-        """As :meth:`vgs_kernels.VisualGradientSteering.usable`."""
+        """As `VisualGradientSteering.usable`."""
         return usable_components(gramian)
 
     def __repr__(self) -> str:
@@ -56,7 +56,7 @@ def from_torchjd(rule: Any) -> TorchJDSteering:
         ImportError: TorchJD is not installed.
         TypeError: ``rule`` is neither; its message says why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torchjd.aggregation import MeanWeighting
         >>> from vgs_kernels import from_torchjd

@@ -111,21 +111,17 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     Takes what TRL's `DistillationTrainer` takes, with a `VGSConfig`. Per step it logs, besides TRL's metrics and
     through the same `report_to`:
 
-    ============================  =====================================================================================
-    ``loss/full``                 KL(student || teacher), mean per token, in nats
-    ``loss/lang``, ``loss/vis``   its language and visual part (`vgs_kernels.decomposed_kl`), mean per token, in nats
-    ``entropy``                   of the student, mean per token, in nats
-    ``gradient/norm_lang``, ...   norms of the two accumulated parameter gradients, and their ``gradient/cosine``
-                                  (where they are measured: every step, or every refresh of ``"amortized"``)
-    ``steering/gamma``            share of the visual direction
-    ``steering/weight_ratio``     weight of the visual gradient over that of the language gradient
-    ``steering/refreshed``, ...   at a refresh of ``"amortized"``: the ``steering/predicted_weight_ratio``, the
-                                  ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between
-                                  predicted and measured update
-    ``time/rollout``, ...         seconds in rollout, teacher, student (forward and backward) and steering; and of the
-                                  forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of
-                                  teacher and student
-    ============================  =====================================================================================
+    * ``loss/full``: KL(student || teacher), mean per token, in nats
+    * ``loss/lang``, ``loss/vis``: its language and visual part (`vgs_kernels.decomposed_kl`), mean per token, in nats
+    * ``entropy``: of the student, mean per token, in nats
+    * ``gradient/norm_lang``, ``gradient/norm_vis``, ``gradient/cosine``: of the two accumulated parameter gradients
+      (where they are measured: every step, or every refresh of ``"amortized"``)
+    * ``steering/gamma``: share of the visual direction
+    * ``steering/weight_ratio``: weight of the visual gradient over that of the language gradient
+    * ``steering/refreshed`` and, at a refresh of ``"amortized"``, ``steering/predicted_weight_ratio``,
+      ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between predicted and measured update
+    * ``time/rollout``, ``time/teacher``, ``time/student`` (forward and backward), ``time/steering``: seconds; and of
+      the forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of teacher and student
 
     A loss that is not finite (the student puts mass where a teacher has none) or a gradient that is not skips the
     update of its step, named in a warning; `max_skipped_steps` of them in a row end training with `TrainingStopped`.

@@ -84,7 +84,7 @@ def main() -> None:
         "",
         *(["What does not work, in the words of the error:", "", *failures, ""] if failures else []),
         f"transformers {transformers.__version__}, TRL {trl.__version__}, torch {torch.__version__}. Another family: "
-        "[CONTRIBUTING.md](../CONTRIBUTING.md#add-a-model-family).",
+        "“Add a model family” in CONTRIBUTING.md.",
     ]
     PAGE.write_text(HEAD + "\n".join(lines) + "\n")
     print(f"wrote {PAGE}")

@@ -27,10 +27,10 @@ def combine_gradients(
 ) -> Tensor:
     r"""Combine two gradients in place, and clip the result's global norm without another pass.
 
-    .. math:: g = c\,(w_0 L + w_1 V), \quad c = \min\bigl(1, \mathrm{max\_norm} / (\lVert w_0 L + w_1 V\rVert +
-              10^{-6})\bigr), \quad \lVert w_0 L + w_1 V\rVert^2 = w^\top G w
+    $$g = c\,(w_0 L + w_1 V), \quad c = \min\bigl(1, \text{max_norm} / (\lVert w_0 L + w_1 V\rVert +
+    10^{-6})\bigr), \quad \lVert w_0 L + w_1 V\rVert^2 = w^\top G w$$
 
-    with G the :func:`vgs_kernels.gradient_gramian` of (L, V). ``c`` is that of ``torch.nn.utils.clip_grad_norm_``.
+    with G the `gradient_gramian` of (L, V). ``c`` is that of ``torch.nn.utils.clip_grad_norm_``.
 
     Args:
         grads_lang: L, one tensor per parameter; None counts as zero.
@@ -48,7 +48,7 @@ def combine_gradients(
         The global norm of what was written to ``out``, a scalar on the device. Deterministic, no host synchronisation.
 
     Raises:
-        ValueError: What :func:`vgs_kernels.gradient_gramian` raises, or ``out``, ``weights``, ``max_norm`` or
+        ValueError: What `gradient_gramian` raises, or ``out``, ``weights``, ``max_norm`` or
             ``gramian`` do not fit; nothing has been written.
     """
     device, _ = check_gradient_lists(grads_lang, grads_vis)

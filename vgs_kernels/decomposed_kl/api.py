@@ -33,16 +33,14 @@ def decomposed_kl(
 ) -> DecomposedKL:
     r"""Reverse KL divergence of a student from its teacher, per token, split into a language and a visual part.
 
-    With the distributions over the vocabulary :math:`p` (student), :math:`q` (teacher), :math:`r` (teacher, image
-    masked) and :math:`p_0` (student, image masked), each :math:`\mathrm{softmax}(\mathrm{softcap}(s \cdot z) / \tau)`,
+    With the distributions over the vocabulary $p$ (student), $q$ (teacher), $r$ (teacher, image
+    masked) and $p_0$ (student, image masked), each $\operatorname{softmax}(\operatorname{softcap}(s \cdot z) / \tau)$,
 
-    ================  ======================  =====================================================================
-    decomposition     lang                    vis
-    ================  ======================  =====================================================================
-    ``teacher_prior``  KL(p ‖ r)              KL(p ‖ q) − KL(p ‖ r) = Σ p (log r − log q)
-    ``bayes``          KL(p₀ ‖ r)             Σ p [(log p − sg(log p₀)) − (log q − log r)], sg = stop gradient
-    ``matched``        KL(p₀ ‖ r)             KL(p ‖ q)
-    ================  ======================  =====================================================================
+    | decomposition   | lang       | vis                                                               |
+    |-----------------|------------|-------------------------------------------------------------------|
+    | `teacher_prior` | KL(p ‖ r)  | KL(p ‖ q) − KL(p ‖ r) = Σ p (log r − log q)                       |
+    | `bayes`         | KL(p₀ ‖ r) | Σ p [(log p − sg(log p₀)) − (log q − log r)], sg = stop gradient  |
+    | `matched`       | KL(p₀ ‖ r) | KL(p ‖ q)                                                         |
 
     and in all three ``full`` = KL(p ‖ q), the mode-seeking direction: the expectation is under the student.
     In ``bayes`` and ``matched`` the gradient of ``lang`` reaches only the masked student's logits, the gradient of
@@ -65,7 +63,7 @@ def decomposed_kl(
         backend: ``"native"``, ``"triton"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
-        :class:`DecomposedKL`: ``lang``, ``vis``, ``full``, ``entropy``, each of shape ``(...)``, in nats, float32
+        A `DecomposedKL`: ``lang``, ``vis``, ``full``, ``entropy``, each of shape ``(...)``, in nats, float32
         (float64 for float64 logits), differentiable once with respect to the student's logits.
 
     Numerics: accumulation in float32 (float64). An entry at −inf in the student contributes 0. Student mass where a
@@ -79,7 +77,7 @@ def decomposed_kl(
     Source: "Decomposed On-Policy Distillation for Vision-Language Reasoning: Steering Gradients for Visual
     Grounding", arXiv 2606.00564; ``bayes`` is its chain, ``matched`` and ``teacher_prior`` are readings of it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vgs_kernels import decomposed_kl
         >>> student, teacher, masked_teacher = torch.randn(3, 4, 11).unbind()

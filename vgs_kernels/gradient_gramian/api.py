@@ -29,8 +29,8 @@ def gradient_gramian(
 ) -> Tensor:
     r"""The 2×2 Gramian of two gradients that are spread over lists of tensors.
 
-    .. math:: G = \begin{pmatrix} \langle L, L\rangle & \langle L, V\rangle \\
-              \langle V, L\rangle & \langle V, V\rangle \end{pmatrix}
+    $$G = \begin{pmatrix} \langle L, L\rangle & \langle L, V\rangle \\
+    \langle V, L\rangle & \langle V, V\rangle \end{pmatrix}$$
 
     where L and V are the concatenations of the two lists. Everything steering needs follows from it: both norms, their
     cosine, and the norm of any combination.
@@ -50,7 +50,7 @@ def gradient_gramian(
         ValueError: The lists differ in length, a pair differs in shape, device or placement, every entry is None, or a
             gradient is sparse, not of a floating dtype of 16, 32 or 64 bits, or a DTensor still to be reduced.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vgs_kernels import gradient_gramian
         >>> gradient_gramian([torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 0.0])])

@@ -45,25 +45,28 @@ def linear_decomposed_kl(
 ) -> LinearDecomposedKL:
     r"""Token-weighted decomposed reverse KL straight from hidden states; `(tokens, vocab)` logits never exist.
 
-    With :math:`\mathrm{lang}_t` and :math:`\mathrm{vis}_t` of :func:`vgs_kernels.decomposed_kl` on the logits
+    With $\text{lang}_t$ and $\text{vis}_t$ of `decomposed_kl` on the logits
     ``softcap(scale * (hidden @ weight.T + bias))`` of each stream,
 
-    .. math:: \mathrm{lang} = \sum_t w_t\,\mathrm{lang}_t \qquad \mathrm{vis} = \sum_t w_t\,\mathrm{vis}_t
+    $$\text{lang} = \sum_t w_t\,\text{lang}_t \qquad \text{vis} = \sum_t w_t\,\text{vis}_t$$
 
     Reverse KL: every expectation is under the student. The gradients are formed in the forward pass, chunk by chunk,
     and only scaled in ``backward``, which may run more than once and gives the same answer each time.
 
     Args:
         student_hidden: Last hidden states of the student, in the head's dtype and on its device.
-        student_head: :class:`LMHead` of the student. Its weight and bias get gradients if they require them; a frozen
+        student_head: `LMHead` of the student. Its weight and bias get gradients if they require them; a frozen
             head costs no head gradient.
         teacher_hidden: Last hidden states of the teacher that sees the image. Its width may differ.
-        teacher_head: :class:`LMHead` of the teacher. Both teacher contexts are projected in one product.
+        teacher_head: `LMHead` of the teacher. Both teacher contexts are projected in one product.
         masked_teacher_hidden: Last hidden states of the teacher with the image masked.
         masked_student_hidden: Last hidden states of the student with the image masked (``bayes`` and ``matched``).
         token_weights: Weight of every token, default 1. A token of weight 0 takes no part: its hidden states and
             logits may hold NaN.
-        decomposition, temperature, vocab_size, backend: As in :func:`vgs_kernels.decomposed_kl`.
+        decomposition: As in `decomposed_kl`.
+        temperature: As in `decomposed_kl`.
+        vocab_size: As in `decomposed_kl`.
+        backend: As in `decomposed_kl`.
         steering_weights: Weights of lang and vis, shape (2,), on the device. Given, only
             ``objective = weights[0] * lang + weights[1] * vis`` is differentiable, at the price of one component.
         accumulate_head_grad: Add the head's gradient of ``objective`` straight into ``weight.grad`` and ``bias.grad``
@@ -85,7 +88,7 @@ def linear_decomposed_kl(
             chunk waits for the device, and CUDA graphs cannot capture the call.
 
     Returns:
-        :class:`LinearDecomposedKL`: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
+        A `LinearDecomposedKL`: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
         the 2×2 Gramian of the token-weighted logit gradients of (lang, vis), detached. Its off-diagonal is 0 in
         ``bayes`` and ``matched``, where the two live on different logits, and all of it is 0 when nothing requires a
         gradient. ``hidden_gradients``: those of the sums with respect to the hidden states, formed in this call where
@@ -103,7 +106,7 @@ def linear_decomposed_kl(
     Source: arXiv 2606.00564 for the decomposition; gradients in the forward pass after "Cut Your Losses in
     Large-Vocabulary Language Models", arXiv 2411.09009, and the Liger kernels, arXiv 2410.10989.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vgs_kernels import LMHead, linear_decomposed_kl
         >>> hidden, masked = torch.randn(2, 6, 8).unbind()
