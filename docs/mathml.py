@@ -17,4 +17,5 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(formula: re.Match[str]) -> str:
-    return convert(html.unescape(formula["latex"]), display="inline" if formula["tag"] == "span" else "block")
+    math = convert(html.unescape(formula["latex"]), display="inline" if formula["tag"] == "span" else "block")
+    return math.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em" />')  # browsers set none

@@ -63,7 +63,7 @@ def decomposed_kl(
         backend: ``"native"``, ``"triton"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
-        A `DecomposedKL`: ``lang``, ``vis``, ``full``, ``entropy``, each of shape ``(...)``, in nats, float32
+        DecomposedKL: ``lang``, ``vis``, ``full``, ``entropy``, each of shape ``(...)``, in nats, float32
         (float64 for float64 logits), differentiable once with respect to the student's logits.
 
     Numerics: accumulation in float32 (float64). An entry at −inf in the student contributes 0. Student mass where a

@@ -88,7 +88,7 @@ def linear_decomposed_kl(
             chunk waits for the device, and CUDA graphs cannot capture the call.
 
     Returns:
-        A `LinearDecomposedKL`: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
+        LinearDecomposedKL: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
         the 2×2 Gramian of the token-weighted logit gradients of (lang, vis), detached. Its off-diagonal is 0 in
         ``bayes`` and ``matched``, where the two live on different logits, and all of it is 0 when nothing requires a
         gradient. ``hidden_gradients``: those of the sums with respect to the hidden states, formed in this call where
