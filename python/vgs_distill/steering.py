@@ -49,6 +49,24 @@ def direction_cosine(gramian: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()
 
 
+def hedged(policy: Policy, gramian: Tensor, spread: Tensor) -> Tensor:
+    """The weights that `policy` gives for a predicted Gramian, turned towards the side where an error costs less.
+
+    `spread`, (): standard deviation of the logarithm of the predicted ratio of the two norms. With t the angle of the
+    update between the two gradients, taken as orthogonal, the same factor on the ratio turns it further one way than
+    the other: at gamma 0.8 too little vision costs more than too much. The angle t' at which a ratio that is off by two
+    standard deviations costs the same both ways obeys tan 2t' = tan 2t / cosh(2 spread). The length stays.
+    """
+    norms = gramian.diagonal().clamp(min=0.0).sqrt().nan_to_num(0.0, 0.0, 0.0)
+    lang, vis = parts = policy(gramian) * norms
+    angle = torch.atan2(2 * lang * vis, torch.cosh(2 * spread.to(gramian)) * (lang - vis) * (lang + vis)) / 2
+    # By way of the Gramian, so that the policy's own bound on the weights holds.
+    believed = torch.where(lang * vis > 0, vis / (lang * angle.tan()), 1.0)
+    scale = torch.stack([torch.ones_like(believed), believed])
+    weights = policy(gramian * scale[:, None] * scale)
+    return weights * parts.norm() / (weights * norms).norm().clamp(min=torch.finfo(norms.dtype).tiny)
+
+
 class GradientPair:
     """Holds two gradients per parameter. `backward` fills `.grad`; this class swaps which of the two that is.
 
@@ -167,6 +185,8 @@ class GramianPredictor:
     and early when the ratio of the two proxy norms, averaged over the last steps, differs by more than the factor
     `drift` from its average over refreshes. Averages of positive numbers are those of their logarithms.
 
+    How far off the predicted ratio of the norms was at past refreshes hedges the weights of the steps to come.
+
     `refresh_every` 0 never measures: the proxy stands for the Gramian as it is, and before the first step both
     components are taken as equal. It is what engines that step inside `backward` (DeepSpeed) can do.
 
@@ -179,6 +199,7 @@ class GramianPredictor:
         self._averages = {
             "ratio": RunningAverage(2),  # log of (squared norm / proxy), over refreshes
             "cosine": RunningAverage(1),  # over refreshes
+            "error": RunningAverage(1),  # squared, of the log of the predicted ratio of the norms, over refreshes
             "measured": RunningAverage(2),  # log of the proxy, over refreshes
             "recent": RunningAverage(2),  # log of the proxy, over steps
         }
@@ -210,16 +231,28 @@ class GramianPredictor:
         cross = cosine.value.to(proxy) * squares.prod().sqrt()
         return torch.cat([squares[:1], cross, cross, squares[1:]]).reshape(2, 2)
 
+    def weights(self, policy: Policy, proxy: Tensor | None = None) -> Tensor:
+        """What `policy` gives for the predicted Gramian, hedged by how far off predictions were, (2,)."""
+        return hedged(policy, self.predict(proxy), self._averages["error"].value.sqrt().squeeze())
+
     def observe(self, proxy: Tensor) -> None:
         """Take in the proxy of a step that ran on a prediction."""
         self._averages["recent"].add(*_log(proxy))
         self._since_refresh += 1
 
-    def refresh(self, gramian: Tensor, proxy: Tensor) -> None:
-        """Take in the Gramian and the proxy of a step that measured the parameter gradients."""
+    def refresh(self, gramian: Tensor, proxy: Tensor, predicted: Tensor | None = None) -> None:
+        """Take in the Gramian and the proxy of a step that measured the parameter gradients.
+
+        `predicted`: what `predict` said of that Gramian; None for the first.
+        """
         logs, present = _log(proxy)
         log_squares, measured = _log(gramian.diagonal().to(proxy))
         cosine = (gramian[0, 1] / gramian.diagonal().prod().sqrt()).to(proxy).reshape(1)
+        if predicted is not None:
+            log_predicted, known = _log(predicted.diagonal().to(proxy))
+            error = (log_predicted - log_squares).diff().abs() / 2  # halved: of norms, not of squares
+            # At most a factor e: one outlier must not leave all steps of the next refreshes to one component.
+            self._averages["error"].add(error.clamp(max=1.0).square(), (measured & known).all())
         self._averages["ratio"].add(log_squares - logs, measured & present)
         self._averages["cosine"].add(cosine, torch.isfinite(cosine))
         self._averages["measured"].add(logs, present)

@@ -239,7 +239,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             return _StepPlan(gamma, policy, apart=True)
         if self.current_gradient_accumulation_steps == 1:
             return _StepPlan(gamma, policy, apart=False)
-        return _StepPlan(gamma, policy, apart=False, weights=policy(predictor.predict()))
+        return _StepPlan(gamma, policy, apart=False, weights=predictor.weights(policy))
 
     def compute_loss(
         self,
@@ -276,7 +276,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if not plan.apart:
             if plan.weights is None:
                 assert self._predictor is not None
-                plan.weights = plan.policy(self._predictor.predict(plan.proxy_squares()))
+                plan.weights = self._predictor.weights(plan.policy, plan.proxy_squares())
             objective = result.weighted(plan.weights)
             return (objective, None) if return_outputs else objective
         with torch.autocast(self.accelerator.device.type, enabled=False):
@@ -486,12 +486,14 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             "steering/refreshed": 1.0,
             "steering/measured_weight_ratio": weight_ratio(record.weights),
         }
+        predicted = None
         if predictor.ready:
             known = proxy if self.current_gradient_accumulation_steps == 1 else None
-            predicted = policy(predictor.predict(known))
-            metrics["steering/predicted_weight_ratio"] = weight_ratio(predicted)
-            metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, predicted)
-        predictor.refresh(record.gramian, proxy)
+            predicted = predictor.predict(known)
+            weights = predictor.weights(policy, known)
+            metrics["steering/predicted_weight_ratio"] = weight_ratio(weights)
+            metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, weights)
+        predictor.refresh(record.gramian, proxy, predicted)
         return metrics
 
     # ------------------------------------------------------------------ interruptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from torch import nn
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.checkpoints import STATE_FILE
-from vgs_distill.steering import GradientPair, GramianPredictor, RunningAverage, direction_cosine, no_gradient
+from vgs_distill.steering import (
+    GradientPair,
+    GramianPredictor,
+    RunningAverage,
+    direction_cosine,
+    hedged,
+    no_gradient,
+    weight_ratio,
+)
 
 from tests.engine.test_trainer import step_logs
 from vgs_kernels import VisualGradientSteering
@@ -173,6 +182,54 @@ def test_direction_cosine_is_that_of_the_combined_gradients() -> None:
     first, second = torch.tensor([0.2, 0.9]), torch.tensor([1.3, 0.4])
     expected = torch.cosine_similarity(first @ stacked, second @ stacked, 0)
     torch.testing.assert_close(direction_cosine(stacked @ stacked.T, first, second), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 0.8, 0.95])
+def test_an_error_of_two_deviations_costs_a_hedged_update_the_same_both_ways(gamma: float) -> None:
+    policy, spread = VisualGradientSteering(gamma), torch.tensor(0.35, dtype=torch.float64)
+    predicted = gramian(3.0, 0.02).double()
+
+    def cosines(weights: torch.Tensor) -> torch.Tensor:
+        errors = torch.tensor([-2.0, 2.0]) * spread
+        actual = [gramian(3.0, 0.02 * math.exp(2 * error)).double() for error in errors]
+        return torch.stack([direction_cosine(truth, policy(truth), weights) for truth in actual])
+
+    plain, weights = policy(predicted), hedged(policy, predicted, spread)
+    torch.testing.assert_close(*cosines(weights))
+    assert cosines(weights).min() >= cosines(plain).min() - 1e-12
+    assert (weight_ratio(weights) / weight_ratio(plain)).log() * (gamma - 0.5) >= -1e-12
+    lengths = (torch.stack([plain, weights]) * predicted.diagonal().sqrt()).norm(dim=1)
+    torch.testing.assert_close(*lengths)
+    torch.testing.assert_close(hedged(policy, predicted, 0 * spread), plain)
+
+
+@pytest.mark.parametrize("scale", ["unit", "preserve"])
+def test_a_hedge_keeps_the_bounds_of_the_policy(scale: str) -> None:
+    policy, spread = VisualGradientSteering(0.8, max_weight_ratio=5.0, scale=scale), torch.tensor(0.35)
+    torch.testing.assert_close(weight_ratio(hedged(policy, gramian(4.0, 0.1), spread)), torch.tensor(5.0))
+    for lang, vis in ((0.0, 2.0), (2.0, 0.0), (0.0, 0.0), (float("inf"), 1.0), (1.0, float("nan"))):
+        one_missing = torch.diag(torch.tensor([lang, vis]))
+        torch.testing.assert_close(hedged(policy, one_missing, spread), policy(one_missing))
+
+
+def test_the_hedge_grows_with_the_errors_of_predictions() -> None:
+    predictor, policy = GramianPredictor(refresh_every=4, drift=3.0), VisualGradientSteering(0.8)
+    predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
+    torch.testing.assert_close(predictor.weights(policy), policy(predictor.predict()))
+    predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(2.0, 2.0))  # the ratio was right
+    torch.testing.assert_close(predictor.weights(policy), policy(predictor.predict()))
+    predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(1.0, 0.0))  # of a component not met yet: no error
+    torch.testing.assert_close(predictor.weights(policy), policy(predictor.predict()))
+    predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(1.0, 4.0))  # twice the norm
+    spread = torch.tensor(math.log(2.0) / (1.0 + RunningAverage.DECAY) ** 0.5)
+    torch.testing.assert_close(predictor.weights(policy), hedged(policy, predictor.predict(), spread))
+    assert weight_ratio(predictor.weights(policy)) > 1.1 * weight_ratio(policy(predictor.predict()))
+    weights = []
+    for error in (math.e, 3e18):  # the second counts as the first
+        predictor = GramianPredictor(refresh_every=4, drift=3.0)
+        predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(1.0, error**2))
+        weights.append(predictor.weights(policy))
+    torch.testing.assert_close(*weights)
 
 
 def test_amortized_steering_refreshes_and_follows_the_exact_direction(make_trainer: Callable[..., VGSTrainer]) -> None:
