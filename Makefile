@@ -46,7 +46,7 @@ bench: $(VENV)/.dev
 	$(BIN)/vgs bench $(ARGS)
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

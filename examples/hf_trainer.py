@@ -3,7 +3,7 @@
     python examples/hf_trainer.py STUDENT TEACHER ROWS.jsonl OUTPUT_DIR [STEPS]
 
 `Trainer` runs one loss back, so the weights come from the Gramian of the two logit gradients, which the kernel gives
-without a backward pass (what `VGSConfig(steering="amortized", refresh_every=0)` does). Models and rows: `own_loop.py`.
+without a backward pass. Models and rows: `own_loop.py`.
 """
 
 from __future__ import annotations
