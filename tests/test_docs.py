@@ -177,7 +177,6 @@ def understand(command: list[str]) -> None:
             pytest.fail(f"no test for {shlex.join(command)!r}")
 
 
-@pytest.mark.slow
 def test_the_quick_start_runs(desk: Path, workspace: Workspace) -> None:
     """Its commands as they stand, but for the size of the run."""
     from typer.testing import CliRunner
