@@ -76,16 +76,16 @@ def test_error_is_at_most_twice_that_of_plain_torch(decomposition: str, kind: st
 
     cases = [(torch.float32, 1000), (torch.bfloat16, 1031)]
     if not INTERPRETED:  # a minute each
-        cases.append((torch.float32, 20011))
+        cases += [(torch.float32, 20011), (torch.bfloat16, 40009)]  # in bf16 maxima repeat
     for seed, (dtype, vocab) in enumerate(cases):
         streams = [logits.to(DEVICE, dtype) for logits in _streams(kind, vocab, seed)]
         exact = _values_and_gradients(textbook, [logits.double() for logits in streams], decomposition)
         plain = _values_and_gradients(textbook, streams, decomposition)
         for what, got in _values_and_gradients(ours, streams, decomposition).items():
             truth = exact[what]
-            # Plain torch may be exact by luck, and what vanishes in float32 may vanish here. The Triton kernels sum in
-            # float32 throughout, where the others go over to float64 between blocks.
-            luck = torch.finfo(dtype).eps * truth.norm() * (4 if name == "triton" else 2)
-            allowed = 2 * (plain[what] - truth).norm() + luck + 1e-30
+            # Four roundings of the result, because plain torch may be exact by luck; and what vanishes in float32 may
+            # vanish here.
+            luck = 4 * torch.finfo(dtype).eps * truth.norm() + 1e-30
+            allowed = 2 * (plain[what] - truth).norm() + luck
             error = (got - truth).norm()
             assert error <= allowed, f"{what}, {dtype}, {vocab}: {error / allowed:.3g} times what is allowed"

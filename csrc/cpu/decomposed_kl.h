@@ -117,6 +117,7 @@ static inline void rescale(RowState& state, const double maximum[kStreams], cons
     moved |= step[s] != 0.0 || factor[s] != 1.0;
     state.maximum[s] = maximum[s];
   }
+  for (int c = 0; c < kValues; ++c) moved |= anchor[c] != state.anchor[c];  // equal maxima in two places
   if (!moved) return;
   for (int c = 0; c < kValues; ++c) {
     const int base = kBase[c];
