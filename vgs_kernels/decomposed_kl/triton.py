@@ -425,8 +425,7 @@ def _slope(z, multiplier, cap, FORM: tl.constexpr):
     if FORM == SCALED:
         slope = multiplier
     elif FORM == SOFTCAPPED:
-        t = z * (1.0 / cap)
-        slope = multiplier * cap * (1.0 - t * t)
+        slope = multiplier * cap - (multiplier / cap) * (z * z)  # in this form no architecture spills
     return slope
 
 
