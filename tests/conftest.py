@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.small_run import ON_CPU, build_student
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -26,13 +28,7 @@ class Workspace:
             "per_device_train_batch_size": 4,
             "max_completion_length": 4,
             "learning_rate": "1e-3",
-            "logging_steps": 1,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
+            **ON_CPU,
             **changes,
         }
 
@@ -47,17 +43,14 @@ class Workspace:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    import torch
-    from vgs_distill.demo.models import build_model, build_processor
-    from vgs_distill.demo.recipes import ModelSize
+    from vgs_distill.demo.models import build_processor
     from vgs_distill.demo.worlds import make_world, to_prompt_dataset
 
     root = tmp_path_factory.mktemp("workspace")
     world = make_world("shapes")
     processor = build_processor(world.words)
     for seed, (name, width) in enumerate((("student", 32), ("teacher", 48))):
-        torch.manual_seed(seed)
-        build_model(ModelSize(text_width=width, vision_width=32), processor).save_pretrained(root / name)
+        build_student(processor, seed, width).save_pretrained(root / name)
         processor.save_pretrained(root / name)
     examples = world.training_questions(16, seed=5, prior=0.5)
     rows = to_prompt_dataset(examples).add_column("answer", [example.answer for example in examples])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.demo.models import build_model, build_processor
-from vgs_distill.demo.recipes import ModelSize
+from vgs_distill.demo.models import build_processor
 from vgs_distill.demo.worlds import World, make_world, to_prompt_dataset
+
+from tests.small_run import ON_CPU, build_student
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +29,7 @@ def processor(world: World) -> Qwen3VLProcessor:
 
 @pytest.fixture(scope="session")
 def make_model(processor: Qwen3VLProcessor) -> Callable[..., Qwen3VLForConditionalGeneration]:
-    def make(seed: int, width: int = 32) -> Qwen3VLForConditionalGeneration:
-        torch.manual_seed(seed)
-        return build_model(ModelSize(text_width=width, vision_width=32), processor)
-
-    return make
+    return partial(build_student, processor)
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +56,8 @@ def make_trainer(
             "per_device_train_batch_size": 4,
             "max_completion_length": 6,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             "seed": 11,
+            **ON_CPU,
             **config,
         }
         return VGSTrainer(

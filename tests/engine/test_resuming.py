@@ -27,6 +27,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from vgs_distill.checkpoints import STAGING, last_checkpoint
 from vgs_distill.config import VGSConfig
 
+from tests.small_run import ON_CPU, build_student
+
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and then forks for every run
 PROCESSES.set_forkserver_preload(["vgs_distill.trainer", "vgs_distill.demo.models", "peft"])
 
@@ -60,18 +62,14 @@ class Dawdler(TrainerCallback):
 
 def make_trainer(output_dir: Path, lora: bool = False, **config: Any) -> Any:
     from peft import LoraConfig
-    from vgs_distill.demo.models import build_model, build_processor
-    from vgs_distill.demo.recipes import ModelSize
+    from vgs_distill.demo.models import build_processor
     from vgs_distill.demo.worlds import make_world, to_prompt_dataset
     from vgs_distill.trainer import VGSTrainer
 
     torch.set_num_threads(1)
     world = make_world("shapes")
     processor = build_processor(world.words)
-    torch.manual_seed(1)
-    student = build_model(ModelSize(text_width=32, vision_width=32), processor)
-    torch.manual_seed(2)
-    teacher = build_model(ModelSize(text_width=48, vision_width=32), processor).eval()
+    student, teacher = build_student(processor, 1), build_student(processor, 2, width=48).eval()
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -79,13 +77,10 @@ def make_trainer(output_dir: Path, lora: bool = False, **config: Any) -> Any:
         "max_completion_length": 4,
         "learning_rate": 1e-3,
         "gamma_schedule": "cosine",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
+        **ON_CPU,
+        "save_strategy": "steps",
         "save_steps": 2,
         "logging_steps": 100,
-        "report_to": "none",
-        "disable_tqdm": True,
         "seed": 11,
     }
     adapter = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]) if lora else None

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from vgs_distill import VGSConfig, VGSTrainer
 
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
+from tests.small_run import ON_CPU
 
 QUESTIONS = ("which colour is it", "what do you see left and right", "what is it")
 
@@ -58,14 +59,8 @@ def make_trainer(
         "per_device_train_batch_size": 2,
         "max_completion_length": 4,
         "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
         "seed": 11,
+        **ON_CPU,
         **config,
     }
     return VGSTrainer(

@@ -27,8 +27,8 @@ Columns of `statistics`, what the gradient needs of a row (0 where it does not a
 
 with d = (z_p - its maximum) - (z_q - its anchor). A divergence is mean d + log p - log q, the logs at the maximum of p;
 its gradient is p * (d - mean d). Both terms of d are 0 at the entry with most mass, so that neither the offset of the
-logits nor a large normaliser is rounded into the gradient: centred by the value, which holds the normalisers, it has
-hundreds of times the error of plain autograd where few entries hold the mass.
+logits nor a large normaliser is rounded into the gradient. Centred by the value, which holds the normalisers, it would
+be rounded to their units where few entries hold the mass.
 """
 
 from __future__ import annotations

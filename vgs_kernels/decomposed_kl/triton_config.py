@@ -63,8 +63,8 @@ class Heuristics:
 #   that a small part.
 NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8)
 # AMD warps ("wavefronts") have 64 lanes: two of them make the same 128-thread program.
-# waves_per_eu=4: room for four wavefronts a SIMD, at most 128 registers. Left alone, `bayes` takes 136; under it,
-#   `matched`, which needs fewer, spills.
+# waves_per_eu=4: room for four wavefronts a SIMD, at most 128 registers. Left alone, `bayes` takes more than the
+#   compile gate allows; under it `matched`, which needs fewer, spills.
 AMD = Heuristics(
     warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8,
     bayes_forward=(("waves_per_eu", 4),),

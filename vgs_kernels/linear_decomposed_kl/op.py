@@ -27,11 +27,10 @@ from ..decomposed_kl.api import combine_parts
 from ..decomposed_kl.reference import VALUES, component_coefficients
 from ..types import LogitTransform, accumulation_dtype
 from .column_filter import ColumnFilter
-from .pages import zeros_like
+from .pages import empty_like, zeros_like
 from .products import Products, projection_dtype
 
-# Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept
-# (measured: two thirds kept took twice the time of the whole product).
+# Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
 _WORTH_GATHERING = 0.2
 
 Rows = slice | Tensor  # of the tokens of a chunk: a slice, or indices
@@ -208,12 +207,9 @@ class _Gradients:
         ]
         # Partial sums over chunks are kept in the accumulation dtype where the device multiplies into it for free.
         head_dtype = projection_dtype(student_weight)
+        new_head = zeros_like if self.filter else empty_like
         self.weight = [
-            nothing
-            if not wanted
-            else zeros_like(student_weight, head_dtype)
-            if self.filter
-            else torch.empty_like(student_weight, dtype=head_dtype, memory_format=torch.contiguous_format)
+            new_head(student_weight, head_dtype) if wanted else nothing
             for wanted in (needs_weight and not combined, needs_weight and weight_grad is None)
         ]
         self.bias = [

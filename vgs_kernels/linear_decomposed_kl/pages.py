@@ -1,6 +1,7 @@
-"""Zeros that cost nothing until they are written: a filtered head gradient touches few of its rows.
+"""New memory for head gradients: to be written whole, or zeros that cost nothing until they are written.
 
-Called by `linear_decomposed_kl/op.py` only.
+A filtered head gradient touches few of its rows. Layer: tensors in, tensors out. Called by `linear_decomposed_kl/op.py`
+only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ import mmap
 
 import torch
 from torch import Tensor
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous memory of the tensor's shape and device."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,8 @@ Layer: tensors in, tensors out. Called by `linear_decomposed_kl/op.py` only.
 Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width.
 
 On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then
-packs only the small one. Measured on one core with AMX (128 rows, width 1024, vocabulary 151,936, per 512 rows): logits
-0.28 s as (n, w) @ (w, v) and 0.17 s as (v, w) @ (w, n); head gradient 0.55 s as (n, v).T @ (n, w) and 0.22 s as
-(v, n) @ (n, w). So a slice of the vocabulary is multiplied that way round, and transposed while it is in the cache.
+packs only the small one: logits as (v, w) @ (w, n), head gradient as (v, n) @ (n, w). So a slice of the vocabulary is
+multiplied that way round, and transposed while it is in the cache.
 
 In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. There all
 three are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves.
@@ -35,7 +34,7 @@ class Products:
     def __init__(self, device: torch.device, dtype: torch.dtype, native: bool) -> None:
         self.native = native and device.type == "cpu"
         self._transposed = self.native and dtype == torch.bfloat16
-        # Measured with AVX-512 only; below it the library's products stay.
+        # Tried with AVX-512 only; below it the library's products stay.
         self._streamed = self.native and dtype == torch.float32 and torch.ops.vgs_kernels_native.cpu_level() == 2
         self._scratch: Tensor | None = None
 
