@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .. import backend as backends
 from ..decomposed_kl.api import combine_parts
 from ..decomposed_kl.reference import VALUES, component_coefficients
+from ..pages import use_huge_pages, zeros_like
 from ..types import LogitTransform, accumulation_dtype
 from .column_filter import ColumnFilter
-from .pages import empty_like, zeros_like
 from .products import Products, projection_dtype
 
 # Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
@@ -169,6 +169,7 @@ class _Logits:
         size = n * (2 * teacher_vocab + self._students * student_vocab)
         if self._buffer is None:
             self._buffer = self._like.new_empty(size, dtype=projection_dtype(self._like))
+            use_huge_pages(self._buffer)
         split = 2 * n * teacher_vocab
         teachers = self._buffer[:split].view(2 * n, teacher_vocab)
         students = self._buffer[split:size].view(self._students * n, student_vocab)
@@ -207,11 +208,12 @@ class _Gradients:
         ]
         # Partial sums over chunks are kept in the accumulation dtype where the device multiplies into it for free.
         head_dtype = projection_dtype(student_weight)
-        new_head = zeros_like if self.filter else empty_like
         self.weight = [
-            new_head(student_weight, head_dtype) if wanted else nothing
+            nothing if not wanted
+            else zeros_like(student_weight, head_dtype) if self.filter  # few of its rows are written
+            else torch.empty_like(student_weight, dtype=head_dtype, memory_format=torch.contiguous_format)
             for wanted in (needs_weight and not combined, needs_weight and weight_grad is None)
-        ]
+        ]  # fmt: skip
         self.bias = [
             torch.empty_like(student_bias, dtype=accumulation_dtype(student_bias.dtype))
             if wanted and student_bias is not None
@@ -230,6 +232,9 @@ class _Gradients:
             bias.zero_()
         for hidden in self.hidden:
             hidden.zero_()
+        if self.filter is None:
+            for weight in self.weight:
+                use_huge_pages(weight)
 
     def finish(self) -> None:
         """Without a chunk (no tokens, or all of weight 0) nothing was written yet."""
