@@ -44,7 +44,8 @@ def test_huge_pages_live_as_long_as_the_tensor() -> None:
 def test_zeros_are_zeros_of_the_shape() -> None:
     like = torch.randn(3, 5).t()
     zeros = zeros_like(like, torch.float64)
-    assert zeros.shape == (5, 3) and zeros.dtype == torch.float64 and zeros.is_contiguous()
+    assert (zeros.shape, zeros.dtype) == ((5, 3), torch.float64)
+    assert zeros.is_contiguous()
     assert not zeros.any()
     zeros += 1
     assert zeros.sum() == 15

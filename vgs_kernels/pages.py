@@ -39,7 +39,7 @@ def _madvise() -> Callable[[int, int, int], int]:
 
 
 def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous zeros of the tensor's shape and device, to be written in few places: on a CPU the rest costs nothing."""
+    """Contiguous zeros of the tensor's shape and device; on a CPU, what is never written costs nothing."""
     size = tensor.numel() * dtype.itemsize
     if tensor.device.type != "cpu" or size == 0 or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
