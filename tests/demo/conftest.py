@@ -108,7 +108,7 @@ def finished(tmp_path):
         },
         "starts": {seed: {"seed": seed, "evaluation": evaluation(0.3), "seconds": seconds} for seed in (0, 1)},
         "runs": runs,
-        "examples": make_world("digits").balanced_test(16, 0),
+        "examples": make_world("digits").balanced("test", 16, 0),
         "folder": tmp_path,
         "total_seconds": 30.0,
         "error": None,

@@ -43,14 +43,14 @@ def always_say(model, token_ids: list[int], strength: float = 1e4) -> None:
 def test_banned_tokens_are_never_written(untrained, processor, digits, with_image):
     banned = banned_token_ids(processor)
     always_say(untrained, [*banned, processor.tokenizer.convert_tokens_to_ids("three")])
-    written = generate_greedy(untrained, processor, digits.balanced_test(12, 0), RECIPE, with_image=with_image)
+    written = generate_greedy(untrained, processor, digits.balanced("test", 12, 0), RECIPE, with_image=with_image)
     assert not torch.isin(written, torch.tensor(banned)).any()
     assert (written == processor.tokenizer.convert_tokens_to_ids("three")).all()
 
 
 def test_a_model_that_never_ends_is_not_well_formed(untrained, processor, digits):
     always_say(untrained, [processor.tokenizer.convert_tokens_to_ids("three")])
-    result = evaluate(untrained, processor, digits.balanced_test(12, 0), RECIPE)
+    result = evaluate(untrained, processor, digits.balanced("test", 12, 0), RECIPE)
     assert result.well_formed == 0.0
     assert result.accuracy == 0.0
     assert result.judgements[0].completion == " ".join(["three"] * RECIPE.max_new_tokens)
@@ -58,7 +58,7 @@ def test_a_model_that_never_ends_is_not_well_formed(untrained, processor, digits
 
 def test_the_reference_completion_is_not_shown_to_the_model(untrained, processor, digits, monkeypatch):
     """Teacher forcing would need the reference: generation must only ever be given the prompt."""
-    examples = digits.balanced_test(9, 0)
+    examples = digits.balanced("test", 9, 0)
     given = []
     generate = untrained.generate
 
@@ -79,7 +79,7 @@ def test_masked_evaluation_shows_no_picture(untrained, processor, digits, monkey
     given = []
     generate = untrained.generate
     monkeypatch.setattr(untrained, "generate", lambda **inputs: given.append(inputs) or generate(**inputs))
-    evaluate(untrained, processor, digits.balanced_test(9, 0), RECIPE, with_image=False)
+    evaluate(untrained, processor, digits.balanced("test", 9, 0), RECIPE, with_image=False)
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     assert given
     assert all("pixel_values" not in inputs for inputs in given)
@@ -88,7 +88,7 @@ def test_masked_evaluation_shows_no_picture(untrained, processor, digits, monkey
 
 def test_shares_are_counted_over_the_right_examples(processor, digits, untrained, monkeypatch):
     """Hand the evaluation written texts: the reference for `count` and `largest`, nonsense for `where`."""
-    examples = digits.balanced_test(24, 0)
+    examples = digits.balanced("test", 24, 0)
     texts = [
         example.completion + TURN_END if example.question_type != "where" else "none none" + TURN_END
         for example in examples
@@ -107,7 +107,7 @@ def test_shares_are_counted_over_the_right_examples(processor, digits, untrained
 
 
 def test_batching_does_not_change_what_is_written(untrained, processor, digits):
-    examples = digits.balanced_test(12, 0)
+    examples = digits.balanced("test", 12, 0)
     small = generate_greedy(untrained, processor, examples, RECIPE, with_image=True)
     large = generate_greedy(
         untrained,

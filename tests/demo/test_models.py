@@ -31,7 +31,7 @@ def test_the_processor_survives_saving_and_loading(processor, digits, tmp_path):
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, Qwen3VLProcessor)
     assert loaded.tokenizer.padding_side == "left"
-    examples = digits.balanced_test(6, 0)
+    examples = digits.balanced("test", 6, 0)
     before, after = encode(processor, examples), encode(loaded, examples)
     assert set(before) == set(after)
     for name in before:
@@ -39,7 +39,7 @@ def test_the_processor_survives_saving_and_loading(processor, digits, tmp_path):
 
 
 def test_a_prompt_holds_one_token_per_merged_cell_and_pads_on_the_left(processor, digits):
-    batch = encode(processor, digits.balanced_test(6, 0))
+    batch = encode(processor, digits.balanced("test", 6, 0))
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     assert (batch["input_ids"] == image_id).sum(1).tolist() == [IMAGE_TOKENS] * 6
     assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == image_id)
@@ -49,7 +49,7 @@ def test_a_prompt_holds_one_token_per_merged_cell_and_pads_on_the_left(processor
 
 
 def test_the_pictures_reach_the_model_unresized(processor, digits):
-    example = digits.balanced_test(1, 0)[0]
+    example = digits.balanced("test", 1, 0)[0]
     patches = encode(processor, [example])["pixel_values"]
     assert patches.shape == (16, 3 * 2 * 8 * 8)
     first = patches[0].view(3, 2, 8, 8)[:, 0]
@@ -60,7 +60,7 @@ def test_the_pictures_reach_the_model_unresized(processor, digits):
 def test_the_shortcut_tokenizer_agrees_with_the_processor(processor, world):
     """`tokenize_prompts` skips the image processor; it must give the ids that training on prompts meets."""
     own = build_processor(world.words)
-    examples = world.balanced_test(24, 0)
+    examples = world.balanced("test", 24, 0)
     batch = encode(own, examples)
     expected = [
         ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -70,7 +70,7 @@ def test_the_shortcut_tokenizer_agrees_with_the_processor(processor, world):
 
 
 def test_completions_decode_to_themselves(processor, digits):
-    example = digits.balanced_test(1, 0)[0]
+    example = digits.balanced("test", 1, 0)[0]
     ids = processor.tokenizer(example.completion + TURN_END)["input_ids"]
     assert ids[-1] == processor.tokenizer.eos_token_id
     assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == example.completion
@@ -83,14 +83,14 @@ def test_the_banned_tokens_are_the_vision_tokens(processor):
 def test_the_model_survives_saving_and_loading(untrained, processor, digits, tmp_path):
     untrained.save_pretrained(tmp_path)
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path).eval()
-    batch = encode(processor, digits.balanced_test(3, 0))
+    batch = encode(processor, digits.balanced("test", 3, 0))
     with torch.no_grad():
         torch.testing.assert_close(untrained(**batch).logits, loaded(**batch).logits)
     assert loaded.generation_config.eos_token_id == processor.tokenizer.eos_token_id
 
 
 def test_the_model_reads_the_picture(untrained, processor, digits):
-    batch = encode(processor, digits.balanced_test(2, 0))
+    batch = encode(processor, digits.balanced("test", 2, 0))
     with torch.no_grad():
         seen = untrained(**batch).logits
         blank = untrained(**{**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}).logits

@@ -51,7 +51,7 @@ def test_one_seed_has_no_deviation():
 
 @pytest.mark.parametrize("count", [12, 36, 100, 240, 768])
 def test_the_gallery_is_spread_and_shows_every_type(world, count):
-    examples = world.balanced_test(count, 0)
+    examples = world.balanced("test", count, 0)
     shown = gallery(examples, None, {}, [], [], [])
     assert len(shown) == 12
     assert {item["question_type"] for item in shown} == set(world.question_types)

@@ -32,7 +32,7 @@ from vgs_distill.errors import InputError
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, sentence):
-    monkeypatch.setattr(run, "Worker", lambda index: pytest.fail("no worker may start on bad input"))
+    monkeypatch.setattr(run, "Worker", lambda index, run: pytest.fail("no worker may start on bad input"))
     with pytest.raises(InputError, match=sentence) as caught:
         run_demo(**{"task": "digits", "output_dir": tmp_path, **arguments})
     message = str(caught.value)
@@ -86,7 +86,7 @@ class FakeWorker:
     script = None
     stopped = 0
 
-    def __init__(self, index):
+    def __init__(self, index, run):
         self.job = None
         self.process = FakeProcess()
         self.connection = self
@@ -126,7 +126,7 @@ def fake_workers(monkeypatch, finished):
     monkeypatch.setattr(FakeWorker, "script", staticmethod(script))
     monkeypatch.setattr(FakeWorker, "stopped", 0)
     monkeypatch.setattr(run, "Worker", FakeWorker)
-    monkeypatch.setattr(run, "wait", lambda workers: [worker for worker in workers if worker.job is not None])
+    monkeypatch.setattr(run, "with_news", lambda workers: [worker for worker in workers if worker.job is not None])
     return script
 
 

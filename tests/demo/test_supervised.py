@@ -38,7 +38,7 @@ def data(processor, digits):
 
 def test_dropping_removes_image_and_delimiters_and_nothing_else(processor, digits):
     vision = set(processor.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
-    for ids in tokenize_prompts(processor, [one.question for one in digits.balanced_test(9, 0)]):
+    for ids in tokenize_prompts(processor, [one.question for one in digits.balanced("test", 9, 0)]):
         dropped = drop_image_tokens(ids, processor)
         assert dropped == [token for token in ids if token not in vision]
         assert len(ids) - len(dropped) == IMAGE_TOKENS + 2

@@ -106,7 +106,7 @@ def test_an_error_is_told_in_one_sentence():
 
 @pytest.mark.slow
 def test_a_worker_answers_ignores_interrupts_and_ends_with_its_pipe(tiny_recipe, own_cache):
-    worker = Worker(0)
+    worker = Worker(0, run_job)
     try:
         worker.give(StartJob("seed0-start", tiny_recipe, 0, "label"))
         os.kill(worker.process.pid, signal.SIGINT)  # during its imports

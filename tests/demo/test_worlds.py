@@ -45,7 +45,7 @@ ANSWERS = {"digits": answer_of_digits, "shapes": answer_of_shapes}
 
 
 def test_answers_follow_from_the_scene(world):
-    examples = world.training_questions(300, 1, prior=0.5) + world.balanced_test(300, 1)
+    examples = world.training_questions(300, 1, prior=0.5) + world.balanced("test", 300, 1)
     for example in examples:
         assert example.answer == ANSWERS[world.name](example)
         assert example.completion.endswith(f"answer : {example.answer}")
@@ -53,7 +53,7 @@ def test_answers_follow_from_the_scene(world):
 
 
 def test_every_word_is_in_the_vocabulary(world):
-    examples = world.training_questions(300, 1, prior=0.5) + world.captions(100, 1) + world.balanced_test(100, 1)
+    examples = world.training_questions(300, 1, prior=0.5) + world.captions(100, 1) + world.balanced("test", 100, 1)
     used = {word for example in examples for word in f"{example.question} {example.completion}".split()}
     assert used <= set(world.words)
 
@@ -62,7 +62,7 @@ def test_handwriting_of_the_test_set_is_never_trained_on(digits):
     trained = digits.training_questions(500, 3, prior=0.5) + digits.captions(500, 3)
     trained += digits.training_questions(500, 3, prior=0.5, stream="distillation")
     seen = {placed.scan for example in trained for placed in example.scene}
-    tested = {placed.scan for example in digits.balanced_test(600, 999) for placed in example.scene}
+    tested = {placed.scan for example in digits.balanced("test", 600, 999) for placed in example.scene}
     assert len(seen) > 1000
     assert len(tested) > 300
     assert not seen & tested
@@ -78,7 +78,7 @@ def test_the_handwriting_split_covers_every_digit_and_shares_nothing():
 
 def test_the_placed_scan_is_what_is_in_the_picture(digits):
     """Ink correlates with the scan in its own cell, which ties the recorded scene to the pixels."""
-    for example in digits.balanced_test(30, 5):
+    for example in digits.balanced("test", 30, 5):
         pixels = np.asarray(example.image, np.float32).mean(axis=2)
         for placed in example.scene:
             drawn = pixels[cell_slice(placed.cell)].ravel()
@@ -88,7 +88,7 @@ def test_the_placed_scan_is_what_is_in_the_picture(digits):
 def test_the_test_set_is_balanced(world):
     per_answer = 6
     rounds = per_answer * int(np.lcm.reduce([len(world.answers(kind)) for kind in world.question_types]))
-    examples = world.balanced_test(rounds * len(world.question_types), 999)
+    examples = world.balanced("test", rounds * len(world.question_types), 999)
     kinds = Counter(example.question_type for example in examples)
     assert set(kinds.values()) == {rounds}
     for kind in world.question_types:
@@ -98,7 +98,7 @@ def test_the_test_set_is_balanced(world):
 
 
 def test_a_shorter_test_set_is_the_head_of_a_longer_one(world):
-    short, long = world.balanced_test(20, 7), world.balanced_test(40, 7)
+    short, long = world.balanced("test", 20, 7), world.balanced("test", 40, 7)
     assert [example.scene for example in short] == [example.scene for example in long[:20]]
 
 
@@ -108,7 +108,7 @@ def test_training_questions_follow_the_prior_and_the_test_set_does_not(digits):
         return sum(one.digit == PREFERRED_DIGIT[one.cell] for one in placed) / len(placed)
 
     assert preferred(digits.training_questions(1500, 0, prior=0.5)) == pytest.approx(0.55, abs=0.04)
-    assert preferred(digits.balanced_test(1500, 0)) == pytest.approx(0.1, abs=0.04)
+    assert preferred(digits.balanced("test", 1500, 0)) == pytest.approx(0.1, abs=0.04)
 
 
 def test_colors_follow_the_prior_only_in_training():
@@ -119,11 +119,11 @@ def test_colors_follow_the_prior_only_in_training():
         return sum(one.color == PREFERRED_COLOR[one.shape] for one in placed) / len(placed)
 
     assert preferred(shapes.training_questions(1500, 0, prior=0.5)) == pytest.approx(0.625, abs=0.07)
-    assert preferred(shapes.balanced_test(1500, 0)) == pytest.approx(0.25, abs=0.07)
+    assert preferred(shapes.balanced("test", 1500, 0)) == pytest.approx(0.25, abs=0.07)
 
 
 def test_against_the_prior_marks_unusual_answers(digits):
-    for example in digits.balanced_test(120, 0):
+    for example in digits.balanced("test", 120, 0):
         if example.question_type == "where":
             cell = next(cell for cell, corner in enumerate(CORNERS) if corner in example.question)
             assert example.against_prior == (example.answer != NUMBER_WORDS[PREFERRED_DIGIT[cell]])
@@ -149,7 +149,7 @@ def test_captions_describe_every_object(world):
 
 
 def test_pictures_are_small_rgb_images(world):
-    image = world.balanced_test(1, 0)[0].image
+    image = world.balanced("test", 1, 0)[0].image
     assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
     assert image.mode == "RGB"
 

@@ -262,7 +262,7 @@ def test_the_saved_student_loads_and_answers_the_same(
     assert (tmp_path / "student" / "model.safetensors").exists()
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "student").eval()
     loaded_processor = AutoProcessor.from_pretrained(tmp_path / "student")
-    example = world.balanced_test(1, seed=3)[0]
+    example = world.balanced("test", 1, seed=3)[0]
     message = [
         {
             "role": "user",

@@ -80,6 +80,7 @@ class DigitsWorld(World):
     name = "digits"
     question_types = ("where", "count", "largest")
     words = tuple(dict.fromkeys([*_PHRASE_WORDS.split(), *NUMBER_WORDS]))
+    opening = "let me look at the picture ."
 
     def answers(self, question_type: str) -> tuple[str, ...]:
         return NUMBER_WORDS[1:5] if question_type == "count" else NUMBER_WORDS

@@ -43,6 +43,8 @@ HISTORY_KEYS = (
     "steering/weight_ratio",
     "steering/predicted_weight_ratio",
     "steering/direction_cosine",
+    "completions/mean_length",
+    "completions/clipped_ratio",
     "step_time",
     "time/rollout",
     "time/teacher",
@@ -100,6 +102,7 @@ def distill(
             "gamma_schedule": "constant",
             "max_weight_ratio": method.max_weight_ratio,
             "image_mask": "drop",
+            **method.settings,
         }
     arguments = VGSConfig(
         output_dir=str(scratch),

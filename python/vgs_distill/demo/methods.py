@@ -5,8 +5,9 @@ Layer: names and settings only. Read by `run`, `workers`, `report` and `table`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from vgs_distill.demo.recipes import MAX_WEIGHT_RATIO, STEERING_GAMMA
 
@@ -22,9 +23,11 @@ class Method:
     """Used in file names and as key in `results.json`."""
     label: str
     decomposition: str | None = None
-    gamma: float | None = None
+    gamma: float | str | None = None
     max_weight_ratio: float | None = None
     steering: str = "none"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of `VGSConfig`."""
 
     @property
     def steered(self) -> bool:

@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ from vgs_distill.demo.workers import (
     StartJob,
     TeacherJob,
     Worker,
+    run_job,
+    with_news,
 )
 from vgs_distill.demo.worlds import make_world, world_names
 from vgs_distill.errors import InputError
@@ -200,16 +201,16 @@ def _work(request: DemoRequest, state: _State, display: Display) -> None:
         *(StartJob(f"seed{seed}-start", request.recipe, seed, f"seed {seed} student start") for seed in request.seeds),
     ]
     remaining = len(waiting) + len(request.seeds) * len(request.methods)
-    workers: list[Worker] = []
+    workers: list[Worker[Job]] = []
     try:
-        workers = [Worker(index) for index in range(request.jobs)]
+        workers = [Worker(index, run_job) for index in range(request.jobs)]
         while remaining:
             for worker in workers:
                 if worker.job is None and waiting:
                     worker.give(waiting.pop(0))
                     assert worker.job is not None
                     display.begin(worker.job.name, worker.job.label)
-            for worker in _with_news(workers):
+            for worker in with_news(workers):
                 message = _receive(worker)
                 if isinstance(message, Finished):
                     job, worker.job = worker.job, None
@@ -224,13 +225,7 @@ def _work(request: DemoRequest, state: _State, display: Display) -> None:
             worker.stop()
 
 
-def _with_news(workers: Sequence[Worker]) -> list[Worker]:
-    """Workers whose pipe has something to read, an unexpected end included."""
-    ready = wait([worker.connection for worker in workers])
-    return [worker for worker in workers if worker.connection in ready]
-
-
-def _receive(worker: Worker) -> Message:
+def _receive(worker: Worker[Job]) -> Message:
     try:
         return worker.connection.recv()
     except (EOFError, ConnectionError):
@@ -300,7 +295,7 @@ def _write(request: DemoRequest, state: _State, seconds: float, error: str | Non
     order = [(seed, method.name) for seed in request.seeds for method in request.methods]
     runs = [state.runs[key] for key in order if key in state.runs]
     evaluation = request.recipe.evaluation
-    examples = make_world(request.recipe.task).balanced_test(evaluation.examples, evaluation.seed)
+    examples = make_world(request.recipe.task).balanced("test", evaluation.examples, evaluation.seed)
     results = summarize(
         recipe=request.recipe,
         quick=request.quick,

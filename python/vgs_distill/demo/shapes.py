@@ -101,6 +101,7 @@ class ShapesWorld(World):
             ]
         )
     )
+    opening = _OPENINGS[0]
 
     def answers(self, question_type: str) -> tuple[str, ...]:
         return {

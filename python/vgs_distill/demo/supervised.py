@@ -158,6 +158,7 @@ def train_supervised(
     """
     examples = world.training_questions(recipe.questions, recipe.data_seed, recipe.prior)
     examples += world.captions(recipe.captions, recipe.data_seed)
+    examples = [world.in_style(example, recipe.style) for example in examples]
     data = tokenize_examples(processor, examples)
 
     torch.manual_seed(1000 + seed)

@@ -20,12 +20,12 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from vgs_distill.demo.methods import Method
 from vgs_distill.demo.recipes import DemoRecipe
@@ -99,19 +99,30 @@ class Failed:
 Message = Progressed | Said | Finished | Failed
 
 
-class Worker:
-    """The parent's end of one worker process."""
+class Named(Protocol):
+    """What any job has: the name that its messages carry."""
 
-    def __init__(self, index: int) -> None:
+    @property
+    def name(self) -> str: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Named)
+RunJob = Callable[[AnyJob, Callable[[Message], None]], dict[str, Any]]
+
+
+class Worker(Generic[AnyJob]):
+    """The parent's end of one worker process, which runs `run` on each job; `run` is sent by name."""
+
+    def __init__(self, index: int, run: RunJob[AnyJob]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), name=f"vgs-demo-{index}", daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, run), name=f"vgs-demo-{index}", daemon=True)
         with _single_threaded_environment(), _interrupts_ignored():
             self.process.start()
         theirs.close()  # so that the pipe closes when the worker ends, however it ends
-        self.job: Job | None = None
+        self.job: AnyJob | None = None
 
-    def give(self, job: Job) -> None:
+    def give(self, job: AnyJob) -> None:
         self.job = job
         self.connection.send(job)
 
@@ -161,14 +172,20 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(connection: Connection) -> None:
+def with_news(workers: Sequence[Worker[AnyJob]]) -> list[Worker[AnyJob]]:
+    """Wait; then the workers whose pipe has something to read, an unexpected end included."""
+    ready = wait([worker.connection for worker in workers])
+    return [worker for worker in workers if worker.connection in ready]
+
+
+def _serve(connection: Connection, run: RunJob[Any]) -> None:
     """Run jobs until the parent closes the pipe."""
     try:
         _quiet_libraries()
         while True:
             job = connection.recv()
             try:
-                connection.send(Finished(job.name, run_job(job, connection.send)))
+                connection.send(Finished(job.name, run(job, connection.send)))
             except (BrokenPipeError, EOFError, ConnectionError):
                 return
             except Exception as error:
@@ -206,8 +223,8 @@ def run_job(job: Job, send: Callable[[Message], None]) -> dict[str, Any]:
     return _run_distillation(job, send)
 
 
-def _reporter(job: Job, send: Callable[[Message], None]) -> Callable[[int, int, float], None]:
-    """A progress callback that sends at most ten messages a second."""
+def progress_reporter(name: str, send: Callable[[Message], None]) -> Callable[[int, int, float], None]:
+    """A progress callback of the job called `name` that sends at most ten messages a second."""
     last = 0.0
 
     def report(done: int, total: int, loss: float) -> None:
@@ -215,18 +232,20 @@ def _reporter(job: Job, send: Callable[[Message], None]) -> Callable[[int, int, 
         now = time.monotonic()
         if done == total or now - last >= _REPORT_EVERY:
             last = now
-            send(Progressed(job.name, done, total, f"loss {loss:.3f}"))
+            send(Progressed(name, done, total, f"loss {loss:.3f}"))
 
     return report
 
 
 def _run_teacher(job: TeacherJob, send: Callable[[Message], None]) -> dict[str, Any]:
-    recipe = job.recipe
+    from vgs_distill.demo import stages
+
     began = time.perf_counter()
-    folder, was_cached = _supervised_model(job, "teacher", recipe.teacher_seed, send)
+    folder, was_cached = _supervised_model(job, "teacher", job.recipe.teacher_seed, send)
     trained = time.perf_counter()
-    with_image = _evaluate_folder(folder, recipe, with_image=True)
-    without_image = _evaluate_folder(folder, recipe, with_image=False)
+    model, processor = stages.load(folder)
+    with_image = stages.judge(model, processor, job.recipe)
+    without_image = stages.judge(model, processor, job.recipe, with_image=False)
     return {
         "folder": str(folder),
         "cached": was_cached,
@@ -237,10 +256,12 @@ def _run_teacher(job: TeacherJob, send: Callable[[Message], None]) -> dict[str, 
 
 
 def _run_start(job: StartJob, send: Callable[[Message], None]) -> dict[str, Any]:
+    from vgs_distill.demo import stages
+
     began = time.perf_counter()
     folder, was_cached = _supervised_model(job, "student", job.seed, send)
     trained = time.perf_counter()
-    evaluation = _evaluate_folder(folder, job.recipe, with_image=True)
+    evaluation = stages.judge(*stages.load(folder), job.recipe)
     return {
         "folder": str(folder),
         "cached": was_cached,
@@ -253,67 +274,21 @@ def _run_start(job: StartJob, send: Callable[[Message], None]) -> dict[str, Any]
 def _supervised_model(
     job: TeacherJob | StartJob, role: str, seed: int, send: Callable[[Message], None]
 ) -> tuple[Path, bool]:
-    """The cached folder of a supervised model: weights and processor."""
-    from vgs_distill.demo.cache import cached_folder, entry_key
-    from vgs_distill.demo.models import build_processor
-    from vgs_distill.demo.supervised import train_supervised
-    from vgs_distill.demo.worlds import make_world
+    from vgs_distill.demo.stages import supervised_model
 
-    recipe = job.recipe
-    size, training = (
-        (recipe.teacher_size, recipe.teacher) if role == "teacher" else (recipe.student_size, recipe.student_start)
+    return supervised_model(
+        job.recipe, role, seed, progress_reporter(job.name, send), lambda message: send(Said(job.name, message))
     )
-    key = entry_key(
-        f"{recipe.task}-{role}-seed{seed}",
-        {"task": recipe.task, "size": size, "training": training, "seed": seed},
-    )
-
-    def build(folder: Path) -> None:
-        world = make_world(recipe.task)
-        processor = build_processor(world.words)
-        model = train_supervised(world, processor, size, training, seed, _reporter(job, send))
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    return cached_folder(key, build, say=lambda message: send(Said(job.name, message)))
-
-
-def _evaluate_folder(folder: Path, recipe: DemoRecipe, *, with_image: bool) -> dict[str, Any]:
-    from vgs_distill.demo.worlds import make_world
-
-    model, processor = _load(folder)
-    examples = make_world(recipe.task).balanced_test(recipe.evaluation.examples, recipe.evaluation.seed)
-    return _evaluation_record(model, processor, examples, recipe, with_image=with_image)
-
-
-def _evaluation_record(
-    model: Any, processor: Any, examples: Any, recipe: DemoRecipe, *, with_image: bool = True
-) -> dict[str, Any]:
-    from vgs_distill.demo.evaluate import evaluate
-
-    return asdict(evaluate(model, processor, examples, recipe.evaluation, with_image=with_image))
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
-
-    return Qwen3VLForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
 def _run_distillation(job: DistillJob, send: Callable[[Message], None]) -> dict[str, Any]:
+    from vgs_distill.demo import stages
     from vgs_distill.demo.distillation import distill
-    from vgs_distill.demo.worlds import make_world, to_prompt_dataset
 
     recipe = job.recipe
-    world = make_world(recipe.task)
-    # Prompts differ from seed to seed and are the same for all methods of one seed.
-    prompts = to_prompt_dataset(
-        world.training_questions(
-            recipe.distillation.prompts, job.seed, recipe.distillation.prior, stream="distillation"
-        )
-    )
-    student, processor = _load(job.start)
-    teacher, _ = _load(job.teacher)
+    prompts = stages.distillation_prompts(recipe, job.seed)
+    student, processor = stages.load(job.start)
+    teacher, _ = stages.load(job.teacher)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         history = distill(
@@ -325,12 +300,11 @@ def _run_distillation(job: DistillJob, send: Callable[[Message], None]) -> dict[
             job.method,
             job.seed,
             Path(scratch),
-            _reporter(job, send),
+            progress_reporter(job.name, send),
         )
     trained = time.perf_counter()
-    examples = world.balanced_test(recipe.evaluation.examples, recipe.evaluation.seed)
-    evaluation = _evaluation_record(student, processor, examples, recipe)
-    without_image = _evaluation_record(student, processor, examples, recipe, with_image=False)
+    evaluation = stages.judge(student, processor, recipe)
+    without_image = stages.judge(student, processor, recipe, with_image=False)
     del without_image["judgements"]
     evaluated = time.perf_counter()
     folder = job.folder / job.name

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,10 @@ ANSWER_MARK = "answer :"
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # The streams keep training, distillation and test drawings apart even when they share a seed.
-_STREAMS = {"questions": 1, "captions": 2, "distillation": 3, "test": 4}
+_STREAMS = {"questions": 1, "captions": 2, "distillation": 3, "test": 4, "validation": 5}
+
+SPLITS = ("validation", "test")
+STYLES = ("plain", "terse", "verbose")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class World(ABC):
     question_types: tuple[str, ...]
     words: tuple[str, ...]
     """Every word a question or completion may hold: the tokenizer's vocabulary, less the special tokens."""
+    opening: str
+    """What a verbose speaker says before everything else, in `words`."""
 
     @abstractmethod
     def answers(self, question_type: str) -> tuple[str, ...]:
@@ -92,20 +97,32 @@ class World(ABC):
         generator = self._generator("captions", seed)
         return [self.draw(generator, CAPTION, prior=0.0) for _ in range(count)]
 
-    def balanced_test(self, count: int, seed: int) -> list[Example]:
-        """Held-out examples without a prior: question types take turns, and within a type so do the answers.
+    def balanced(self, split: str, count: int, seed: int) -> list[Example]:
+        """Examples without a prior: question types take turns, and within a type so do the answers.
 
-        Any leading part of the list is balanced too, so a shorter evaluation is the head of a longer one.
+        `split` "test" is drawn from what is held out; "validation" is drawn anew from what training is drawn from, so
+        that choosing a setting by it leaves the test set unread. Any leading part of the list is balanced too, so a
+        shorter evaluation is the head of a longer one.
         """
-        generator = self._generator("test", seed)
+        generator = self._generator(split, seed)
         examples = []
         for index in range(count):
             round_number, kind = divmod(index, len(self.question_types))
             question_type = self.question_types[kind]
             answers = self.answers(question_type)
             answer = answers[round_number % len(answers)]
-            examples.append(self.draw(generator, question_type, prior=0.0, held_out=True, answer=answer))
+            held_out = split == "test"
+            examples.append(self.draw(generator, question_type, prior=0.0, held_out=held_out, answer=answer))
         return examples
+
+    def in_style(self, example: Example, style: str) -> Example:
+        """The same example with its completion said otherwise: "terse" leaves the reasoning out, "verbose" opens with
+        a phrase said three times. Captions have no answer and stay as they are."""
+        if style == "plain" or ANSWER_MARK not in example.completion:
+            return example
+        answer = f"{ANSWER_MARK} {example.answer}"
+        said = answer if style == "terse" else " ".join([self.opening] * 3 + [example.completion])
+        return replace(example, completion=said)
 
     def _generator(self, stream: str, seed: int) -> np.random.Generator:
         return np.random.default_rng([_STREAMS[stream], seed])

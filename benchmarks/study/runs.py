@@ -1,0 +1,156 @@
+"""Runs of the study in worker processes, one thread each, and their records: one JSON line per run.
+
+A finished line is never written again; an interrupted study goes on where it stopped. Layer: called by `__main__`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.study.plan import METHODS, Run
+from vgs_distill.demo.progress import Display
+from vgs_distill.demo.workers import (
+    Failed,
+    Finished,
+    Message,
+    Progressed,
+    Said,
+    Worker,
+    progress_reporter,
+    with_news,
+)
+
+RECORDS = harness.RECORDS / "study.jsonl"
+SERIES = {
+    "full": "loss/full",
+    "lang": "loss/lang",
+    "vis": "loss/vis",
+    "entropy": "entropy",
+    "norm_lang": "gradient/norm_lang",
+    "norm_vis": "gradient/norm_vis",
+    "cosine": "gradient/cosine",
+    "gamma": "steering/gamma",
+    "weight_ratio": "steering/weight_ratio",
+    "clipped": "completions/clipped_ratio",
+    "length": "completions/mean_length",
+}
+"""What a line keeps of every step, three digits each."""
+
+Next = Callable[[], Run | None]
+
+
+class StudyError(Exception):
+    """A run failed: one sentence, and the worker's trace."""
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a records file by run name, without those of runs whose definition has changed since."""
+    if not path.exists():
+        return {}
+    records = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            run = Run(**record["run"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut off by a kill: its run is run again
+        if run.method in METHODS and record["digest"] == run.digest():
+            records[run.name] = record
+    return records
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """One line, on disk before this returns; after a line that a kill cut off it begins a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def work(next_run: Next, keep: Callable[[dict[str, Any]], None], display: Display, jobs: int) -> None:
+    """Run what `next_run` hands out until it has no more, `jobs` at a time; `keep` receives each record."""
+    workers = [Worker(index, run_job) for index in range(jobs)]
+    try:
+        while True:
+            for worker in workers:
+                if worker.job is None and (run := next_run()) is not None:
+                    display.begin(run.name, run.name)
+                    worker.give(run)
+            busy = [worker for worker in workers if worker.job is not None]
+            if not busy:
+                return
+            for worker in with_news(busy):
+                _take(worker, keep, display)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _take(worker: Worker[Run], keep: Callable[[dict[str, Any]], None], display: Display) -> None:
+    assert worker.job is not None
+    try:
+        message = worker.connection.recv()
+    except (EOFError, ConnectionError):
+        raise StudyError(f"the process running {worker.job.name} ended without a word") from None
+    if isinstance(message, Progressed):
+        display.advance(message.job, message.done, message.total, message.note)
+    elif isinstance(message, Said):
+        display.say(message.message)
+    elif isinstance(message, Failed):
+        raise StudyError(f"{message.job} failed with {message.sentence}\n{message.trace}")
+    elif isinstance(message, Finished):
+        keep(message.result)
+        display.end(worker.job.name, f"{100 * message.result['accuracy']:.1f} %")
+        worker.job = None
+
+
+def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
+    """Distil and judge one student; the record of it. Runs inside a worker."""
+    from vgs_distill.demo import stages
+    from vgs_distill.demo.distillation import distill
+
+    def say(message: str) -> None:
+        send(Said(run.name, message))
+
+    recipe = run.recipe()
+    progress = progress_reporter(run.name, send)
+    teacher, _ = stages.load(stages.supervised_model(recipe, "teacher", recipe.teacher_seed, progress, say)[0])
+    student, processor = stages.load(stages.supervised_model(recipe, "student", run.seed, progress, say)[0])
+    prompts = stages.distillation_prompts(recipe, run.seed)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        history = distill(
+            student, teacher, processor, prompts, recipe.distillation, METHODS[run.method], run.seed, Path(scratch),
+            progress,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    seen, blind = (stages.judge(student, processor, recipe, with_image=flag) for flag in (True, False))
+    return {
+        "run": run.__dict__,
+        "digest": run.digest(),
+        "accuracy": seen["accuracy"],
+        "against_prior": seen["against_prior"],
+        "by_question_type": seen["by_question_type"],
+        "well_formed": seen["well_formed"],
+        "without_image": blind["accuracy"],
+        "seconds": round(seconds, 1),
+        "commit": harness.environment()["commit"],
+        "series": {name: list(_series(history, key)) for name, key in SERIES.items() if key in history[-1]},
+    }
+
+
+def _series(history: Sequence[Mapping[str, float]], key: str) -> Iterator[float | None]:
+    for row in history:
+        yield float(f"{row[key]:.3g}") if key in row else None

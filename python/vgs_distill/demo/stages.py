@@ -1,0 +1,72 @@
+"""The three things a worker does with models: train one under supervision, load one, judge one.
+
+Layer: ties cache, models, supervised training and evaluation together. Called by `workers` and by the study in
+`benchmarks/study`, inside worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from vgs_distill.demo.cache import cached_folder, entry_key
+from vgs_distill.demo.evaluate import evaluate
+from vgs_distill.demo.models import build_processor
+from vgs_distill.demo.recipes import DemoRecipe
+from vgs_distill.demo.supervised import Progress, train_supervised
+from vgs_distill.demo.worlds import make_world, to_prompt_dataset
+
+
+def supervised_model(
+    recipe: DemoRecipe,
+    role: str,
+    seed: int,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> tuple[Path, bool]:
+    """The cached folder of the `role` ("teacher" or "student") of a recipe, weights and processor; trained unless it
+    is there, which the second value says."""
+    size, training = (
+        (recipe.teacher_size, recipe.teacher) if role == "teacher" else (recipe.student_size, recipe.student_start)
+    )
+    key = entry_key(
+        f"{recipe.task}-{role}-seed{seed}",
+        {"task": recipe.task, "size": size, "training": training, "seed": seed},
+    )
+
+    def build(folder: Path) -> None:
+        world = make_world(recipe.task)
+        processor = build_processor(world.words)
+        model = train_supervised(world, processor, size, training, seed, progress)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return cached_folder(key, build, say=say)
+
+
+def load(folder: Path) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
+    """A saved model and its processor."""
+    return Qwen3VLForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+def distillation_prompts(recipe: DemoRecipe, seed: int) -> Dataset:
+    """Prompts differ from seed to seed and are the same for all methods of one seed."""
+    distillation = recipe.distillation
+    world = make_world(recipe.task)
+    return to_prompt_dataset(
+        world.training_questions(distillation.prompts, seed, distillation.prior, stream="distillation")
+    )
+
+
+def judge(
+    model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, recipe: DemoRecipe, *, with_image: bool = True
+) -> dict[str, Any]:
+    """`evaluate.Evaluation` on the recipe's evaluation set, as plain data."""
+    evaluation = recipe.evaluation
+    examples = make_world(recipe.task).balanced(evaluation.split, evaluation.examples, evaluation.seed)
+    return asdict(evaluate(model, processor, examples, evaluation, with_image=with_image))
