@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from vgs_distill.demo.progress import make_display
 
 from benchmarks.study import report
 from benchmarks.study.plan import EXPERIMENTS, TASKS, Run
 from benchmarks.study.runs import RECORDS, StudyError, append_record, read_records, work
-from vgs_distill.demo.progress import make_display
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,8 +40,11 @@ def _steered(decomposition: str, gamma: float | str, cap: float | None = None, *
 
 
 _METHODS = (
+    Method("start", "student start"),  # judged as it is
     OPD,
     replace(OPD, name="opd-compute", label="OPD, equal compute"),
+    # Every step's gradient scaled to one norm, as steering's is: tells the split's part of a gain from the scaling's.
+    replace(OPD, name="opd-unit", label="OPD, unit gradients", settings={"max_grad_norm": 1e-3}),
     *(_steered("matched", gamma) for gamma in (0.5, 0.6, 0.7, 0.8, 0.9)),
     _steered("bayes", 0.7),
     _steered("teacher_prior", 0.8, 4.0),
@@ -152,7 +155,7 @@ def tuning(tasks: Sequence[str] = TASKS) -> list[Run]:
 
 def learning_rate(records: Records, task: str, method: str) -> float | None:
     """The rate with the best mean validation accuracy over the tuning seeds; None while the grid is unfinished."""
-    tuned = "opd" if method.startswith("opd") else "matched-0.8"
+    tuned = "matched-0.8" if METHODS[method].steered else "opd"
 
     def score(rate: float) -> float:
         own = [Run(task, "base", tuned, rate, seed, "validation").name for seed in TUNING_SEEDS]
@@ -180,12 +183,12 @@ def _tests(
 
 def main_comparison(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
     """Monolithic distillation against the default, at the same steps and at the same compute."""
-    return _tests(records, tasks, ["base"], ["opd", "matched-0.8", "opd-compute"], SEEDS)
+    return _tests(records, tasks, ["base"], ["opd", "matched-0.8", "opd-compute", "start"], SEEDS)
 
 
 def readings(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The other two readings of the split, each at its recommended gamma and guard."""
-    return _tests(records, tasks, ["base"], ["bayes-0.7", "teacher-prior-0.8-cap4"], SEEDS)
+    """The other two readings of the split, each at its recommended gamma and guard, and OPD with unit gradients."""
+    return _tests(records, tasks, ["base"], ["bayes-0.7", "teacher-prior-0.8-cap4", "opd-unit"], SEEDS)
 
 
 def safety(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
@@ -201,7 +204,9 @@ def provoked(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
 
 def regimes(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
     """Where steering helps and where it does not."""
-    return _tests(records, tasks, [name for name in REGIMES if name != "base"], ["opd", "matched-0.8"], SEEDS[:3])
+    return _tests(
+        records, tasks, [name for name in REGIMES if name != "base"], ["opd", "matched-0.8", "start"], SEEDS[:3]
+    )
 
 
 EXPERIMENTS: Mapping[str, Callable[[Records, Sequence[str]], list[Run]]] = {

@@ -1,9 +1,327 @@
-"""docs/study.md from the records."""
+"""docs/study.md and its plot, from the records.
 
+Prints what the records hold and nothing else: a figure that no record holds is 'not measured'. Layer: called by
+`__main__`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
 from benchmarks import harness
+from benchmarks.study.plan import (
+    EXACT_STEP_COST,
+    LEARNING_RATES,
+    METHODS,
+    REGIMES,
+    SAFETY_GAMMAS,
+    TASKS,
+    TUNED,
+    TUNING_SEEDS,
+    learning_rate,
+)
+from benchmarks.study.statistics import Estimate, estimate, verdict
 
 DOCS = harness.REPOSITORY / "docs"
+PLOT = "study-cosine.svg"
+NOT_MEASURED = "not measured"
+DEFAULT = "matched-0.8"
+ORTHOGONAL = 0.1  # a mean cosine within this of 0 counts as "nearly orthogonal": 84 to 96 degrees
+WINDOW = 10  # steps that a plotted point is the mean of
+
+Record = Mapping[str, Any]
 
 
-def write(records, docs: Path) -> None: ...
+class Study:
+    """The records of judged runs, found by what they are."""
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        self.records = records
+        self._runs: dict[tuple[str, str, str, str], dict[int, Record]] = {}
+        for record in records.values():
+            run = record["run"]
+            rate = learning_rate(records, run["task"], run["method"])
+            if run["split"] == "test" and run["learning_rate"] == rate:
+                key = (run["task"], run["regime"], run["method"], run["split"])
+                self._runs.setdefault(key, {})[run["seed"]] = record
+
+    def runs(self, task: str, method: str, regime: str = "base") -> dict[int, Record]:
+        """Judged on the test split, by seed."""
+        return self._runs.get((task, regime, method, "test"), {})
+
+    def values(
+        self, read: Callable[[Record], float | None], task: str, method: str, regime: str = "base"
+    ) -> list[float]:
+        found = (read(record) for _, record in sorted(self.runs(task, method, regime).items()))
+        return [value for value in found if value is not None]
+
+    def gain(self, task: str, method: str, over: str = "opd", regime: str = "base") -> Estimate | None:
+        """Accuracy of `method` less that of `over`, paired by seed, in points."""
+        own, other = self.runs(task, method, regime), self.runs(task, over, regime)
+        shared = sorted(own.keys() & other.keys())
+        return estimate([100 * (own[s]["accuracy"] - other[s]["accuracy"]) for s in shared]) if shared else None
+
+    def pooled_gain(self, method: str, over: str = "opd") -> Estimate | None:
+        """The same over the pairs of both tasks."""
+        values = [v for task in TASKS if (gain := self.gain(task, method, over)) for v in gain.values]
+        return estimate(values) if values else None
+
+
+def accuracy(record: Record) -> float:
+    return 100 * float(record["accuracy"])
+
+
+def collapsed(record: Record) -> bool:
+    """Worse than guessing fluently: fewer than nine in ten completions have the form of an answer."""
+    return float(record["well_formed"]) < 0.9
+
+
+def mean_cosine(record: Record) -> float | None:
+    return _mean(record, "cosine")
+
+
+def mean_absolute_cosine(record: Record) -> float | None:
+    values = _series(record, "cosine")
+    return statistics.fmean(map(abs, values)) if values else None
+
+
+def norm_ratio(record: Record) -> float | None:
+    """|g_lang| / |g_vis|, the geometric mean over the run."""
+    pairs = zip(record["series"].get("norm_lang", []), record["series"].get("norm_vis", []), strict=True)
+    logs = [math.log(lang / vis) for lang, vis in pairs if lang and vis]
+    return math.exp(statistics.fmean(logs)) if logs else None
+
+
+def _series(record: Record, name: str) -> list[float]:
+    return [value for value in record["series"].get(name, []) if value is not None]
+
+
+def _mean(record: Record, name: str) -> float | None:
+    values = _series(record, name)
+    return statistics.fmean(values) if values else None
+
+
+# ---------------------------------------------------------------------- text
+
+
+def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
+    return "–" if value is None else f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def interval(found: Estimate | None, digits: int = 1) -> str:
+    """Mean [low, high], signed."""
+    if found is None:
+        return NOT_MEASURED
+    mean = number(found.mean, digits, signed=True)
+    if found.low is None:
+        return f"{mean} (no interval from {len(found.values)})"
+    return f"{mean} [{number(found.low, digits, signed=True)}, {number(found.high, digits, signed=True)}]"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    if not values:
+        return NOT_MEASURED
+    mean = number(statistics.fmean(values), digits)
+    return mean if len(values) < 2 else f"{mean} ± {number(statistics.stdev(values), digits)}"
+
+
+INTRODUCTION = """# Study
+
+Generated by `python -m benchmarks.study` from `benchmarks/records/study.jsonl`; do not edit. The command runs what is
+not on record yet; it can be interrupted at any time.
+
+The tasks, models and recipes are those of [the demo](index.md): half a million parameters, synthetic pictures, one
+teacher per task. Accuracy is that of greedy free generation on 768 balanced held-out questions, in percent. Runs of one
+seed start from the same student and meet the same prompts; differences are paired by seed, with 95 % intervals of the
+bias-corrected bootstrap over seeds. "Equal compute" gives OPD {cost:g} times the steps, what an exact step costs
+against a monolithic one here.
+"""
+
+
+def build(records: Mapping[str, Record], plot: str | None) -> str:
+    """The whole page. `plot` is the link to the picture of the cosines, None without one."""
+    study = Study(records)
+    parts = [
+        INTRODUCTION.format(cost=EXACT_STEP_COST),
+        f"## The paper's claims\n\n{_claims(study)}",
+        f"## Main comparison\n\n{_main(study)}",
+        f"## γ, and whether the default collapses\n\n{_safety(study)}",
+        f"## Regimes\n\n{_regimes(study)}",
+        f"## Cosine of the two gradients\n\n{_cosines(study)}",
+        f"![cosine of the language and the visual gradient over training]({plot})" if plot else NOT_MEASURED,
+        f"## Tuning\n\n{_tuning(study)}",
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _claims(study: Study) -> str:
+    rows = []
+    for method in ("bayes-0.7", DEFAULT, "teacher-prior-0.8-cap4"):
+        for task in TASKS:
+            values = study.values(mean_cosine, task, method)
+            found = estimate(values) if values else None
+            near = found is not None and found.above(-ORTHOGONAL) and found.below(ORTHOGONAL)
+            far = found is not None and (found.above(ORTHOGONAL) or found.below(-ORTHOGONAL))
+            what = f"the gradients are nearly orthogonal: {METHODS[method].label}, {task}"
+            rows.append([what, f"mean cosine {interval(found, 2)}", verdict(near, far)])
+    for over, label in (("opd", "OPD"), ("opd-compute", "OPD at equal compute"), ("matched-0.5", "γ 0.5")):
+        for task in (*TASKS, None):
+            gain = study.pooled_gain(DEFAULT, over) if task is None else study.gain(task, DEFAULT, over)
+            what = f"steering towards vision beats {label}: {METHODS[DEFAULT].label}, {task or 'both tasks'}"
+            seeds = "" if gain is None else f", {sum(v > 0 for v in gain.values)} of {len(gain.values)} up"
+            said = verdict(gain is not None and gain.above(0), gain is not None and gain.below(0))
+            rows.append([what, f"{interval(gain)} points{seeds}" if gain else NOT_MEASURED, said])
+    for task in TASKS:
+        values = study.values(norm_ratio, task, DEFAULT)
+        found = estimate([math.log(value) for value in values]) if values else None
+        text = NOT_MEASURED
+        if found is not None and found.low is not None and found.high is not None:
+            low, mean, high = (math.exp(x) for x in (found.low, found.mean, found.high))
+            text = f"norm ratio {mean:.2f} [{low:.2f}, {high:.2f}]"
+        said = verdict(found is not None and found.above(0), found is not None and found.below(0))
+        rows.append([f"the language gradient outweighs the visual one: {METHODS[DEFAULT].label}, {task}", text, said])
+    return harness.markdown_table(["claim", "here", "verdict"], rows) + (
+        f'\n\n"Nearly orthogonal" is taken as a mean cosine within ±{ORTHOGONAL:g}.'
+    )
+
+
+def _main(study: Study) -> str:
+    tables = []
+    for task in TASKS:
+        rows = []
+        for name, method in METHODS.items():
+            values = study.values(accuracy, task, name)
+            if not values:
+                continue
+            gain = None if name == "opd" else study.gain(task, name)
+            up = "" if gain is None else f"{sum(v > 0 for v in gain.values)} of {len(gain.values)}"
+            runs = study.runs(task, name).values()
+            rows.append(
+                [
+                    method.label,
+                    str(len(values)),
+                    spread(values),
+                    "" if gain is None else interval(gain),
+                    up,
+                    number(100 * statistics.fmean(r["against_prior"] for r in runs)),
+                    number(100 * statistics.fmean(r["without_image"] for r in runs)),
+                    str(sum(map(collapsed, runs))),
+                ]
+            )
+        header = ["method", "seeds", "accuracy", "over OPD", "up", "against prior", "no image", "collapsed"]
+        tables.append(f"### {task.capitalize()}\n\n" + (harness.markdown_table(header, rows) if rows else NOT_MEASURED))
+    return "\n\n".join(tables)
+
+
+def _safety(study: Study) -> str:
+    rows, runs, fallen = [], 0, 0
+    for gamma in sorted({*SAFETY_GAMMAS, 0.8}):
+        name = f"matched-{gamma}"
+        cells = [f"{gamma:g}"]
+        for task in TASKS:
+            found = study.runs(task, name)
+            runs, fallen = runs + len(found), fallen + sum(map(collapsed, found.values()))
+            cells += [spread(study.values(accuracy, task, name)), interval(study.gain(task, name)) if found else ""]
+        rows.append(cells)
+    header = ["γ of `matched`", *(text for task in TASKS for text in (task, f"{task}, over OPD"))]
+    return (
+        f"Collapsed: {fallen} of {runs} runs of `matched` with γ from 0.5 to 0.9 (fewer than nine in ten completions "
+        "well formed at the end).\n\n" + harness.markdown_table(header, rows)
+    )
+
+
+def _regimes(study: Study) -> str:
+    rows = []
+    for name, regime in REGIMES.items():
+        for task in TASKS:
+            opd, own = study.values(accuracy, task, "opd", name), study.values(accuracy, task, DEFAULT, name)
+            if not own:
+                continue
+            ratios = study.values(norm_ratio, task, DEFAULT, name)
+            start = study.values(accuracy, task, "start", name)
+            rows.append(
+                [
+                    f"{regime.label}; {task}",
+                    str(len(own)),
+                    spread(start) if start else "–",
+                    spread(opd),
+                    spread(own),
+                    interval(study.gain(task, DEFAULT, regime=name)),
+                    number(statistics.fmean(ratios), 2) if ratios else "–",
+                ]
+            )
+    header = ["regime", "seeds", "start", "OPD", METHODS[DEFAULT].label, "gain", "\\|g_lang\\| / \\|g_vis\\|"]
+    return harness.markdown_table(header, rows) if rows else NOT_MEASURED
+
+
+def _cosines(study: Study) -> str:
+    rows = []
+    for regime in REGIMES:
+        for name, method in METHODS.items():
+            for task in TASKS:
+                means = study.values(mean_cosine, task, name, regime)
+                if means:
+                    absolute = study.values(mean_absolute_cosine, task, name, regime)
+                    rows.append([method.label, regime, task, spread(means, 2), number(statistics.fmean(absolute), 2)])
+    header = ["method", "regime", "task", "mean cosine", "mean of its absolute value"]
+    return harness.markdown_table(header, rows) if rows else NOT_MEASURED
+
+
+def _tuning(study: Study) -> str:
+    rows = []
+    for task in TASKS:
+        for method in TUNED:
+            chosen = learning_rate(study.records, task, method)
+            cells = []
+            for rate in LEARNING_RATES:
+                names = [f"{task}/base/{method}/{rate:g}/seed{seed}/validation" for seed in TUNING_SEEDS]
+                values = [accuracy(study.records[name]) for name in names if name in study.records]
+                text = spread(values)
+                cells.append(f"**{text}**" if rate == chosen else text)
+            rows.append([f"{METHODS[method].label}, {task}", *cells])
+    header = ["validation accuracy at learning rate", *(f"{rate:g}" for rate in LEARNING_RATES)]
+    return (
+        f"Accuracy on the validation split, seeds {', '.join(map(str, TUNING_SEEDS))}, which no comparison uses. The "
+        "best rate of each row is the one that its method is judged with; every steered method takes that of "
+        f"{METHODS[DEFAULT].label}, every OPD that of OPD.\n\n" + harness.markdown_table(header, rows)
+    )
+
+
+def plot_cosines(study: Study, path: Path) -> bool:
+    """One panel per task and regime, one line per split: the mean over seeds of windows of steps."""
+    panels = []
+    for regime in REGIMES:
+        for task in TASKS:
+            lines = {
+                method.label: _windows(
+                    [_series(record, "cosine") for record in study.runs(task, name, regime).values()]
+                )
+                for name, method in METHODS.items()
+                if name in ("bayes-0.7", DEFAULT, "teacher-prior-0.8-cap4") and study.runs(task, name, regime)
+            }
+            if lines:
+                panels.append((f"step ({task}, {regime})", "cosine", lines))
+    if panels:
+        harness.plot_lines(path, panels, columns=min(4, len(panels)), scale="linear")
+    return bool(panels)
+
+
+def _windows(runs: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    shortest = min(map(len, runs))
+    return [
+        (start + WINDOW / 2, statistics.fmean(value for run in runs for value in run[start : start + WINDOW]))
+        for start in range(0, shortest - WINDOW + 1, WINDOW)
+    ]
+
+
+def write(records: Mapping[str, Record], docs: Path) -> None:
+    docs.mkdir(parents=True, exist_ok=True)
+    study = Study(records)
+    drawn = plot_cosines(study, docs / PLOT)
+    page = docs / "study.md"
+    page.write_text(build(records, PLOT if drawn else None))
+    print(f"{page}: {len(records)} runs")

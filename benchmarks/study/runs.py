@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
-from benchmarks.study.plan import METHODS, Run
 from vgs_distill.demo.progress import Display
 from vgs_distill.demo.workers import (
     Failed,
@@ -26,6 +24,9 @@ from vgs_distill.demo.workers import (
     progress_reporter,
     with_news,
 )
+
+from benchmarks import harness
+from benchmarks.study.plan import METHODS, Run
 
 RECORDS = harness.RECORDS / "study.jsonl"
 SERIES = {
@@ -119,7 +120,7 @@ def _take(worker: Worker[Run], keep: Callable[[dict[str, Any]], None], display: 
 def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
     """Distil and judge one student; the record of it. Runs inside a worker."""
     from vgs_distill.demo import stages
-    from vgs_distill.demo.distillation import distill
+    from vgs_distill.demo.distillation import History, distill
 
     def say(message: str) -> None:
         send(Said(run.name, message))
@@ -128,13 +129,15 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
     progress = progress_reporter(run.name, send)
     teacher, _ = stages.load(stages.supervised_model(recipe, "teacher", recipe.teacher_seed, progress, say)[0])
     student, processor = stages.load(stages.supervised_model(recipe, "student", run.seed, progress, say)[0])
-    prompts = stages.distillation_prompts(recipe, run.seed)
+    history: History = []
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        history = distill(
-            student, teacher, processor, prompts, recipe.distillation, METHODS[run.method], run.seed, Path(scratch),
-            progress,
-        )  # fmt: skip
+    if run.method != "start":
+        prompts = stages.distillation_prompts(recipe, run.seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            history = distill(
+                student, teacher, processor, prompts, recipe.distillation, METHODS[run.method], run.seed,
+                Path(scratch), progress,
+            )  # fmt: skip
     seconds = time.perf_counter() - began
     seen, blind = (stages.judge(student, processor, recipe, with_image=flag) for flag in (True, False))
     return {
@@ -147,7 +150,7 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
         "without_image": blind["accuracy"],
         "seconds": round(seconds, 1),
         "commit": harness.environment()["commit"],
-        "series": {name: list(_series(history, key)) for name, key in SERIES.items() if key in history[-1]},
+        "series": {name: list(_series(history, key)) for name, key in SERIES.items() if history and key in history[-1]},
     }
 
 

@@ -93,7 +93,7 @@ def distill(
     `seed` sets the order of the prompts and the sampling; every method of a seed meets the same prompts in the same
     order. `scratch` is where the trainer may put its own files; nothing of interest is left there.
     """
-    steering: dict[str, Any] = {"steering": "none"}
+    steering: dict[str, Any] = {"steering": "none", **method.settings}
     if method.steered:
         steering = {
             "steering": method.steering,
