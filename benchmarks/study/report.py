@@ -34,6 +34,7 @@ ORTHOGONAL = 0.1  # a mean cosine within this of 0 counts as "nearly orthogonal"
 WINDOW = 10  # steps that a plotted point is the mean of
 
 Record = Mapping[str, Any]
+Reading = Callable[[Record], float | None]
 
 
 class Study:
@@ -296,13 +297,10 @@ def plot_cosines(study: Study, path: Path) -> bool:
     panels = []
     for regime in REGIMES:
         for task in TASKS:
-            lines = {
-                method.label: _windows(
-                    [_series(record, "cosine") for record in study.runs(task, name, regime).values()]
-                )
-                for name, method in METHODS.items()
-                if name in ("bayes-0.7", DEFAULT, "teacher-prior-0.8-cap4") and study.runs(task, name, regime)
-            }
+            lines = {}
+            for name in ("bayes-0.7", DEFAULT, "teacher-prior-0.8-cap4"):
+                if runs := study.runs(task, name, regime).values():
+                    lines[METHODS[name].label] = _windows([_series(record, "cosine") for record in runs])
             if lines:
                 panels.append((f"step ({task}, {regime})", "cosine", lines))
     if panels:

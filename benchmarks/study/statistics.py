@@ -17,7 +17,7 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its interval: the bias-corrected and accelerated bootstrap over seeds. None: fewer than three seeds."""
+    """A mean and its interval, the bias-corrected and accelerated bootstrap; None from fewer than three values."""
 
     values: tuple[float, ...]
     low: float | None
