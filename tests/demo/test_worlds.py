@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from vgs_distill.demo.digits import CORNERS, PREFERRED_DIGIT, handwriting
+from vgs_distill.demo.evaluate import read_answer
 from vgs_distill.demo.shapes import PREFERRED_COLOR
 from vgs_distill.demo.worlds import (
     CAPTION,
@@ -66,6 +68,36 @@ def test_handwriting_of_the_test_set_is_never_trained_on(digits):
     assert len(seen) > 1000
     assert len(tested) > 300
     assert not seen & tested
+
+
+def test_validation_reads_nothing_of_the_test_set(world):
+    validation, test = (world.balanced(split, 60, 999) for split in ("validation", "test"))
+    assert not {example.image.tobytes() for example in validation} & {example.image.tobytes() for example in test}
+    assert Counter(example.question_type for example in validation) == Counter(
+        example.question_type for example in test
+    )
+    if world.name == "digits":
+        held_out = set(np.concatenate(handwriting().held_out))
+        assert not held_out & {placed.scan for example in validation for placed in example.scene}
+
+
+@pytest.mark.parametrize("style", ["plain", "terse", "verbose"])
+def test_every_style_gives_the_same_answer_in_known_words(world, style):
+    for example in world.training_questions(30, 1, prior=0.5) + world.captions(5, 1):
+        said = world.in_style(example, style)
+        assert set(said.completion.split()) <= set(world.words)
+        assert replace(said, completion=example.completion) == example
+        if example.answer:
+            assert read_answer(said.completion, finished=True) == example.answer
+        assert (said.completion == example.completion) == (style == "plain" or not example.answer)
+        assert said.completion.endswith(example.completion) == (style != "terse" or not example.answer)
+
+
+def test_an_unknown_split_or_style_is_refused(digits):
+    with pytest.raises(ValueError, match="validation, test"):
+        digits.balanced("questions", 3, 0)
+    with pytest.raises(ValueError, match="plain, terse, verbose"):
+        digits.in_style(digits.balanced("test", 1, 0)[0], "rude")
 
 
 def test_the_handwriting_split_covers_every_digit_and_shares_nothing():

@@ -104,6 +104,8 @@ class World(ABC):
         that choosing a setting by it leaves the test set unread. Any leading part of the list is balanced too, so a
         shorter evaluation is the head of a longer one.
         """
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
         generator = self._generator(split, seed)
         examples = []
         for index in range(count):
@@ -118,6 +120,8 @@ class World(ABC):
     def in_style(self, example: Example, style: str) -> Example:
         """The same example with its completion said otherwise: "terse" leaves the reasoning out, "verbose" opens with
         a phrase said three times. Captions have no answer and stay as they are."""
+        if style not in STYLES:
+            raise ValueError(f"there is no style {style!r}; choose one of {', '.join(STYLES)}")
         if style == "plain" or ANSWER_MARK not in example.completion:
             return example
         answer = f"{ANSWER_MARK} {example.answer}"
