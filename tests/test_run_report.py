@@ -38,6 +38,9 @@ def metrics(step: int) -> dict[str, float]:
         "gradient/norm_vis": 3.0,
         "steering/gamma": 0.8,
         "steering/weight_ratio": 4 + step / 13,
+        "runaway/divergence_growth": 1 + step / 50,
+        "runaway/weight_growth": 1 + step / 40,
+        "runaway/alarm": float(step > 57),
         "time/rollout": 0.25,
         "time/teacher": 0.125,
         "time/student": 0.5,
@@ -133,6 +136,12 @@ def test_the_numbers_are_those_of_the_log(run_dir: Path) -> None:
     assert "student writes 0.250 s" in text
     assert "everything else 1.115 s" in text
     assert "teacher 0.062 s, student 0.200 s" in text
+
+
+def test_a_runaway_is_shown(run_dir: Path) -> None:
+    assert re.search(r"step 58\s*ran away from its teacher\s*alarm", page_of(run_dir).text)
+    write(run_dir, [record for record in records_of(run_dir) if record["step"] <= 57])
+    assert "ran away" not in page_of(run_dir).text
 
 
 def test_charts_draw_the_values_of_the_log(run_dir: Path) -> None:

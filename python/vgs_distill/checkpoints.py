@@ -38,6 +38,7 @@ _SAME_RUN = (
     "gamma_start",
     "gamma_schedule",
     "max_weight_ratio",
+    "runaway_action",
     "refresh_every",
     "refresh_drift",
     "temperature",

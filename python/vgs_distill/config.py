@@ -17,6 +17,7 @@ from vgs_kernels.types import DECOMPOSITIONS
 STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
 GAMMA_SCHEDULES = ("constant", "linear", "cosine")
+RUNAWAY_ACTIONS = ("fallback", "warn", "stop", "none")
 OFFLOAD = "offload"
 
 
@@ -49,6 +50,10 @@ class VGSConfig(DistillationConfig):
             ``"attention"``: image tokens stay, but nothing attends to them.
         max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
             training stops.
+        runaway_action: What happens, with steering, when the student runs away from its teacher
+            (`vgs_distill.runaway`): ``"fallback"`` warns and lowers gamma to at most 0.5 and the weight ratio to at
+            most 1 for the rest of the run; ``"warn"`` warns only; ``"stop"`` saves a checkpoint and ends training in
+            `TrainingStopped`; ``"none"`` does not watch.
         teacher_device: Where the teacher runs: None for beside the student, a device such as ``"cuda:1"`` or ``"cpu"``,
             or ``"offload"`` to keep its weights in CPU memory and bring them to the student's device layer by layer.
         pack_teacher: Run both views of the teacher in one batch. None decides: yes where it wastes no padding (masks
@@ -99,6 +104,10 @@ class VGSConfig(DistillationConfig):
     max_skipped_steps: int = field(
         default=8, metadata={"help": "Updates skipped in a row, for what is not finite, before training stops."}
     )
+    runaway_action: str = field(
+        default="fallback",
+        metadata={"help": "When the student runs away from its teacher: 'fallback', 'warn', 'stop' or 'none'."},
+    )
     teacher_device: str | None = field(
         default=None,
         metadata={"help": "Where the teacher runs: beside the student, a device, or 'offload' for weights on the CPU."},
@@ -133,6 +142,7 @@ class VGSConfig(DistillationConfig):
             ("gamma_schedule", GAMMA_SCHEDULES),
             ("image_mask", IMAGE_MASKS),
             ("steering_scale", SCALES),
+            ("runaway_action", RUNAWAY_ACTIONS),
         ):
             value = getattr(self, name)
             if value not in choices:

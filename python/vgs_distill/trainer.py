@@ -52,6 +52,7 @@ from .nonfinite import SkippedUpdates, describe_rows, describe_step
 from .output_dir import check_output_dir
 from .proxy import GradientProxy
 from .recording import RunRecorder
+from .runaway import RunawayMonitor
 from .sampler import EpochOrder
 from .schedule import gamma_at
 from .steering import (
@@ -120,11 +121,14 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     * ``steering/weight_ratio``: weight of the visual gradient over that of the language gradient
     * ``steering/refreshed`` and, at a refresh of ``"amortized"``, ``steering/predicted_weight_ratio``,
       ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between predicted and measured update
+    * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``: what `runaway.RunawayMonitor`
+      goes by; ``runaway/alarm``: 1 from its alarm on
     * ``time/rollout``, ``time/teacher``, ``time/student`` (forward and backward), ``time/steering``: seconds; and of
       the forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of teacher and student
 
     A loss that is not finite (the student puts mass where a teacher has none) or a gradient that is not skips the
     update of its step, named in a warning; `max_skipped_steps` of them in a row end training with `TrainingStopped`.
+    A student that runs away from its teacher is met as `runaway_action` says.
 
     Raises:
         ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
@@ -199,6 +203,10 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self._sums: Tensor | None = None  # of MicroBatchLoss.sums, over the micro-batches of a step
         self._skipped = SkippedUpdates(args.max_skipped_steps)
         self._skip_update = False  # the same on all processes
+        self._runaway = RunawayMonitor(args.runaway_action)
+        self.add_callback(self._runaway)
+        self._weight_ratio = torch.tensor(math.nan)  # of the last update
+        self._cut_off = math.nan  # share of the last rollouts without an end
         self._interruption = Interruption()
         self.add_callback(self._interruption)
         self._recorder = RunRecorder(args, self.model, self.teacher_model)
@@ -230,7 +238,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     def _make_plan(self) -> _StepPlan:
         """Decide, before the first micro-batch of a step, how the step gets its gradient."""
         gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
-        policy = VisualGradientSteering(gamma, self.args.max_weight_ratio, self.args.steering_scale)
+        gamma, max_weight_ratio = self._runaway.bounded(gamma, self.args.max_weight_ratio)
+        policy = VisualGradientSteering(gamma, max_weight_ratio, self.args.steering_scale)
         if self._gradients is None:
             # Not in __init__: sharding replaces the parameters when the Trainer prepares the model.
             self._gradients = GradientPair(self.model.parameters())
@@ -374,6 +383,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if self.args.steering != "none" and self.args.image_mask == "drop" and "pixel_values" in output:
             output |= self._text_prompts(inputs, output["prompt_ids"], output["prompt_mask"])
         if self._training:
+            self._cut_off = self._metrics["train"]["completions/clipped_ratio"][-1]
             self._recorder.mark_examples(self.state.global_step + 1, output, inputs)
         return output
 
@@ -454,7 +464,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         elif self._predictor is not None:
             self._predictor.observe(plan.proxy_squares())
         assert weights is not None
-        metrics["steering/weight_ratio"] = weight_ratio(weights)
+        metrics["steering/weight_ratio"] = self._weight_ratio = weight_ratio(weights)
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
@@ -499,20 +509,31 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     # ------------------------------------------------------------------ interruptions
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As TRL's, with `AtomicCheckpoints`; SIGTERM and SIGINT save a checkpoint and end it in `SystemExit`."""
+        """As TRL's, with `AtomicCheckpoints`; SIGTERM and SIGINT save a checkpoint and end it in `SystemExit`.
+
+        Raises:
+            TrainingStopped: too many updates in a row were skipped, the disk refused a checkpoint, or the student ran
+                away from its teacher and `runaway_action` is ``"stop"``.
+        """
         with self._interruption:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._runaway.stop_if_asked()
+        return output
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
             "predictor": None if self._predictor is None else self._predictor.state_dict(),
             "skipped_in_a_row": self._skipped.in_a_row,
+            "runaway": self._runaway.state_dict(),
+            "weight_ratio": self._weight_ratio.item(),
         }
 
     def _restore_checkpoint_state(self, state: dict[str, Any]) -> None:
         if self._predictor is not None:
             self._predictor.load_state_dict(state["predictor"], self.accelerator.device)
         self._skipped.in_a_row = state["skipped_in_a_row"]
+        self._runaway.load_state_dict(state["runaway"])
+        self._weight_ratio = torch.tensor(state["weight_ratio"])
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochOrder:
         sampler: Any = super()._get_train_sampler(dataset)
@@ -543,12 +564,17 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self._sums = sums if self._sums is None else self._sums + sums
         if self._training and not self.accelerator.sync_gradients:
             return
-        full, lang, vis, entropy, tokens, bad_tokens = sum_over_processes(self._sums).unbind()
+        sums = sum_over_processes(self._sums)
         self._sums = None
-        self._skip_update = self._training and bool(bad_tokens > 0)
-        metrics = self._metrics[self._mode]
-        for name, total in (("loss/full", full), ("loss/lang", lang), ("loss/vis", vis), ("entropy", entropy)):
-            metrics[name].append(total / tokens.clamp(min=1))
+        # The one wait for the device before the backward pass.
+        *totals, tokens, bad_tokens, ratio = torch.cat([sums, self._weight_ratio.to(sums).reshape(1)]).tolist()
+        means = [total / max(tokens, 1.0) for total in totals]
+        values = dict(zip(("loss/full", "loss/lang", "loss/vis", "entropy"), means, strict=True))
+        if self._training:
+            self._skip_update = bad_tokens > 0
+            values |= self._runaway.observe(self.state.global_step + 1, values["loss/full"], ratio, self._cut_off)
+        for name, value in values.items():
+            self._metrics[self._mode][name].append(value)
 
     def _record_completions(self, inputs: dict[str, Any], contribution: Tensor | None) -> None:
         self._recorder.record_completions(self.state.global_step + 1, inputs, contribution, self._tokenizer)

@@ -122,6 +122,9 @@ def _tiles(log: RunLog) -> list[dict[str, str]]:
         tiles.append(
             {"label": "weight, visual : language", "value": number(ratio[-1][1]), "note": f"at most {number(highest)}"}
         )
+    alarms = [step for step, value in log.line("runaway/alarm") if value > 0]
+    if alarms:
+        tiles.append({"label": "ran away from its teacher", "value": f"step {alarms[0]}", "note": "alarm"})
     seconds = _seconds_per_step(log)
     if seconds is not None:
         tiles.append({"label": "seconds per step", "value": number(seconds), "note": "wall clock, all included"})
@@ -201,6 +204,16 @@ def _gradient_figures(log: RunLog, window: int) -> list[dict[str, Any]]:
             "Weight of the visual gradient over that of the language gradient (logarithmic scale); a ratio that keeps "
             "growing is the sign of a run about to collapse.",
             [line("ratio", "ink", "steering/weight_ratio")],
+            logarithmic=True,
+        ),
+        *_figure(
+            "Signs of a runaway",
+            "KL to the teacher and weight ratio, each over its lowest level so far (logarithmic scale); the alarm is "
+            "raised where both double.",
+            [
+                Series("KL", "ink", log.line("runaway/divergence_growth")),
+                Series("weight ratio", "vis", log.line("runaway/weight_growth"), dashed=True),
+            ],
             logarithmic=True,
         ),
         *_figure(
