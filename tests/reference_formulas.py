@@ -11,11 +11,19 @@ from torch import Tensor
 DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
 
 
-def transformed(logits: Tensor, scale: float, softcap: float | None, temperature: float, vocab_size: int) -> Tensor:
+def log_probs(
+    logits: Tensor,  # (tokens, >= vocab)
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
     z = logits[..., :vocab_size] * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    return z / temperature
+    found = (z / temperature).log_softmax(-1)
+    return found if smoothing == 0 else ((1 - smoothing) * found.exp() + smoothing / z.shape[-1]).log()
 
 
 def textbook(
@@ -31,22 +39,38 @@ def textbook(
     teacher_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    teacher_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """lang, vis, full and entropy per token, differentiable by plain autograd, for finite logits."""
-    vocab_size = vocab_size or student.shape[-1]
-    lp = transformed(student, student_scale, student_softcap, temperature, vocab_size).log_softmax(-1)
-    lq = transformed(teacher, teacher_scale, teacher_softcap, temperature, vocab_size).log_softmax(-1)
-    lr = transformed(masked_teacher, teacher_scale, teacher_softcap, temperature, vocab_size).log_softmax(-1)
+    of_student = student_scale, student_softcap, temperature, vocab_size
+    of_teacher = teacher_scale, teacher_softcap, temperature, vocab_size, teacher_smoothing
+    lp = log_probs(student, *of_student)
+    lq, lr = (log_probs(logits, *of_teacher) for logits in (teacher, masked_teacher))
     p = lp.exp()
     full = (p * (lp - lq)).sum(-1)
     entropy = -(p * lp).sum(-1)
     if decomposition == "teacher_prior":
         return {"lang": (p * (lp - lr)).sum(-1), "vis": (p * (lr - lq)).sum(-1), "full": full, "entropy": entropy}
     assert masked_student is not None
-    l0 = transformed(masked_student, student_scale, student_softcap, temperature, vocab_size).log_softmax(-1)
+    l0 = log_probs(masked_student, *of_student)
     lang = (l0.exp() * (l0 - lr)).sum(-1)
     vis = full if decomposition == "matched" else (p * ((lp - l0.detach()) - (lq - lr))).sum(-1)
     return {"lang": lang, "vis": vis, "full": full, "entropy": entropy}
+
+
+def visual_weights(
+    log_q: Tensor,  # (tokens, vocab)
+    log_r: Tensor,  # (tokens, vocab)
+    sampled: Tensor,  # (tokens,)
+    token_steering: float,
+    plausibility: float,
+) -> Tensor:
+    """1 + s (1 - min(q, r) / max(q, r)) at the sampled token; 0 where it is implausible to both teachers. (tokens,)"""
+    q, r = log_q.exp(), log_r.exp()
+    q_sampled, r_sampled = (t.gather(1, sampled[:, None]).squeeze(1) for t in (q, r))
+    ratio = torch.minimum(q_sampled, r_sampled) / torch.maximum(q_sampled, r_sampled)
+    implausible = (q_sampled < plausibility * q.amax(-1)) & (r_sampled < plausibility * r.amax(-1))
+    return torch.where(implausible, 0.0, 1 + token_steering * (1 - ratio))
 
 
 def streams(

@@ -18,6 +18,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0.7},
     {"temperature": 2.5, "student_scale": 1.7, "teacher_scale": 0.6},
     {"student_softcap": 3.0, "teacher_softcap": 5.0, "temperature": 1.3},
+    {"teacher_smoothing": 0.1, "teacher_scale": 0.6, "teacher_softcap": 5.0, "temperature": 1.3},
 ]
 
 

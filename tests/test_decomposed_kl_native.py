@@ -256,7 +256,7 @@ def test_row_offsets_past_two_to_the_31() -> None:
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
     values, statistics = native.divergences(student, small[1], small[2], None, transform)
-    coefficients = reference.component_coefficients("teacher_prior", torch.ones(rows))[1]
+    coefficients = reference.component_coefficients("teacher_prior", torch.ones(rows), torch.ones(rows))[1]
     native.logit_gradients(
         student, small[1], small[2], None, values, statistics, coefficients, transform, out_student=student
     )

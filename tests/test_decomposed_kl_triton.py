@@ -29,6 +29,7 @@ from tests.triton_support import interpreter  # noqa: E402
 from vgs_kernels import BackendUnavailableError, backend, decomposed_kl  # noqa: E402
 from vgs_kernels.decomposed_kl import reference  # noqa: E402
 from vgs_kernels.decomposed_kl import triton as kernels  # noqa: E402
+from vgs_kernels.linear_decomposed_kl.visual_weights import SampledTokens  # noqa: E402
 from vgs_kernels.types import LogitTransform  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -127,7 +128,7 @@ def assert_close(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
 
 
 def check(streams: list[Any], settings: LogitTransform, out_dtype: torch.dtype | None = None) -> None:
-    """Values, normalisers, gradients, second gradient and Gramian of one problem."""
+    """Values, gradients, second gradient, Gramian and what normalisers follow from the statistics, of one problem."""
     tokens, device = streams[0].shape[0], streams[0].device
     generator = torch.Generator().manual_seed(5)
     coefficients = torch.randn(tokens, 5, generator=generator).to(device)
@@ -149,9 +150,11 @@ def check(streams: list[Any], settings: LogitTransform, out_dtype: torch.dtype |
                 *inputs, values, statistics, weights, settings, out_student=outs[0], out_masked_student=outs[3],
                 second_coefficients=seconds, out_second=out_second, row_gramian=gramian,
             )  # fmt: skip
-        found = [values, outs[0], gramian]
+        sampled = torch.arange(tokens, device=device) * 7 % settings.vocab_size
+        contribution = SampledTokens(sampled, inputs[1], inputs[2], values, statistics, settings).contribution
+        found = [values, outs[0], gramian, contribution[:, None]]
         results.append(found + [out for out in (outs[3], out_second) if out is not None])
-    names = ("values", "student gradient", "Gramian", "other gradient")
+    names = ("values", "student gradient", "Gramian", "log q - log r", "other gradient")
     for name, ours, plain, exact in zip(names, *results, strict=True):
         assert_close(ours, plain, exact, f"{settings.decomposition} {name}")
 

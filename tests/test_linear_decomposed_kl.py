@@ -66,7 +66,7 @@ class Problem:
             **options,
         )
 
-    def textbook(self, temperature: float = 1.0, vocab_size: int | None = None) -> dict[str, Tensor]:
+    def textbook(self, visual_weights: Tensor | float = 1.0, **options: Any) -> dict[str, Tensor]:
         """lang and vis, weighted sums."""
 
         def logits(hidden: Tensor | None, head: LMHead) -> Tensor | None:
@@ -83,11 +83,11 @@ class Problem:
         assert teacher is not None
         assert masked_teacher is not None
         parts = textbook(
-            student, teacher, masked_teacher, masked, self.decomposition,
-            temperature=temperature, vocab_size=vocab_size,
+            student, teacher, masked_teacher, masked, self.decomposition, **options,
             student_scale=self.head.logit_scale, teacher_scale=self.teacher_head.logit_scale,
             student_softcap=self.head.softcap, teacher_softcap=self.teacher_head.softcap,
         )  # fmt: skip
+        parts["vis"] = parts["vis"] * visual_weights
         weights = self.token_weights
         return {name: (part if weights is None else part * weights).sum() for name, part in parts.items()}
 
@@ -417,10 +417,10 @@ def test_opcheck(decomposition: str, combined: bool, chosen: str) -> None:
     weight, bias = problem.weight.detach(), problem.bias.detach()
     inputs = (problem.hidden.detach(), masked, problem.teacher_hidden, problem.masked_teacher_hidden)
     grads = (torch.zeros_like(weight), torch.zeros_like(bias)) if combined else (None, None)
-    settings = (True, True, True, 3, 0.0, decomposition, 9, 1.0, 1.0, 1.0, 0.0, 0.0, chosen)
+    settings = (True, True, True, 3, 0.0, 2.0, 0.1, 0.1, decomposition, 9, 1.0, 1.0, 1.0, 0.0, 0.0, chosen)
     arguments = (
         *inputs, weight, bias, problem.teacher_head.weight, None, problem.token_weights,
-        torch.ones(2) if combined else None, *grads, *settings,
+        torch.rand(4) if combined else None, torch.arange(4), torch.ones(2) if combined else None, *grads, *settings,
     )  # fmt: skip
     torch.library.opcheck(op.linear_decomposed_kl, arguments)
     results = op.linear_decomposed_kl(*arguments)
@@ -430,7 +430,7 @@ def test_opcheck(decomposition: str, combined: bool, chosen: str) -> None:
         problem.masked_hidden,
         problem.weight,
         problem.bias,
-        *results[5:],
+        *results[7:],
         combined,
     )
     torch.library.opcheck(op.attach_gradients, attached)

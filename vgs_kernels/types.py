@@ -35,12 +35,17 @@ class HiddenGradients(NamedTuple):
 
 
 class LinearDecomposedKL(NamedTuple):
-    """What `vgs_kernels.linear_decomposed_kl` returns; sums over tokens, in nats."""
+    """What `vgs_kernels.linear_decomposed_kl` returns; sums over tokens, in nats.
+
+    What belongs to tokens, of shape `(tokens,)`, is detached and 0 where the token weight is 0.
+    """
 
     lang: Tensor  # (), token-weighted sum, differentiable unless `objective` is given
     vis: Tensor  # (), token-weighted sum, differentiable unless `objective` is given
     objective: Tensor | None  # (), steering_weights[0] * lang + steering_weights[1] * vis; None without them
-    tokens: DecomposedKL  # per token, unweighted, detached; 0 where the token weight is 0
+    tokens: DecomposedKL  # per token, unweighted
+    visual_weights: Tensor  # (tokens,), what vis weighs each token by, beside the token weight
+    contribution: Tensor | None  # (tokens,), log q - log r of the sampled tokens, in nats; None without them
     logit_gramian: Tensor  # (2, 2), of the token-weighted logit gradients of lang and vis; detached
     hidden_gradients: HiddenGradients  # those that `backward` scales: read them, do not write to them
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from ..types import DECOMPOSITIONS, DecomposedKL
+from ..types import DECOMPOSITIONS, DecomposedKL, LogitTransform
 from . import op
 from .reference import ENTROPY, FULL, MASKED, PRIOR, SHIFT, USES_MASKED_STUDENT
+from .smoothing import smooth_, smoothed
 
 
 def decomposed_kl(
@@ -29,6 +30,7 @@ def decomposed_kl(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    teacher_smoothing: float = 0.0,
     backend: str | None = None,
 ) -> DecomposedKL:
     r"""Reverse KL divergence of a student from its teacher, per token, split into a language and a visual part.
@@ -60,6 +62,9 @@ def decomposed_kl(
         teacher_logit_scale: Multiplier of the teacher's logits, before the soft cap.
         student_softcap: If given, the student's logits become ``cap * tanh(logits / cap)``.
         teacher_softcap: The same for the teacher's.
+        teacher_smoothing: ε in [0, 1), 0 for none: q and r become $(1 - \varepsilon)\,q + \varepsilon / V$ over the V
+            real tokens, after everything above. It bounds $\log q - \log r$ and leaves no divergence from a teacher
+            infinite.
         backend: ``"native"``, ``"triton"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
@@ -97,11 +102,8 @@ def decomposed_kl(
     check_streams(streams)
     vocab_size = resolve_vocab_size({name: t.shape[-1] for name, t in streams.items()}, vocab_size)
 
-    leading = student_logits.shape[:-1]
-    rows = [None if t is None else _as_rows(t) for t in (*streams.values(), None)[:4]]
-    chosen = backends.resolve("decomposed_kl", student_logits.device, backend, student_logits.dtype)
-    values, _ = op.divergences(
-        *rows,
+    check_fraction("teacher_smoothing", teacher_smoothing)
+    transform = LogitTransform(
         decomposition,
         vocab_size,
         float(temperature),
@@ -109,8 +111,18 @@ def decomposed_kl(
         float(teacher_logit_scale),
         check_softcap("student_softcap", student_softcap),
         check_softcap("teacher_softcap", teacher_softcap),
-        chosen,
     )
+
+    if teacher_smoothing:
+        for name in ("teacher_logits", "masked_teacher_logits"):
+            streams[name] = _as_rows(streams[name]).detach().clone()
+            smooth_(streams[name], teacher_smoothing, transform)
+        transform = smoothed(transform)
+
+    leading = student_logits.shape[:-1]
+    rows = [None if t is None else _as_rows(t) for t in (*streams.values(), None)[:4]]
+    chosen = backends.resolve("decomposed_kl", student_logits.device, backend, student_logits.dtype)
+    values, _ = op.divergences(*rows, *transform, chosen)
     return DecomposedKL(*(part.reshape(leading) for part in combine_parts(decomposition, values)))
 
 
@@ -146,6 +158,11 @@ def check_decomposition(decomposition: str, has_masked_student: bool, name: str)
 def check_positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be at least 0 (off) and below 1, got {value}")
 
 
 def check_softcap(name: str, value: float | None) -> float:

@@ -214,7 +214,8 @@ def logit_gradients(
         active = (coefficients != 0).any(-1)
         if second_coefficients is not None:
             active |= (second_coefficients != 0).any(-1)
-        lang, vis = component_coefficients(transform.decomposition, active.to(values.dtype))
+        ones = active.to(values.dtype)
+        lang, vis = component_coefficients(transform.decomposition, ones, ones)
         if transform.decomposition == "teacher_prior":
             g_lang, g_vis = student_gradient(lang), student_gradient(vis)
             cross = (g_lang * g_vis).sum(-1)
@@ -227,17 +228,17 @@ def logit_gradients(
         out[:, transform.vocab_size :] = 0
 
 
-def component_coefficients(decomposition: str, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The coefficients (tokens, 5) of `weights`-weighted lang and vis on the five divergences."""
-    lang = weights.new_zeros(weights.shape[0], VALUES)
+def component_coefficients(decomposition: str, lang_weights: Tensor, vis_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficients (tokens, 5) of the weighted lang and of the weighted vis on the five divergences."""
+    lang = lang_weights.new_zeros(lang_weights.shape[0], VALUES)
     vis = torch.zeros_like(lang)
-    vis[:, FULL] = weights
+    vis[:, FULL] = vis_weights
     if decomposition == "teacher_prior":
-        lang[:, PRIOR] = weights
-        vis[:, PRIOR] = -weights
+        lang[:, PRIOR] = lang_weights
+        vis[:, PRIOR] = -vis_weights
     else:
-        lang[:, MASKED] = weights
+        lang[:, MASKED] = lang_weights
         if decomposition == "bayes":
-            vis[:, PRIOR] = -weights
-            vis[:, SHIFT] = weights
+            vis[:, PRIOR] = -vis_weights
+            vis[:, SHIFT] = vis_weights
     return lang, vis

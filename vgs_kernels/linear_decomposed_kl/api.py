@@ -5,12 +5,15 @@ Layer: public API. Calls `linear_decomposed_kl/op.py`; chooses through `vgs_kern
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import backend as backends
 from ..decomposed_kl.api import (
     check_decomposition,
+    check_fraction,
     check_positive,
     check_softcap,
     combine_parts,
@@ -34,6 +37,11 @@ def linear_decomposed_kl(
     masked_teacher_hidden: Tensor,  # (tokens, teacher width)
     masked_student_hidden: Tensor | None = None,  # (tokens, student width)
     token_weights: Tensor | None = None,  # (tokens,)
+    visual_weights: Tensor | None = None,  # (tokens,)
+    sampled_tokens: Tensor | None = None,  # (tokens,), int64
+    token_steering: float = 0.0,
+    plausibility: float = 0.0,
+    teacher_smoothing: float = 0.0,
     decomposition: str = "matched",
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -48,7 +56,16 @@ def linear_decomposed_kl(
     With $\text{lang}_t$ and $\text{vis}_t$ of `decomposed_kl` on the logits
     ``softcap(scale * (hidden @ weight.T + bias))`` of each stream,
 
-    $$\text{lang} = \sum_t w_t\,\text{lang}_t \qquad \text{vis} = \sum_t w_t\,\text{vis}_t$$
+    $$\text{lang} = \sum_t w_t\,\text{lang}_t \qquad \text{vis} = \sum_t w_t v_t\,\text{vis}_t$$
+
+    with the token weights $w_t$ and, for the visual part alone, the visual weights $v_t$. They are 1, or with $y_t$ the
+    sampled token of the position and its probabilities under both teachers
+
+    $$v_t = 1 + s\,\Bigl(1 - \frac{\min(q(y_t), r(y_t))}{\max(q(y_t), r(y_t))}\Bigr)
+        = 1 + s\,\bigl(1 - e^{-\lvert\log q(y_t) - \log r(y_t)\rvert}\bigr)$$
+
+    where $s$ is ``token_steering``: a token to which the image makes no difference keeps weight 1, one that hinges on
+    it gets up to $1 + s$.
 
     Reverse KL: every expectation is under the student. The gradients are formed in the forward pass, chunk by chunk,
     and only scaled in ``backward``, which may run more than once and gives the same answer each time.
@@ -63,6 +80,15 @@ def linear_decomposed_kl(
         masked_student_hidden: Last hidden states of the student with the image masked (``bayes`` and ``matched``).
         token_weights: Weight of every token, default 1. A token of weight 0 takes no part: its hidden states and
             logits may hold NaN.
+        visual_weights: Factor of every token's visual part, default 1, beside what the next three make of it. A token
+            of factor 0 has no visual part, even where that is infinite.
+        sampled_tokens: y, the token that each position predicts and that the student sampled; int64. Given, the result
+            holds the ``contribution`` log q(y) − log r(y) of each, at no further pass over the vocabulary.
+        token_steering: s ≥ 0, 0 for none. Needs ``sampled_tokens``. Nothing is normalised here, because a mean over
+            tokens is known only after the last chunk: divide vis by the mean of the ``visual_weights`` returned.
+        plausibility: α in [0, 1), 0 for none: a sampled token that both teachers find implausible, q(y) < α max q and
+            r(y) < α max r, has no visual part. Needs ``sampled_tokens``.
+        teacher_smoothing: ε in [0, 1), as in `decomposed_kl`; the weights above are then of the smoothed teachers.
         decomposition: As in `decomposed_kl`.
         temperature: As in `decomposed_kl`.
         vocab_size: As in `decomposed_kl`.
@@ -88,11 +114,12 @@ def linear_decomposed_kl(
             chunk waits for the device, and CUDA graphs cannot capture the call.
 
     Returns:
-        LinearDecomposedKL: sums in nats, per-token parts (unweighted, detached, 0 where the weight is 0) and
-        the 2×2 Gramian of the token-weighted logit gradients of (lang, vis), detached. Its off-diagonal is 0 in
+        LinearDecomposedKL: sums in nats, per-token parts (unweighted, detached, 0 where the token weight is 0) and
+        the 2×2 Gramian of the weighted logit gradients of (lang, vis), detached. Its off-diagonal is 0 in
         ``bayes`` and ``matched``, where the two live on different logits, and all of it is 0 when nothing requires a
         gradient. ``hidden_gradients``: those of the sums with respect to the hidden states, formed in this call where
-        hidden states require one.
+        hidden states require one. ``visual_weights``: $v_t$. ``contribution``: NaN where the divergence that its
+        teacher is in is infinite; $v_t$ is then $1 + s$.
 
     Numerics: as in ``decomposed_kl``. Deterministic. No host synchronisation on a GPU without ``gradient_filter``. On a
     CPU the head gradient is summed over chunks in its own dtype, so that in bf16 it is rounded once per chunk. Under
@@ -104,7 +131,10 @@ def linear_decomposed_kl(
         vgs_kernels.BackendUnavailableError: The named backend cannot run here.
 
     Source: arXiv 2606.00564 for the decomposition; gradients in the forward pass after "Cut Your Losses in
-    Large-Vocabulary Language Models", arXiv 2411.09009, and the Liger kernels, arXiv 2410.10989.
+    Large-Vocabulary Language Models", arXiv 2411.09009, and the Liger kernels, arXiv 2410.10989. Weights by the
+    contribution after "Visual-Advantage On-Policy Distillation for Vision-Language Models", arXiv 2605.21924, which
+    averages tokens of high and of low contribution apart; ``plausibility`` after the constraint of contrastive
+    decoding, arXiv 2210.15097.
 
     Examples:
         >>> import torch
@@ -147,6 +177,18 @@ def linear_decomposed_kl(
     if token_weights is None:
         token_weights = torch.ones(tokens, device=student_hidden.device)
     _check_vector("token_weights", token_weights, tokens, student_hidden)
+    if visual_weights is not None:
+        _check_vector("visual_weights", visual_weights, tokens, student_hidden)
+    if sampled_tokens is not None:
+        _check_vector("sampled_tokens", sampled_tokens, tokens, student_hidden)
+        if sampled_tokens.dtype != torch.int64:
+            raise ValueError(f"sampled_tokens must be int64, got {sampled_tokens.dtype}")
+    elif token_steering or plausibility:
+        raise ValueError("token_steering and plausibility look at the sampled tokens: pass sampled_tokens with them")
+    if not 0.0 <= token_steering < math.inf:
+        raise ValueError(f"token_steering must be 0 (off) or a positive finite number, got {token_steering}")
+    check_fraction("plausibility", plausibility)
+    check_fraction("teacher_smoothing", teacher_smoothing)
     if steering_weights is not None:
         _check_vector("steering_weights", steering_weights, 2, student_hidden)
     elif accumulate_head_grad:
@@ -160,7 +202,7 @@ def linear_decomposed_kl(
     if accumulate_head_grad:
         weight_grad = _existing_grad(student_head.weight) if needs_weight else None
         bias_grad = _existing_grad(student_head.bias) if needs_bias and student_head.bias is not None else None
-    lang, vis, objective, values, gramian, *gradients = op.linear_decomposed_kl(
+    lang, vis, objective, values, gramian, visual, contribution, *gradients = op.linear_decomposed_kl(
         student_hidden.detach(),
         None if masked_student_hidden is None else masked_student_hidden.detach(),
         teacher_hidden.detach(),
@@ -170,6 +212,8 @@ def linear_decomposed_kl(
         teacher.weight.detach(),
         None if teacher.bias is None else teacher.bias.detach(),
         token_weights.detach(),
+        None if visual_weights is None else visual_weights.detach(),
+        sampled_tokens,
         None if steering_weights is None else steering_weights.detach(),
         weight_grad,
         bias_grad,
@@ -178,6 +222,9 @@ def linear_decomposed_kl(
         needs_bias,
         op.chunk_length(student_hidden, masked_student_hidden is not None, sizes.values(), max_chunk_bytes),
         gradient_filter or 0.0,
+        float(token_steering),
+        float(plausibility),
+        float(teacher_smoothing),
         decomposition,
         vocab_size,
         float(temperature),
@@ -199,12 +246,13 @@ def linear_decomposed_kl(
             *gradients,
             steering_weights is not None,
         )
-    tokens_parts = DecomposedKL(*combine_parts(decomposition, values))
+    parts = DecomposedKL(*combine_parts(decomposition, values))
+    per_token = parts, visual, None if sampled_tokens is None else contribution
     first, second = (gradients[0], gradients[3]) if needs_hidden else (None, None)
     if steering_weights is None:
-        return LinearDecomposedKL(lang, vis, None, tokens_parts, gramian, HiddenGradients(first, second, None))
+        return LinearDecomposedKL(lang, vis, None, *per_token, gramian, HiddenGradients(first, second, None))
     hidden = HiddenGradients(None, None, second)
-    return LinearDecomposedKL(lang.detach(), vis.detach(), objective, tokens_parts, gramian, hidden)
+    return LinearDecomposedKL(lang.detach(), vis.detach(), objective, *per_token, gramian, hidden)
 
 
 def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:

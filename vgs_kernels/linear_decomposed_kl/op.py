@@ -25,10 +25,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .. import backend as backends
 from ..decomposed_kl.api import combine_parts
 from ..decomposed_kl.reference import VALUES, component_coefficients
+from ..decomposed_kl.smoothing import smooth_, smoothed
 from ..pages import use_huge_pages, zeros_like
 from ..types import LogitTransform, accumulation_dtype
 from .column_filter import ColumnFilter
 from .products import Products, projection_dtype
+from .visual_weights import SampledTokens
 
 # Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
 _WORTH_GATHERING = 0.2
@@ -47,6 +49,8 @@ def linear_decomposed_kl(
     teacher_weight: Tensor,  # (>= vocab, teacher width)
     teacher_bias: Tensor | None,  # (>= vocab,)
     token_weights: Tensor,  # (tokens,)
+    visual_weights: Tensor | None,  # (tokens,), factors of the visual parts
+    sampled_tokens: Tensor | None,  # (tokens,)
     steering_weights: Tensor | None,  # (2,)
     weight_grad: Tensor | None,  # (>= vocab, student width): the objective's gradient is added to it
     bias_grad: Tensor | None,  # (>= vocab,): the same
@@ -55,6 +59,9 @@ def linear_decomposed_kl(
     needs_bias_grad: bool,
     chunk_tokens: int,
     gradient_filter: float,
+    token_steering: float,
+    plausibility: float,
+    teacher_smoothing: float,
     decomposition: str,
     vocab_size: int,
     temperature: float,
@@ -63,21 +70,27 @@ def linear_decomposed_kl(
     student_softcap: float,
     teacher_softcap: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return lang, vis, objective, values, logit Gramian, then the gradients of the two components.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Return lang, vis, objective, values, logit Gramian, the factors of the visual parts (tokens,), log q - log r of
+    the sampled tokens (tokens,), then the gradients of the two components.
 
     The gradients are (hidden, head weight, head bias) of lang, then of vis; with `steering_weights` those of the one
     objective stand in the place of vis, except for the masked student's hidden states, which only lang has.
     What does not apply is an empty tensor.
     """
-    transform = LogitTransform(
+    raw = LogitTransform(
         decomposition, vocab_size, temperature, student_scale, teacher_scale, student_softcap, teacher_softcap
     )
+    transform = smoothed(raw) if teacher_smoothing else raw
     kernels = backends.load("decomposed_kl", backend)
     tokens = student_hidden.shape[0]
     dtype = accumulation_dtype(student_hidden.dtype)
     values = student_hidden.new_zeros((tokens, VALUES), dtype=dtype)
     row_gramians = student_hidden.new_zeros((tokens, 3), dtype=dtype)
+    visual = values.new_ones(tokens) if visual_weights is None else visual_weights.to(dtype, copy=True)
+    contribution = values.new_zeros(0 if sampled_tokens is None else tokens)
     products = Products(student_hidden.device, student_hidden.dtype, backend == "native")
     gradients = _Gradients(
         student_hidden, student_weight, student_bias, masked_student_hidden is not None, steering_weights is not None,
@@ -92,12 +105,20 @@ def linear_decomposed_kl(
         chunk = logits.of_chunk(weights.shape[0])
         products.project(student_rows, student_weight, student_bias, chunk.students)
         products.project(teacher_rows, teacher_weight, teacher_bias, chunk.teachers)
+        if teacher_smoothing:
+            smooth_(chunk.teachers, teacher_smoothing, raw)
         chunk_values, statistics = kernels.divergences(
             chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, transform, weights
         )
         values[rows] = chunk_values
+        if sampled_tokens is not None:
+            sampled = SampledTokens(
+                sampled_tokens[rows], chunk.teacher, chunk.masked_teacher, chunk_values, statistics, transform
+            )
+            contribution[rows] = torch.where(weights == 0, 0.0, sampled.contribution)
+            visual[rows] *= sampled.weights(token_steering, plausibility)
         if gradients.wanted:
-            lang, vis = component_coefficients(decomposition, weights)
+            lang, vis = component_coefficients(decomposition, weights, weights * visual[rows])
             row_gramians[rows] = gradients.add_chunk(
                 kernels, transform, rows, student_rows, chunk, chunk_values, statistics, lang, vis,
                 steering_weights,
@@ -107,16 +128,19 @@ def linear_decomposed_kl(
     # Where the weight is 0 the value is 0, and 0 * inf cannot arise.
     parts = combine_parts(decomposition, values)
     weights = token_weights.to(dtype)
-    lang, vis = (parts.lang * weights).sum(), (parts.vis * weights).sum()
+    visual = torch.where(weights == 0, 0.0, visual)
+    vis_weights = weights * visual
+    lang = (parts.lang * weights).sum()
+    vis = torch.where(vis_weights == 0, 0.0, parts.vis * vis_weights).sum()
     if steering_weights is None:
         objective = lang.new_zeros(())
     else:
         pair = steering_weights.to(dtype)
         # A weight of 0 switches a part off, even one that is infinite.
         objective = torch.where(pair[0] == 0, 0.0, pair[0] * lang) + torch.where(pair[1] == 0, 0.0, pair[1] * vis)
-    sums = (row_gramians * weights.square()[:, None]).sum(0)
+    sums = (row_gramians * torch.stack([weights.square(), weights * vis_weights, vis_weights.square()], 1)).sum(0)
     gramian = torch.stack([sums[0], sums[1], sums[1], sums[2]]).reshape(2, 2)
-    return lang, vis, objective, values, gramian, *gradients.outputs()
+    return lang, vis, objective, values, gramian, visual, contribution, *gradients.outputs()
 
 
 def _chunks(token_weights: Tensor, chunk_tokens: int) -> Iterator[Rows]:
@@ -367,8 +391,8 @@ def chunk_length(hidden: Tensor, has_masked_student: bool, vocab_sizes: Iterable
 @linear_decomposed_kl.register_fake
 def _(  # type: ignore[no-untyped-def]
     student_hidden, masked_student_hidden, teacher_hidden, masked_teacher_hidden, student_weight, student_bias,
-    teacher_weight, teacher_bias, token_weights, steering_weights, weight_grad, bias_grad, needs_hidden_grad,
-    needs_weight_grad, needs_bias_grad, *_settings,
+    teacher_weight, teacher_bias, token_weights, visual_weights, sampled_tokens, steering_weights, weight_grad,
+    bias_grad, needs_hidden_grad, needs_weight_grad, needs_bias_grad, *_settings,
 ):  # fmt: skip
     dtype = accumulation_dtype(student_hidden.dtype)
     gradients = _Gradients(
@@ -376,8 +400,11 @@ def _(  # type: ignore[no-untyped-def]
         needs_hidden_grad, needs_weight_grad, needs_bias_grad, weight_grad, bias_grad,
     )  # fmt: skip
     scalars = [student_hidden.new_empty((), dtype=dtype) for _ in range(3)]
-    values = student_hidden.new_empty((student_hidden.shape[0], VALUES), dtype=dtype)
-    return *scalars, values, student_hidden.new_empty((2, 2), dtype=dtype), *gradients.outputs()
+    tokens = student_hidden.shape[0]
+    values = student_hidden.new_empty((tokens, VALUES), dtype=dtype)
+    visual, contribution = values.new_empty(tokens), values.new_empty(0 if sampled_tokens is None else tokens)
+    gramian = values.new_empty((2, 2))
+    return *scalars, values, gramian, visual, contribution, *gradients.outputs()
 
 
 @torch.library.custom_op("vgs_kernels::attach_gradients", mutates_args=())

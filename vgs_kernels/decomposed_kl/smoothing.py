@@ -1,0 +1,41 @@
+"""Teachers mixed with the uniform distribution, as logits that every backend reads like any others.
+
+Layer: tensors in, tensors out. Called by `decomposed_kl/api.py` and `linear_decomposed_kl/op.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import LogitTransform, accumulation_dtype
+
+_WIDENED = 2**22  # logits of a 16-bit dtype that are held in float32 at a time
+
+
+def smoothed(transform: LogitTransform) -> LogitTransform:
+    """The transform that reads what `smooth_` wrote: scale and soft cap are in it already, the temperature is not."""
+    return transform._replace(teacher_scale=1.0, teacher_softcap=0.0)
+
+
+def smooth_(logits: Tensor, epsilon: float, transform: LogitTransform) -> None:
+    """Overwrite a teacher's raw logits, (rows, >= vocab), by temperature * log((1 - epsilon) q + epsilon / vocab).
+
+    q is what `transform` makes of them. A row that is -inf throughout becomes uniform; NaN stays.
+    """
+    logits = logits[:, : transform.vocab_size]
+    wide = accumulation_dtype(logits.dtype)
+    parts = [logits] if logits.dtype == wide else logits.split(max(1, _WIDENED // transform.vocab_size))
+    for part in parts:
+        x = part.to(wide)  # the part itself where it is wide enough
+        x.mul_(transform.teacher_scale)
+        if transform.teacher_softcap:
+            x.div_(transform.teacher_softcap).tanh_().mul_(transform.teacher_softcap)
+        x.div_(transform.temperature)
+        top = x.amax(-1, keepdim=True)
+        x.sub_(torch.where(top == -torch.inf, 0.0, top)).exp_()
+        total = x.sum(-1, keepdim=True)
+        x.mul_((1.0 - epsilon) / torch.where(total == 0, 1.0, total)).add_(epsilon / transform.vocab_size)
+        x.log_().mul_(transform.temperature)
+        if x is not part:
+            part.copy_(x)
