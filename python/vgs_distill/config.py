@@ -6,6 +6,7 @@ Layer: config; read by the trainer, never by the kernels.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -41,6 +42,15 @@ class VGSConfig(DistillationConfig):
             no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
         steering_scale: ``"unit"``, as in the paper: the steered gradient has norm at most 1; ``"preserve"``: the norm
             of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
+        token_steering: s ≥ 0, 0 for none: how much more of the visual part belongs to the tokens that hinge on the
+            image. With q and r the probabilities that the teacher gives a sampled token with and without the image, the
+            token weighs 1 + s (1 - min(q, r) / max(q, r)) in the visual part, between 1 and 1 + s; the language part
+            keeps equal weights. The visual part of a step is divided by the mean weight of its tokens (all
+            micro-batches and processes, rows with an image). After arXiv 2605.21924.
+        plausibility: α in [0, 1), 0 for none: a sampled token with q < α max q and r < α max r, implausible to the
+            teacher with and without the image, takes no part in the visual part. After arXiv 2210.15097.
+        teacher_smoothing: ε in [0, 1), 0 for none: both teachers become (1 - ε) q + ε / V over the V tokens of the
+            vocabulary, so that no divergence from them is infinite and no log-ratio beyond log(V / ε).
         refresh_every: Steps from one exact measurement to the next, with ``"amortized"``; 0 never measures and takes
             the ratio that the hidden gradients suggest for that of the parameter gradients.
         refresh_drift: Measure early when the ratio that the hidden gradients suggest, averaged over the last steps, has
@@ -91,6 +101,21 @@ class VGSConfig(DistillationConfig):
     steering_scale: str = field(
         default="unit", metadata={"help": "'unit': norm at most 1, as in the paper; 'preserve': that of the plain sum."}
     )
+    token_steering: float = field(
+        default=0.0,
+        metadata={"help": "Up to how much more tokens that hinge on the image weigh in the visual part; 0 for none."},
+    )
+    plausibility: float = field(
+        default=0.0,
+        metadata={
+            "help": "Tokens below this share of the likeliest one's probability, to the teacher with and without the "
+            "image, take no part in the visual part; 0 for none."
+        },
+    )
+    teacher_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Share of the uniform distribution in both teachers, below 1; 0 for none."},
+    )
     refresh_every: int = field(
         default=16, metadata={"help": "Steps from one exact measurement to the next, with steering='amortized'."}
     )
@@ -135,6 +160,11 @@ class VGSConfig(DistillationConfig):
         self._check()
         super().__post_init__()
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the tokens of a step may have unequal weights in the visual part."""
+        return self.token_steering > 0 or self.plausibility > 0
+
     def _check(self) -> None:
         for name, choices in (
             ("steering", STEERING_MODES),
@@ -153,6 +183,12 @@ class VGSConfig(DistillationConfig):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
+        if not 0.0 <= self.token_steering < math.inf:
+            raise ValueError(f"token_steering must be 0 (off) or a positive finite number, got {self.token_steering}")
+        for name in ("plausibility", "teacher_smoothing"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be at least 0 (off) and below 1, got {value}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be 1 or more, or None, got {self.max_prompt_length}")
         if self.refresh_every < 0:
@@ -171,6 +207,12 @@ class VGSConfig(DistillationConfig):
         if self.pack_teacher is None:
             self.pack_teacher = self.image_mask != "drop" or self.teacher_device == OFFLOAD
         if self.steering == "none":
+            for name in ("token_steering", "plausibility", "teacher_smoothing"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"steering='none' is TRL's loss, which has no {name}; set it to 0, or steering to 'exact' or "
+                        "'amortized'"
+                    )
             return
         if self.beta != 1.0:
             raise ValueError(

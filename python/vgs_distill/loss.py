@@ -5,7 +5,7 @@ Called by the trainer; it hands in how to run a backbone, so that this file know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import reduce
 from typing import NamedTuple
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from vgs_kernels import DecomposedKL, LinearDecomposedKL, linear_decomposed_kl
 
 from .config import VGSConfig
-from .contribution import visual_contribution
 from .families import Family, ImageTokens
 from .heads import language_head
 from .masking import Batch, masked_view, rows_with_image, stack_views
@@ -34,8 +33,9 @@ class MicroBatchLoss(NamedTuple):
     vis: Tensor | None  # the same; None if no row has an image
     proxy: GradientProxy | None  # of the gradients of lang and vis; None unless steering is amortized
     tokens: DecomposedKL  # (valid tokens,) each, detached
-    positions: Tensor  # (valid tokens, 2): row and completion position of each
-    contribution: Tensor | None  # (contribution rows, completion), log q - log r of what was sampled; None for no rows
+    positions: Tensor  # (valid tokens, 2): row and completion position of each; rows with an image first
+    visual_weights: Tensor  # (tokens of rows with an image,), what vis weighs each by
+    contribution: Tensor  # (rows, completion), log q - log r of what was sampled; 0 where no image takes part
 
     def weighted(self, weights: Tensor) -> Tensor:
         """weights[0] * lang + weights[1] * vis, differentiable."""
@@ -54,7 +54,10 @@ class MicroBatchLoss(NamedTuple):
         return self.positions[self._bad()]
 
     def _bad(self) -> Tensor:
-        return ~(torch.isfinite(self.tokens.lang) & torch.isfinite(self.tokens.vis))
+        vis = self.tokens.vis[: len(self.visual_weights)]
+        bad = ~torch.isfinite(self.tokens.lang)
+        bad[: len(vis)] |= ~torch.isfinite(vis) & (self.visual_weights != 0)
+        return bad
 
 
 def decomposed_loss(
@@ -69,12 +72,10 @@ def decomposed_loss(
     run_student: RunBackbone,
     run_teacher: RunBackbone,
     span: Callable[[str], AbstractContextManager[None]],
-    contribution_rows: Sequence[int] = (),
     vocab_size: int | None = None,
 ) -> MicroBatchLoss:
     """Run the streams and split the loss. `span` times the passes that steering adds.
 
-    `contribution_rows`: rows of the batch that the visual contribution of every token is computed for.
     `vocab_size`: entries of the vocabulary that both models have (they may be padded differently); None if the same.
 
     Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
@@ -117,6 +118,8 @@ def decomposed_loss(
     results: list[LinearDecomposedKL] = []
     proxies: list[GradientProxy] = []
     lang = vis = None
+    visual_weights = torch.empty(0, device=image_mask.device)
+    contribution = torch.zeros(image_mask.shape, device=image_mask.device)
     if any_image:
         assert masked_teacher_hidden is not None
         rows = lang_rows = student_rows(student_hidden, image_mask)
@@ -130,11 +133,17 @@ def decomposed_loss(
             teacher_head,
             masked_teacher_hidden=teacher_rows(masked_teacher_hidden, image_mask),
             masked_student_hidden=masked_rows,
+            sampled_tokens=batch.completion_ids[image_mask],
+            token_steering=config.token_steering,
+            plausibility=config.plausibility,
+            teacher_smoothing=config.teacher_smoothing,
             decomposition=config.decomposition,
             temperature=config.temperature,
             vocab_size=vocab_size,
         )
         lang, vis = result.lang, result.vis
+        assert result.contribution is not None
+        visual_weights, contribution[image_mask] = result.visual_weights, result.contribution.to(contribution)
         results.append(result)
         if needs_proxy:
             of_lang, of_vis, _ = result.hidden_gradients
@@ -150,6 +159,7 @@ def decomposed_loss(
             text_teacher,
             teacher_head,
             masked_teacher_hidden=text_teacher,
+            teacher_smoothing=config.teacher_smoothing,
             decomposition="teacher_prior",
             temperature=config.temperature,
             vocab_size=vocab_size,
@@ -162,22 +172,12 @@ def decomposed_loss(
             assert result.hidden_gradients.objective is not None
             proxies.append(GradientProxy.of_tokens((rows, result.hidden_gradients.objective), None))
     assert lang is not None
-    contribution = None
-    if contribution_rows:
-        chosen = list(contribution_rows)
-        contribution = visual_contribution(
-            teacher_hidden[chosen],
-            teacher_hidden[chosen] if masked_teacher_hidden is None else masked_teacher_hidden[chosen],
-            teacher_head,
-            batch.completion_ids[chosen],
-            image_mask[chosen],
-            config.temperature,
-        )
     return MicroBatchLoss(
         lang / items_in_step,
         None if vis is None else vis / items_in_step,
         reduce(GradientProxy.plus, proxies).scaled(1.0 / items_in_step) if proxies else None,
         DecomposedKL(*(torch.cat(part) for part in zip(*(result.tokens for result in results), strict=True))),
         torch.cat([image_mask.nonzero(), text_mask.nonzero()]),
+        visual_weights,
         contribution,
     )

@@ -116,11 +116,11 @@ class RunRecorder(TrainerCallback):
         self,
         step: int,
         batch: Mapping[str, Any],
-        log_ratios: Tensor | None,  # (marked rows, completion)
+        log_ratios: Tensor | None,  # (rows, completion)
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Write down the marked rows of a micro-batch."""
-        for index, row in enumerate(self.marked_rows(batch) if self._recording else []):
+        for row in self.marked_rows(batch) if self._recording else []:
             length = int(batch["completion_mask"][row].sum())
             example = batch["examples"][row]
             images: list[str] = []
@@ -132,7 +132,7 @@ class RunRecorder(TrainerCallback):
                 prompt=_prompt_text(example["prompt"]),
                 images=images,
                 tokens=token_texts(tokenizer, batch["completion_ids"][row, :length].tolist()),
-                log_ratios=None if log_ratios is None else _rounded(log_ratios[index, :length]),
+                log_ratios=None if log_ratios is None else _rounded(log_ratios[row, :length]),
             )
 
     def modules_due(self, step: int) -> bool:

@@ -49,6 +49,12 @@ def direction_cosine(gramian: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()
 
 
+def rescaled(gramian: Tensor, scales: Tensor) -> Tensor:
+    """The Gramian of (scales[0] g_lang, scales[1] g_vis)."""
+    scales = scales.to(gramian)
+    return scales[:, None] * gramian * scales
+
+
 def hedged(policy: Policy, gramian: Tensor, spread: Tensor) -> Tensor:
     """The weights that `policy` gives for a predicted Gramian, turned towards the side where an error costs less.
 
@@ -94,11 +100,16 @@ class GradientPair:
         self._vis = self._detach()
 
     def combine(
-        self, policy: Policy, replicated: bool, modules: Mapping[str, Sequence[int]] = _NO_MODULES
+        self,
+        policy: Policy,
+        replicated: bool,
+        modules: Mapping[str, Sequence[int]] = _NO_MODULES,
+        scales: Tensor | None = None,  # (2,)
     ) -> SteeringRecord | None:
         """Put the steered gradient into `.grad` and forget the two; None if there was no gradient at all.
 
         `replicated`: every process holds whole gradients of its own part of the batch (DDP), to be averaged first.
+        `scales`: factors that the two gradients still lack; policy and record are about the gradients with them.
         `modules`: name -> indices into `parameters`; each also gets a Gramian of its own in the record.
         """
         lang, vis = self._lang, self._vis
@@ -116,18 +127,20 @@ class GradientPair:
         if not present:
             return None
         group = shard_group(out)
+        scales = torch.ones(2, device=out[0].device) if scales is None else scales
         by_module = {
-            name: gradient_gramian([lang[i] for i in own], [vis[i] for i in own], process_group=group)
+            name: rescaled(gradient_gramian([lang[i] for i in own], [vis[i] for i in own], process_group=group), scales)
             for name, indices in modules.items()
             if (own := [i for i in indices if i in present])
         }
         lang, vis = [lang[i] for i in present], [vis[i] for i in present]
         gramian = gradient_gramian(lang, vis, process_group=group)
-        weights = policy(gramian)
-        combine_gradients(lang, vis, weights, out=out, gramian=gramian)
+        measured = rescaled(gramian, scales)
+        weights = policy(measured)
+        combine_gradients(lang, vis, weights * scales.to(weights), out=out, gramian=gramian)
         for i, gradient in zip(present, out, strict=True):
             self.parameters[i].grad = gradient
-        return SteeringRecord(gramian, weights, by_module)
+        return SteeringRecord(measured, weights, by_module)
 
     def discard(self) -> None:
         """Forget both gradients; `.grad` stays as it is."""

@@ -65,6 +65,7 @@ from .steering import (
 )
 from .teacher import load_teacher, place_teacher, shared_vocabulary
 from .timing import StepTimer
+from .token_weights import VisualTokenWeights
 from .validation import check_dataset
 
 logger = logging.get_logger(__name__)
@@ -85,10 +86,17 @@ class _StepPlan:
     """How one optimizer step gets its gradient; the same for all its micro-batches."""
 
     def __init__(
-        self, gamma: float, policy: VisualGradientSteering, *, apart: bool, weights: Tensor | None = None
+        self,
+        gamma: float,
+        policy: VisualGradientSteering,
+        token_weights: VisualTokenWeights,
+        *,
+        apart: bool,
+        weights: Tensor | None = None,
     ) -> None:
         self.gamma = gamma
         self.policy = policy
+        self.token_weights = token_weights
         self.apart = apart  # two backward passes, weights from what they measure; otherwise one of the weighted sum
         self.weights = weights  # (2,) of the one pass; None: from the proxy of the step's only micro-batch
         self.micro_batch_loss = torch.zeros(())
@@ -102,7 +110,8 @@ class _StepPlan:
         """What stands for |g_lang|^2 and |g_vis|^2 of the step, over all processes; asked for after its last loss."""
         if self._proxy_squares is None:
             assert self._proxy is not None
-            self._proxy_squares = GradientProxy(*(sum_over_processes(part) for part in self._proxy)).squares()
+            squares = GradientProxy(*(sum_over_processes(part) for part in self._proxy)).squares()
+            self._proxy_squares = squares * self.token_weights.scales().square()
         return self._proxy_squares
 
 
@@ -119,6 +128,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
       (where they are measured: every step, or every refresh of ``"amortized"``)
     * ``steering/gamma``: share of the visual direction
     * ``steering/weight_ratio``: weight of the visual gradient over that of the language gradient
+    * ``steering/visual_token_weight``: mean weight of a token in the visual part, before the part is divided by it
+      (with ``token_steering`` or ``plausibility``)
     * ``steering/refreshed`` and, at a refresh of ``"amortized"``, ``steering/predicted_weight_ratio``,
       ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between predicted and measured update
     * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``: what `runaway.RunawayMonitor`
@@ -199,6 +210,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self._predictor = None
         if args.steering == "amortized":
             self._predictor = GramianPredictor(args.refresh_every, args.refresh_drift)
+        self._token_weights = VisualTokenWeights(args.weighs_tokens, self.accelerator.device)
         self._plan: _StepPlan | None = None
         self._sums: Tensor | None = None  # of MicroBatchLoss.sums, over the micro-batches of a step
         self._skipped = SkippedUpdates(args.max_skipped_steps)
@@ -243,12 +255,14 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if self._gradients is None:
             # Not in __init__: sharding replaces the parameters when the Trainer prepares the model.
             self._gradients = GradientPair(self.model.parameters())
+        self._token_weights.begin_step()
         predictor = self._predictor
         if predictor is None or predictor.refresh_due():
-            return _StepPlan(gamma, policy, apart=True)
+            return _StepPlan(gamma, policy, self._token_weights, apart=True)
         if self.current_gradient_accumulation_steps == 1:
-            return _StepPlan(gamma, policy, apart=False)
-        return _StepPlan(gamma, policy, apart=False, weights=predictor.weights(policy))
+            return _StepPlan(gamma, policy, self._token_weights, apart=False)
+        weights = predictor.weights(policy)
+        return _StepPlan(gamma, policy, self._token_weights, apart=False, weights=weights)
 
     def compute_loss(
         self,
@@ -280,13 +294,16 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             return (full, None) if return_outputs else full
 
         plan.micro_batch_loss = full
+        self._token_weights.add(result.visual_weights)
         if result.proxy is not None:
             plan.add_proxy(result.proxy.scaled(1.0 / self.accelerator.num_processes))  # gradients are averaged
         if not plan.apart:
+            scales = self._token_weights.expected_scales()
             if plan.weights is None:
                 assert self._predictor is not None
                 plan.weights = self._predictor.weights(plan.policy, plan.proxy_squares())
-            objective = result.weighted(plan.weights)
+                scales = self._token_weights.scales()
+            objective = result.weighted(plan.weights * scales)
             return (objective, None) if return_outputs else objective
         with torch.autocast(self.accelerator.device.type, enabled=False):
             self._gradients.accumulate_lang()
@@ -314,7 +331,6 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
                 run_student=self._run_backbone,
                 run_teacher=self._run_teacher,
                 span=self._timer.span,
-                contribution_rows=self._recorder.marked_rows(inputs),
                 vocab_size=self._vocab_size,
             )
 
@@ -446,9 +462,13 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             self._drop_update(model)
             return
         metrics: dict[str, Tensor | float] = {"steering/gamma": plan.gamma}
+        if self._token_weights.enabled:
+            metrics["steering/visual_token_weight"] = self._token_weights.mean()
         weights = plan.weights
         if plan.apart:
-            record = self._gradients.combine(plan.policy, is_replicated(model), self._modules_to_record())
+            record = self._gradients.combine(
+                plan.policy, is_replicated(model), self._modules_to_record(), self._token_weights.scales()
+            )
             if record is None:
                 return
             if not torch.isfinite(record.gramian).all():  # the policy would go on with the other part alone
@@ -463,6 +483,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
                 metrics |= self._refresh(self._predictor, plan.policy, record, plan.proxy_squares())
         elif self._predictor is not None:
             self._predictor.observe(plan.proxy_squares())
+        self._token_weights.end_step()
         assert weights is not None
         metrics["steering/weight_ratio"] = self._weight_ratio = weight_ratio(weights)
         for name, value in metrics.items():
@@ -523,6 +544,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
             "predictor": None if self._predictor is None else self._predictor.state_dict(),
+            "token_weights": self._token_weights.state_dict(),
             "skipped_in_a_row": self._skipped.in_a_row,
             "runaway": self._runaway.state_dict(),
             "weight_ratio": self._weight_ratio.item(),
@@ -531,6 +553,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     def _restore_checkpoint_state(self, state: dict[str, Any]) -> None:
         if self._predictor is not None:
             self._predictor.load_state_dict(state["predictor"], self.accelerator.device)
+        self._token_weights.load_state_dict(state["token_weights"], self.accelerator.device)
         self._skipped.in_a_row = state["skipped_in_a_row"]
         self._runaway.load_state_dict(state["runaway"])
         self._weight_ratio = torch.tensor(state["weight_ratio"])

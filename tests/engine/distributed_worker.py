@@ -50,6 +50,9 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
             output_dir=str(output_dir / "run"),
             steering=steering,
             decomposition=decomposition,
+            # Weights are normalised over processes and micro-batches, which the unit scale would hide.
+            token_steering=3.0 if decomposition == "teacher_prior" else 0.0,
+            steering_scale="preserve" if decomposition == "teacher_prior" else "unit",
             refresh_every=3,
             max_steps=STEPS,
             per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,

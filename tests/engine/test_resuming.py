@@ -37,7 +37,13 @@ CASES = {
     "full-exact": {"steering": "exact"},
     "full-amortized": {"steering": "amortized", "refresh_every": 3},
     "lora-exact": {"steering": "exact", "lora": True},
-    "lora-amortized": {"steering": "amortized", "refresh_every": 3, "lora": True},
+    "lora-amortized": {
+        "steering": "amortized",
+        "refresh_every": 3,
+        "lora": True,
+        "token_steering": 3.0,
+        "steering_scale": "preserve",
+    },
 }
 pytestmark = pytest.mark.slow
 

@@ -16,6 +16,7 @@ from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.trainer import _batch_of
 
+from tests.reference_formulas import visual_weights
 from vgs_kernels.types import DECOMPOSITIONS
 
 STEERED_KEYS = {
@@ -84,7 +85,13 @@ def test_monolithic_distillation_is_trl_and_logs_its_times(make_trainer: Callabl
 
 
 def textbook_gradients(
-    student: Any, teacher: Any, inputs: dict[str, Any], decomposition: str
+    student: Any,
+    teacher: Any,
+    inputs: dict[str, Any],
+    decomposition: str,
+    token_steering: float = 0.0,
+    plausibility: float = 0.0,
+    teacher_smoothing: float = 0.0,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Both parameter gradients by autograd through log_softmax, with the prompts masked by hand."""
     batch = _batch_of(inputs)
@@ -113,6 +120,8 @@ def textbook_gradients(
     with torch.no_grad():
         lq = log_probs(teacher, batch.input_ids, batch.attention_mask, **batch.multimodal)
         lr = masked_log_probs(teacher)
+    if teacher_smoothing:
+        lq, lr = (((1 - teacher_smoothing) * t.exp() + teacher_smoothing / t.size(-1)).log() for t in (lq, lr))
     p, p0 = lp.exp(), l0.exp()
     if decomposition == "teacher_prior":
         lang, vis = (p * (lp - lr)).sum(-1), (p * (lr - lq)).sum(-1)
@@ -121,16 +130,26 @@ def textbook_gradients(
     else:
         lang, vis = (p0 * (l0 - lr)).sum(-1), (p * (lp - lq)).sum(-1)
     weights = batch.completion_mask / batch.completion_mask.sum()
+    by_token = visual_weights(
+        lq.flatten(0, 1), lr.flatten(0, 1), batch.completion_ids.flatten(), token_steering, plausibility
+    ).view_as(weights)
+    vis = vis * by_token / (by_token * weights).sum()
     parameters = list(student.parameters())
     g_lang = torch.autograd.grad((lang * weights).sum(), parameters, allow_unused=True, retain_graph=True)
     g_vis = torch.autograd.grad((vis * weights).sum(), parameters, allow_unused=True)
     return list(g_lang), list(g_vis)
 
 
+WEIGHTED = {"token_steering": 4.0, "plausibility": 0.2, "teacher_smoothing": 0.05}
+
+
+@pytest.mark.parametrize("settings", [{}, WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_the_steered_gradient_is_the_textbook_one(make_trainer: Callable[..., VGSTrainer], decomposition: str) -> None:
+def test_the_steered_gradient_is_the_textbook_one(
+    make_trainer: Callable[..., VGSTrainer], decomposition: str, settings: dict[str, float]
+) -> None:
     gamma = 0.7
-    trainer = make_trainer(decomposition=decomposition, gamma=gamma, max_steps=1, max_grad_norm=0.0)
+    trainer = make_trainer(decomposition=decomposition, gamma=gamma, max_steps=1, max_grad_norm=0.0, **settings)
     student = trainer.model
     initial = {n: p.detach().clone() for n, p in student.named_parameters()}
     gradients, batches = GradientTap(), BatchTap(trainer)
@@ -138,7 +157,7 @@ def test_the_steered_gradient_is_the_textbook_one(make_trainer: Callable[..., VG
     trainer.train()
 
     student.load_state_dict(initial, strict=False)
-    lang, vis = textbook_gradients(student, trainer.teacher_model, batches.batches[0], decomposition)
+    lang, vis = textbook_gradients(student, trainer.teacher_model, batches.batches[0], decomposition, **settings)
 
     def norm(parts: list[Tensor | None]) -> Tensor:
         return torch.stack([g.square().sum() for g in parts if g is not None]).sum().sqrt()
@@ -156,9 +175,10 @@ def test_the_steered_gradient_is_the_textbook_one(make_trainer: Callable[..., VG
         torch.testing.assert_close(steered, expected, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("settings", [{}, {**WEIGHTED, "steering_scale": "preserve"}], ids=["plain", "weighted"])
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_accumulation_does_not_change_the_steered_gradient(
-    make_trainer: Callable[..., VGSTrainer], decomposition: str
+    make_trainer: Callable[..., VGSTrainer], decomposition: str, settings: dict[str, Any]
 ) -> None:
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
@@ -167,6 +187,7 @@ def test_accumulation_does_not_change_the_steered_gradient(
             max_steps=1,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            **settings,
         )
         tap = GradientTap()
         trainer.add_callback(tap)
@@ -177,7 +198,10 @@ def test_accumulation_does_not_change_the_steered_gradient(
     assert one[0].keys() == four[0].keys()
     for name in one[0]:
         torch.testing.assert_close(one[0][name], four[0][name], atol=1e-5, rtol=0)
-    for key in ("loss", "loss/full", "loss/lang", "loss/vis", "entropy", "gradient/norm_lang", "gradient/cosine"):
+    keys = ["loss", "loss/full", "loss/lang", "loss/vis", "entropy"]
+    keys += ["gradient/norm_lang", "gradient/norm_vis", "gradient/cosine"]
+    keys += ["steering/visual_token_weight"] if settings else []
+    for key in keys:
         assert log_one[key] == pytest.approx(log_four[key], rel=1e-4, abs=1e-5)
 
 
@@ -334,6 +358,13 @@ def test_a_plain_distillation_config_is_refused(
         ({"gamma": 1.2}, r"gamma must be in \[0, 1\], got 1.2"),
         ({"gamma_start": -0.1}, r"gamma_start must be in \[0, 1\]"),
         ({"max_weight_ratio": 0.0}, "max_weight_ratio must be positive"),
+        ({"token_steering": -1.0}, "token_steering must be 0 .off. or a positive finite number, got -1.0"),
+        ({"plausibility": 1.0}, "plausibility must be at least 0 .off. and below 1, got 1.0"),
+        ({"teacher_smoothing": -0.1}, "teacher_smoothing must be at least 0 .off. and below 1, got -0.1"),
+        (
+            {"steering": "none", "teacher_smoothing": 0.1},
+            "steering='none' is TRL's loss, which has no teacher_smoothing",
+        ),
         ({"beta": 0.5}, "beta=1.0"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"max_skipped_steps": 0}, "max_skipped_steps must be 1 or more"),
