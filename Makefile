@@ -3,6 +3,7 @@
 #   make demo        distil a small vision-language student on this machine (no GPU needed)
 #   make test        lint, types and all tests that this machine can run
 #   make bench       measure the kernels against plain torch, TRL and Liger; write docs/benchmarks.md
+#   make study       compare splits, gammas and guards over seeds; hours, resumable; write docs/study.md
 #   make docs        build the documentation into site/; a warning is an error
 #   make gpu-check   on a machine with a GPU: all tests on it, all benchmarks, and records of both
 #   make lint        what pre-commit runs
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs gpu-check lint format clean
+.PHONY: help demo test bench study docs gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -44,6 +45,9 @@ test: $(VENV)/.dev lint
 
 bench: $(VENV)/.dev
 	$(BIN)/vgs bench $(ARGS)
+
+study: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.study $(ARGS)
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
