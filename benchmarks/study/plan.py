@@ -24,6 +24,13 @@ TUNING_SEEDS = (100, 101)
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 TUNED = ("opd", "matched-0.8")
 """What has its own learning rate; every other steered method takes that of `matched-0.8`."""
+PROVOKED = ("teacher-prior-0.8-warn", "teacher-prior-0.9-warn", "bayes-0.8-warn", "bayes-0.9-warn")
+GUARDED = (
+    "teacher-prior-0.8-fallback",
+    "bayes-0.8-fallback",
+    "teacher-prior-0.8-plausibility-warn",
+    "teacher-prior-0.8-teacher-warn",
+)
 SAFETY_GAMMAS = (0.5, 0.7, 0.9)
 
 # One exact step costs this many monolithic ones (one thread, demo models): what "equal compute" means for OPD.
@@ -31,7 +38,7 @@ EXACT_STEP_COST = 1.25
 
 
 def _steered(decomposition: str, gamma: float | str, cap: float | None = None, **settings: Any) -> Method:
-    extra = "".join(f"-{name.split('_')[0]}" for name in settings)
+    extra = "".join(f"-{value if isinstance(value, str) else key.split('_')[0]}" for key, value in settings.items())
     name = f"{decomposition.replace('_', '-')}-{gamma}" + ("" if cap is None else f"-cap{cap:g}") + extra
     words = [decomposition.replace("_", " "), f"γ {gamma}"]
     words += [] if cap is None else [f"ratio ≤ {cap:g}"]
@@ -48,9 +55,15 @@ _METHODS = (
     *(_steered("matched", gamma) for gamma in (0.5, 0.7, 0.8, 0.9)),
     _steered("bayes", 0.7),
     _steered("teacher_prior", 0.8, 4.0),
-    # Provoked: known to run away from a cold student.
-    *(_steered("teacher_prior", gamma) for gamma in (0.8, 0.9)),
-    *(_steered("bayes", gamma) for gamma in (0.8, 0.9)),
+    _steered("matched", 0.8, token_steering=1.0),
+    _steered("matched", "adaptive"),
+    # Known to run away from a cold student; then what is to keep them from it.
+    *(_steered("teacher_prior", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
+    *(_steered("bayes", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
+    _steered("teacher_prior", 0.8, runaway_action="fallback"),
+    _steered("bayes", 0.8, runaway_action="fallback"),
+    _steered("teacher_prior", 0.8, plausibility=0.1, runaway_action="warn"),
+    _steered("teacher_prior", 0.8, teacher_smoothing=0.05, runaway_action="warn"),
 )
 METHODS = {method.name: method for method in _METHODS}
 
@@ -202,9 +215,18 @@ def safety(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
 
 
 def provoked(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Settings that are known to collapse, unguarded."""
-    methods = ["teacher-prior-0.8", "teacher-prior-0.9", "bayes-0.8", "bayes-0.9"]
-    return _tests(records, tasks, ["base"], methods, SEEDS[:2])
+    """Settings that are known to collapse, with a monitor that only warns."""
+    return _tests(records, tasks, ["base"], PROVOKED, SEEDS[:2])
+
+
+def guards(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
+    """The same with what is to keep them from it."""
+    return _tests(records, tasks, ["base"], GUARDED, SEEDS[:2])
+
+
+def variants(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
+    """The default with token steering, and with adaptive gamma."""
+    return _tests(records, tasks, ["base"], ["matched-0.8-token", "matched-adaptive"], SEEDS[:4])
 
 
 def regimes(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
@@ -219,8 +241,10 @@ EXPERIMENTS: Mapping[str, Callable[[Records, Sequence[str]], list[Run]]] = {
     "main": main_comparison,
     "compute": equal_compute,
     "safety": safety,
-    "readings": readings,
     "provoked": provoked,
     "regimes": regimes,
+    "readings": readings,
+    "variants": variants,
+    "guards": guards,
 }
 """In the order in which they are run."""

@@ -148,6 +148,7 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
         "by_question_type": seen["by_question_type"],
         "well_formed": seen["well_formed"],
         "without_image": blind["accuracy"],
+        "alarm_step": _first_step(history, "runaway/alarm"),
         "seconds": round(seconds, 1),
         "commit": harness.environment()["commit"],
         "series": {name: list(_series(history, key)) for name, key in SERIES.items() if history and key in history[-1]},
@@ -157,3 +158,7 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
 def _series(history: Sequence[Mapping[str, float]], key: str) -> Iterator[float | None]:
     for row in history:
         yield float(f"{row[key]:.3g}") if key in row else None
+
+
+def _first_step(history: Sequence[Mapping[str, float]], key: str) -> int | None:
+    return next((int(row["step"]) for row in history if row.get(key)), None)
