@@ -34,6 +34,7 @@ CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-
 LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c"],
+    "amx": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 
@@ -110,6 +111,14 @@ def cxx_compiler() -> str | None:
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
+def compiles_for(flags: list[str]) -> bool:
+    """Whether the compiler knows the flags of an instruction set; an older one does without that set."""
+    compiler = cxx_compiler()
+    assert compiler is not None
+    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def cuda_sources() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -123,7 +132,7 @@ def extension_arguments(decision: Plan) -> dict:
     every_level = {
         str(path.relative_to(ROOT)): name for name in LEVELS for path in (ROOT / "csrc" / "cpu").glob(f"*_{name}.cpp")
     }
-    level_sources = dict(sorted(every_level.items())) if is_x86 else {}
+    level_sources = {s: name for s, name in sorted(every_level.items()) if is_x86 and compiles_for(LEVELS[name])}
     sources = [
         source
         for folder in ("csrc", "csrc/cpu")

@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
   m.def("head_gradient(Tensor gradient, Tensor hidden, bool accumulate, int cpu_level, Tensor(a!) out) -> ()");
   m.def("hidden_gradient(Tensor gradient, Tensor weight, int cpu_level, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, int cpu_level, Tensor(a!) out) -> ()");
+  m.def("has_matrix_unit() -> bool");
+  m.def("matrix_unit_logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
   m.def(
       "select_columns(Tensor gradient, float tolerance, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) -> int");
 }

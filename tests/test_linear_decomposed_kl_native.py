@@ -46,6 +46,24 @@ def test_products(rows: int, vocab: int, width: int, level: int) -> None:
     torch.testing.assert_close(head.double(), 2 * exact_head, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.skipif(not operators.has_matrix_unit(), reason="needs a CPU with AMX for bfloat16")
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width"), [(1, 1, 32), (5, 70, 64), (33, 1000, 320), (64, 4099, 544), (128, 320, 96)]
+)
+def test_matrix_unit_logits(rows: int, vocab: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width + 1, generator=generator).bfloat16()[:, 1:]
+    weight = torch.randn(vocab, width + 2, generator=generator).bfloat16()[:, :width]
+    library = hidden @ weight.t()
+    for padding in (3, 0):  # rows that begin anywhere, and rows that fill cache lines where the vocabulary does
+        out = nan(rows, vocab + padding, dtype=torch.bfloat16)
+        operators.matrix_unit_logits(hidden, weight, out[:, :vocab])
+        exact = hidden.double() @ weight.double().t()
+        torch.testing.assert_close(out[:, :vocab].double(), exact, rtol=2**-8, atol=1e-5)
+        assert out[:, vocab:].isnan().all()
+    assert torch.equal(hidden @ weight.t(), library)  # what the library keeps in the unit is still there
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_transpose(dtype: torch.dtype) -> None:
     for rows, columns in ((1, 1), (8, 8), (7, 65), (130, 33), (64, 4096)):

@@ -6,6 +6,12 @@
 #include <vector>
 
 #include "common.h"
+#include "linear_decomposed_kl_amx.h"
+#if defined(VGS_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace vgs {
 namespace {
@@ -141,6 +147,51 @@ void logits(const Tensor& hidden, const Tensor& weight, int64_t cpu_level, Tenso
   });
 }
 
+// Whether the CPU has a matrix unit for bfloat16 and Linux lends it to this process.
+bool has_matrix_unit() {
+#if defined(VGS_HAVE_AMX) && defined(__linux__)
+  static const bool available = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (highest_level() < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool tiles = d >> 24 & 1, products = d >> 22 & 1;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+    const bool rounding = a >> 5 & 1;
+    constexpr int kRequestPermission = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+    return tiles && products && rounding && syscall(SYS_arch_prctl, kRequestPermission, kTiles) == 0;
+  }();
+  return available;
+#else
+  return false;
+#endif
+}
+
+// out (n, v) = hidden (n, w) weight (v, w)^T, bfloat16, on the matrix unit. Threads share the vocabulary.
+void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
+  for (const Tensor* matrix : {&hidden, &weight, const_cast<const Tensor*>(&out)})
+    STD_TORCH_CHECK(matrix->dim() == 2 && matrix->scalar_type() == torch::headeronly::ScalarType::BFloat16 &&
+                        (matrix->stride(1) == 1 || matrix->size(1) == 1),
+                    "operands must be bfloat16 matrices with unit stride in the last dimension");
+  STD_TORCH_CHECK(weight.size(1) == width && out.size(0) == n && out.size(1) == vocab && width % amx::kBlock == 0,
+                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
+  STD_TORCH_CHECK(has_matrix_unit(), "this CPU, system or build has no matrix unit for bfloat16");
+#if defined(VGS_HAVE_AMX)
+  constexpr int64_t kHalf = amx::kBlock / 2;
+  std::vector<uint16_t> panels(round_up(n, amx::kBlock) * width, 0);
+  const auto* from = static_cast<const uint16_t*>(hidden.data_ptr());
+  for (int64_t row = 0; row < n; ++row) {
+    uint16_t* const to = panels.data() + row / kHalf * kHalf * width + row % kHalf * 2;
+    for (int64_t k = 0; k < width; k += 2) std::memcpy(to + k * kHalf, from + row * hidden.stride(0) + k, 4);
+  }
+  torch::stable::parallel_for(0, round_up(vocab, amx::kBlock) / amx::kBlock, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(amx::scratch_size(n));
+    amx::logits(panels.data(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), n, width,
+                static_cast<uint16_t*>(out.data_ptr()), out.stride(0), begin * amx::kBlock,
+                std::min(vocab, end * amx::kBlock), scratch.data());
+  });
+#endif
+}
+
 // The columns of a matrix that carry all but `tolerance` of its Frobenius norm, ascending. The smallest columns are
 // dropped: with a histogram of the squared norms by their leading bits (an eighth of an octave a bin) everything below
 // the largest bin edge whose sum is still at most tolerance^2 of the total. Returns how many were kept.
@@ -197,5 +248,10 @@ STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("head_gradient", TORCH_BOX(&vgs::head_gradient));
   m.impl("hidden_gradient", TORCH_BOX(&vgs::hidden_gradient));
   m.impl("logits", TORCH_BOX(&vgs::logits));
+  m.impl("matrix_unit_logits", TORCH_BOX(&vgs::matrix_unit_logits));
   m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("has_matrix_unit", TORCH_BOX(&vgs::has_matrix_unit));
 }

@@ -6,7 +6,8 @@ Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width
 
 On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then
 packs only the small one: logits as (v, w) @ (w, n), head gradient as (v, n) @ (n, w). So a slice of the vocabulary is
-multiplied that way round, and transposed while it is in the cache.
+multiplied that way round, and transposed while it is in the cache. Where the CPU has a matrix unit (AMX), the logits
+come from a compiled kernel that does the same in registers, `csrc/cpu/linear_decomposed_kl_amx.cpp`.
 
 In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. There all
 three are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves.
@@ -36,11 +37,14 @@ class Products:
         self._transposed = self.native and dtype == torch.bfloat16
         # Tried with AVX-512 only; below it the library's products stay.
         self._streamed = self.native and dtype == torch.float32 and torch.ops.vgs_kernels_native.cpu_level() == 2
+        self._has_matrix_unit = self._transposed and torch.ops.vgs_kernels_native.has_matrix_unit()
         self._scratch: Tensor | None = None
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, v) = hidden (n, w) @ weight (v, w).T + bias (v,)."""
-        if self._transposed:
+        if self._has_matrix_unit and weight.stride(1) == 1 and weight.shape[1] % 32 == 0:
+            torch.ops.vgs_kernels_native.matrix_unit_logits(hidden, weight, out)
+        elif self._transposed:
             for part in _slices(weight.shape[0]):
                 logits = self._slice(part, hidden)
                 torch.mm(weight[part], hidden.t(), out=logits)

@@ -1,0 +1,155 @@
+// The tiles of the matrix unit hold 16 rows of 64 bytes. One instruction adds to a tile of 16 x 16 float32 sums the
+// product of 16 rows of the weight, as they lie, and 16 rows of the chunk, of which it wants pairs of entries side by side.
+// Four tiles of sums share two of each operand, so that every operand fetched is used twice.
+//
+// The sums have the vocabulary in their rows and the logits have it in their columns: they are transposed while they are
+// rounded, and leave in whole cache lines past the caches, since a chunk of logits does not fit in any.
+#include "linear_decomposed_kl_amx.h"
+
+#include <immintrin.h>
+
+namespace vgs::amx {
+namespace {
+
+constexpr int64_t kHalf = kBlock / 2;
+constexpr int64_t kDepth = 256;  // columns of the weight that stay in the first-level cache, kBlock rows of them: 16 KiB
+
+struct Configuration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Copy rows of the weight, columns [0, depth), into tiles [column / kBlock][kBlock][kBlock]; rows that are not there are 0.
+void pack_weight(const uint16_t* weight, int64_t stride, int64_t rows, int64_t depth, uint16_t* tiles) {
+  for (int64_t row = 0; row < kBlock; ++row)
+    for (int64_t k = 0; k < depth; k += kBlock)
+      _mm512_store_si512(tiles + k * kBlock + row * kBlock,
+                         row < rows ? _mm512_loadu_si512(weight + row * stride + k) : _mm512_setzero_si512());
+}
+
+// sums (kBlock of the vocabulary, kBlock of the chunk) = or += tiles times two panels, over `depth` columns. Meanwhile
+// the next columns of the weight are fetched, `count` lines from `line` on.
+void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t panel_size, int64_t depth, bool accumulate,
+              const uint16_t* next, int64_t next_stride, int64_t line, int64_t count, float* sums) {
+  constexpr int64_t kStride = kBlock * sizeof(float), kLower = kHalf * kBlock;
+  constexpr int64_t kLines = kDepth / kBlock;  // of a row of the next columns
+  if (accumulate) {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, sums + kHalf, kStride);
+    _tile_loadd(2, sums + kLower, kStride);
+    _tile_loadd(3, sums + kLower + kHalf, kStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const int64_t last = line + count, step = count * kBlock / depth + 1;
+  for (int64_t k = 0; k < depth; k += kBlock) {
+    _tile_loadd(4, tiles + k * kBlock, 64);
+    _tile_loadd(6, panel + k * kHalf, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, tiles + k * kBlock + kLower, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, panel + panel_size + k * kHalf, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    for (int64_t i = 0; i < step && line < last; ++i, ++line)
+      _mm_prefetch(reinterpret_cast<const char*>(next + line / kLines * next_stride + line % kLines * kBlock), _MM_HINT_T1);
+  }
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + kHalf, kStride);
+  _tile_stored(2, sums + kLower, kStride);
+  _tile_stored(3, sums + kLower + kHalf, kStride);
+}
+
+// Two rows of sums rounded to bfloat16: 16 pairs of entries that are neighbours in the vocabulary.
+__m512i rounded_pairs(const float* even, const float* odd) {
+  alignas(64) static const uint16_t kOrder[kBlock] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), reinterpret_cast<__m512i>(both));
+}
+
+// Transpose 16 x 16 entries of 32 bits: pairs of entries, pairs of pairs, then the quarters of the registers.
+void transpose(__m512i row[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      row[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      row[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    row[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    row[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// Write `rows` rows of the chunk, `columns` logits each, from sums (kBlock, kBlock).
+void write(const float* sums, int64_t rows, int64_t columns, uint16_t* out, int64_t stride) {
+  const bool aligned = columns == kBlock && reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride % kBlock == 0;
+  for (int64_t first = 0; first < rows; first += kHalf) {
+    __m512i row[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      row[i] = rounded_pairs(sums + 2 * i * kBlock + first, sums + (2 * i + 1) * kBlock + first);
+    transpose(row);
+    for (int64_t i = 0; i < kHalf && first + i < rows; ++i) {
+      uint16_t* to = out + (first + i) * stride;
+      if (aligned) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), row[i]);
+      else _mm512_mask_storeu_epi16(to, columns == kBlock ? ~0u : (1u << columns) - 1, row[i]);
+    }
+  }
+}
+
+}  // namespace
+
+void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
+            uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch) {
+  alignas(64) uint16_t tiles[kBlock * kDepth];
+  Configuration before;
+  _tile_storeconfig(&before);  // the library's products rely on theirs
+  const Configuration ours;
+  _tile_loadconfig(&ours);
+  const int64_t panel = width * kHalf, blocks = (n + kBlock - 1) / kBlock;
+  for (int64_t v = begin; v < end; v += kBlock) {
+    const int64_t rows = end - v < kBlock ? end - v : kBlock;
+    for (int64_t start = 0; start < width; start += kDepth) {
+      const int64_t depth = width - start < kDepth ? width - start : kDepth;
+      const uint16_t* columns = weight + v * weight_stride + start;
+      pack_weight(columns, weight_stride, rows, depth, tiles);
+      const bool last = start + kDepth >= width;
+      const uint16_t* next = last ? weight + (v + kBlock) * weight_stride : columns + kDepth;
+      const bool fetches = last ? v + 2 * kBlock <= end && width >= kDepth : rows == kBlock && start + 2 * kDepth <= width;
+      const int64_t lines = fetches ? (kDepth + blocks - 1) / blocks : 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        float* sums = scratch + block * kBlock * kBlock;
+        multiply(tiles, panels + 2 * block * panel + start * kHalf, panel, depth, start > 0, next, weight_stride,
+                 block * lines, block * lines + lines > kDepth ? 0 : lines, sums);
+        if (last)
+          write(sums, n - block * kBlock < kBlock ? n - block * kBlock : kBlock, rows,
+                out + block * kBlock * out_stride + v, out_stride);
+      }
+    }
+  }
+  _mm_sfence();
+  _tile_loadconfig(&before);
+}
+
+}  // namespace vgs::amx
