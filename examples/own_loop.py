@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import prepare_multimodal_messages
 from vgs_distill.data import load_rows
-from vgs_distill.families import ImageTokens
+from vgs_distill.families import EvidenceTokens
 
 from vgs_kernels import LMHead, VisualGradientSteering, combine_gradients, gradient_gramian, linear_decomposed_kl
 
@@ -40,7 +40,10 @@ def steered_parts(student: Any, teacher: Any, processor: Any, rows: list[dict[st
     """Sample completions from the student and return both parts of its divergence from the teacher."""
     seen, masked = (model_inputs(processor, rows, with_image=with_image) for with_image in (True, False))
     # An image placeholder in a completion would promise features that do not exist.
-    sampling = {"do_sample": True, "suppress_tokens": ImageTokens.of(student.config, processor).banned_while_sampling}
+    sampling = {
+        "do_sample": True,
+        "suppress_tokens": EvidenceTokens.of(student.config, processor).banned_while_sampling,
+    }
     with torch.no_grad():
         completion = student.generate(**seen, max_new_tokens=new_tokens, **sampling)[:, seen["input_ids"].size(1) :]
         teacher_hidden, masked_teacher_hidden = (hidden_states(teacher, view, completion) for view in (seen, masked))

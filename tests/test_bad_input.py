@@ -199,7 +199,7 @@ MODELS: dict[str, tuple[Callable[[Workspace, Path], dict[str, str]], str]] = {
     "pickled weights": (pickled_weights, "pickled weights (pytorch_model.bin), which are never loaded"),
     "no weights": (without_weights, "the teacher"),
     "damaged weights": (damaged_weights, "cannot load the student"),
-    "no vision": (without_vision, "needs a vision-language model"),
+    "no vision": (without_vision, "needs a model that reads images"),
     "no processor": (without_processor, "Can't load image processor"),
     "code of its own": (foreign_code, "ships code of its own"),
     "other vocabulary": (other_words, "different vocabularies"),

@@ -34,7 +34,8 @@ class DatasetArguments:
         metadata={
             "help": "A dataset of the Hugging Face hub, a folder written by save_to_disk, a folder of images with "
             "metadata, or a .jsonl or .parquet file. Columns: 'prompt' (text, or messages with role and content) and "
-            "'image' or 'images' (in .jsonl files: paths, relative to the file)."
+            "'image' or 'images' (in .jsonl files: paths, relative to the file); with another modality 'video' or "
+            "'videos', 'audio' or 'audios'."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -81,6 +82,7 @@ class EvalArguments:
     decomposition: str = field(
         default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
     )
+    modality: str = field(default="image", metadata={"help": "What is left out: 'image', 'video' or 'audio'."})
     batch_size: int = field(default=8, metadata={"help": "Rows that are generated and scored at a time."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where a GPU is present."})
 

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "vgs_state.json"  # beside trainer_state.json in a checkpoint
 STAGING = ".incomplete"  # folder in the output directory
 
-_SAME_LOSS = ("steering", "decomposition", "image_mask", "steering_scale")
+_SAME_LOSS = ("steering", "decomposition", "modality", "image_mask", "steering_scale")
 _SAME_RUN = (
     "gamma",
     "gamma_start",

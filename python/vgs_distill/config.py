@@ -15,6 +15,8 @@ from trl import DistillationConfig
 from vgs_kernels.steering import SCALES
 from vgs_kernels.types import DECOMPOSITIONS
 
+from .modalities import MODALITIES
+
 STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
 GAMMA_SCHEDULES = ("constant", "linear", "cosine")
@@ -55,8 +57,11 @@ class VGSConfig(DistillationConfig):
             the ratio that the hidden gradients suggest for that of the parameter gradients.
         refresh_drift: Measure early when the ratio that the hidden gradients suggest, averaged over the last steps, has
             changed by this factor since the last measurements.
-        image_mask: What the masked view of a prompt is. ``"drop"``: the prompt is what the chat template writes
-            without the image, and positions follow; ``"blank"``: every pixel takes the image processor's mean colour;
+        modality: What the teacher is given besides text, and the masked view leaves out: ``"image"``, ``"video"`` or
+            ``"audio"``. Rows hold it in the columns `image` or `images`, `video` or `videos`, `audio` or `audios`.
+        image_mask: What the masked view of a prompt is; with another modality read video or audio for image.
+            ``"drop"``: the prompt is what the chat template writes without the image, and positions follow;
+            ``"blank"``: every pixel takes the image processor's mean colour, which audio has none of;
             ``"attention"``: image tokens stay, but nothing attends to them.
         max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
             training stops.
@@ -123,6 +128,9 @@ class VGSConfig(DistillationConfig):
         default=2.0,
         metadata={"help": "Measure early when the ratio of the two hidden gradient norms moves by this factor."},
     )
+    modality: str = field(
+        default="image", metadata={"help": "What the masked view leaves out: 'image', 'video' or 'audio'."}
+    )
     image_mask: str = field(
         default="drop", metadata={"help": "What a masked image is: 'drop', 'blank' or 'attention'."}
     )
@@ -170,6 +178,7 @@ class VGSConfig(DistillationConfig):
             ("steering", STEERING_MODES),
             ("decomposition", DECOMPOSITIONS),
             ("gamma_schedule", GAMMA_SCHEDULES),
+            ("modality", tuple(MODALITIES)),
             ("image_mask", IMAGE_MASKS),
             ("steering_scale", SCALES),
             ("runaway_action", RUNAWAY_ACTIONS),
@@ -177,6 +186,14 @@ class VGSConfig(DistillationConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        masks = MODALITIES[self.modality].masks
+        if self.image_mask not in masks:
+            raise ValueError(
+                f"image_mask={self.image_mask!r} has no meaning for modality={self.modality!r}; choose "
+                f"{' or '.join(map(repr, masks))}"
+            )
+        if self.use_vllm and self.modality != "image":
+            raise ValueError(f"TRL hands vLLM images only, but modality is {self.modality!r}; leave use_vllm off")
         for name in ("gamma", "gamma_start"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

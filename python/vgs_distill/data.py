@@ -12,19 +12,20 @@ from datasets import Dataset, DatasetDict, IterableDataset, List, Value, load_da
 from datasets import Image as ImageFeature
 
 from .errors import InputError, one_sentence
+from .modalities import IMAGE, Modality
 
-IMAGE_COLUMNS = ("image", "images")
 _FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_rows(
-    name: str, *, split: str, config: str | None = None, streaming: bool = False, need_images: bool = True
+    name: str, *, split: str, config: str | None = None, streaming: bool = False, need: Modality | None = IMAGE
 ) -> Dataset | IterableDataset:
     """The rows of one split, with images as `datasets.Image`.
 
     Args:
         name: a folder of `save_to_disk`, any other folder `load_dataset` reads (an image folder with its metadata,
             Parquet or JSON Lines files), a .jsonl or .parquet file, or a dataset of the hub.
+        need: what the rows must hold; None: text alone will do.
 
     Raises:
         InputError: nothing is there, it cannot be read, or its images are no images.
@@ -42,7 +43,7 @@ def load_rows(
             rows = load_dataset(_FILES[path.suffix], data_files=str(path), split="train", streaming=streaming)
         else:
             rows = load_dataset(name, config, split=split, streaming=streaming)
-        return _with_images(rows, path.parent if path.is_file() else path, need_images)
+        return _with_images(rows, path.parent if path.is_file() else path, need)
     except InputError:
         raise
     except Exception as error:  # every builder raises its own kinds, pyarrow's and fsspec's among them
@@ -58,22 +59,24 @@ def _saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset
     return saved.to_iterable_dataset() if streaming else saved
 
 
-def _with_images(rows: Any, folder: Path, need_images: bool) -> Dataset | IterableDataset:
+def _with_images(rows: Any, folder: Path, need: Modality | None) -> Dataset | IterableDataset:
     """Image columns of paths become images; relative paths are relative to the folder of the file."""
     features = rows.features
     if features is None:  # streamed JSON Lines say what they hold only when they are read
         rows = rows._resolve_features()
         features = rows.features
-    columns = [column for column in IMAGE_COLUMNS if column in (features or {})]
-    if not columns and need_images and features:
+    if need is not None and features and not any(column in features for column in need.columns):
         listing = ", ".join(repr(column) for column in features)
+        one, several = need.columns
         raise InputError(
-            f"the dataset has neither a column 'image' nor 'images' (it has {listing}); add one, or set steering='none'"
+            f"the dataset has neither a column {one!r} nor {several!r} (it has {listing}); add one, or set "
+            "steering='none'"
         )
+    columns = [column for column in IMAGE.columns if column in (features or {})]
     for column in columns:
         feature = features[column]
-        several = isinstance(feature, List)
-        kind = feature.feature if several else feature
+        nested = isinstance(feature, List)
+        kind = feature.feature if nested else feature
         if isinstance(kind, ImageFeature):
             continue
         if not (isinstance(kind, Value) and kind.dtype in ("string", "null")):
@@ -83,7 +86,7 @@ def _with_images(rows: Any, folder: Path, need_images: bool) -> Dataset | Iterab
             )
         # A streamed dataset forgets its features in `map` unless it is told them.
         rows = rows.map(_absolute_paths, fn_kwargs={"column": column, "folder": str(folder)}, features=features)
-        rows = rows.cast_column(column, List(ImageFeature()) if several else ImageFeature())
+        rows = rows.cast_column(column, List(ImageFeature()) if nested else ImageFeature())
     return rows
 
 

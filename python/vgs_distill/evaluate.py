@@ -1,8 +1,9 @@
 """`vgs eval`: accuracy by free generation and the divergence from a teacher, each with and without the image.
 
-The model writes greedily. With the image it reads the row as it is; without, the same row as text alone. An answer is
-right if it equals the answer column after case, outer punctuation and repeated white space are put aside; where
-`answer_pattern` is given, the answer is the last match of that expression in the completion, otherwise all of it.
+With another `modality`, read video or audio for image, here and in the names of the results. The model writes greedily.
+With the image it reads the row as it is; without, the same row as text alone. An answer is right if it equals the
+answer column after case, outer punctuation and repeated white space are put aside; where `answer_pattern` is given, the
+answer is the last match of that expression in the completion, otherwise all of it.
 
 The divergences are means per token over the model's own completions, in nats: KL(student || teacher) on what it wrote
 with the image and its language and visual part (`vgs_kernels.decomposed_kl`), and the same on what it wrote without,
@@ -30,19 +31,20 @@ from trl import prepare_multimodal_messages
 
 from .arguments import EvalArguments, eval_parser, require
 from .config import VGSConfig
-from .data import IMAGE_COLUMNS, load_rows
+from .data import load_rows
 from .errors import InputError, one_sentence
-from .families import Family, ImageTokens, family_of
+from .families import EvidenceTokens, Family, check_modality, family_of
 from .heads import backbone
 from .loss import MicroBatchLoss, decomposed_loss
-from .masking import Batch, without_image_parts
+from .masking import Batch, with_evidence, without_evidence
+from .modalities import IMAGE, MODALITIES, evidence_of
 from .models import check_installed, check_tokenizers, student_source, teacher_source
 from .output_dir import check_output_dir
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on one set of rows, with the image or without."""
+    """One model on one set of rows, with the image, video or audio or without."""
 
     accuracy: float  # share of rows, 0..1
     mean_length: float  # tokens of a completion
@@ -65,6 +67,7 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     try:
         loss_config = VGSConfig(
             decomposition=settings.decomposition,
+            modality=settings.modality,
             max_completion_length=settings.max_completion_length,
             use_cpu=settings.use_cpu,
             bf16=False,
@@ -75,7 +78,9 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     check_output_dir(output.parent)
     check_installed(model.attn_implementation, use_liger_kernel=False)
     student = student_source(model, settings)
-    config = student.check()
+    modality = MODALITIES[settings.modality]
+    config = student.check(modality)
+    check_modality(config, modality)
     if family_of(config).needs_image:
         raise InputError(
             f"every question is also asked without its image, but the processor of model type {config.model_type!r} "
@@ -85,11 +90,9 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     teacher = None
     if settings.teacher_model_name_or_path is not None:
         teacher = teacher_source(model, settings)
-        teacher.check()
+        teacher.check(modality)
         check_tokenizers(processor, teacher)
-    rows: Any = load_rows(
-        data.dataset_name, split=data.dataset_test_split, config=data.dataset_config, need_images=True
-    )
+    rows: Any = load_rows(data.dataset_name, split=data.dataset_test_split, config=data.dataset_config, need=modality)
     for column in ("prompt", settings.answer_column):
         if column not in rows.column_names:
             listing = ", ".join(repr(name) for name in rows.column_names)
@@ -105,11 +108,11 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
         pattern,
         processor,
         family_of(config),
-        ImageTokens.of(config, processor),
+        EvidenceTokens.of(config, processor, modality),
         student.load(device).eval(),
         None if teacher is None else teacher.load(device).eval(),
     )
-    measured = {name: judge.measure(rows, with_image=name == "with_image") for name in ("with_image", "without_image")}
+    measured = {name: judge.measure(rows, evidence=name == "with_image") for name in ("with_image", "without_image")}
     results = {
         "settings": {name: values[name] for name in (*asdict(settings), *asdict(data), "model_name_or_path")},
         "rows": len(rows),
@@ -158,7 +161,7 @@ class _Evaluator:
         pattern: re.Pattern[str] | None,
         processor: ProcessorMixin,
         family: Family,
-        image_tokens: ImageTokens,
+        evidence_tokens: EvidenceTokens,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
     ) -> None:
@@ -168,12 +171,12 @@ class _Evaluator:
         self.processor: Any = processor
         self.tokenizer: Any = self.processor.tokenizer
         self.family = family
-        self.image_tokens = image_tokens
+        self.evidence_tokens = evidence_tokens
         self.student: Any = student
         self.teacher = teacher
 
     @torch.no_grad()
-    def measure(self, rows: Dataset, *, with_image: bool) -> Measured:
+    def measure(self, rows: Dataset, *, evidence: bool) -> Measured:
         """Generate for all rows, judge the answers and score the tokens."""
         completions: list[str] = []
         right: list[bool] = []
@@ -181,7 +184,7 @@ class _Evaluator:
         sums = torch.zeros(4, dtype=torch.float64)
         for start in range(0, len(rows), self.settings.batch_size):
             chunk = rows.select(range(start, min(start + self.settings.batch_size, len(rows))))
-            batch, mask = self._generate(chunk, with_image)
+            batch, mask = self._generate(chunk, evidence)
             texts = self.tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
             for text, answer in zip(texts, chunk[self.settings.answer_column], strict=True):
                 found = read_answer(text, self.pattern)
@@ -193,15 +196,15 @@ class _Evaluator:
         full, lang, vis, entropy = [None] * 4 if self.teacher is None else (sums / max(tokens, 1.0)).tolist()
         return Measured(sum(right) / len(right), tokens / len(right), full, lang, vis, entropy, tuple(completions))
 
-    def _generate(self, rows: Dataset, with_image: bool) -> tuple[Batch, Tensor]:
+    def _generate(self, rows: Dataset, evidence: bool) -> tuple[Batch, Tensor]:
         """Prompts with greedy completions, and which of their tokens count."""
-        inputs = self._inputs(rows, with_image).to(self.student.device)
+        inputs = self._inputs(rows, evidence).to(self.student.device)
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self.settings.max_completion_length,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.student.generation_config.eos_token_id or self.tokenizer.eos_token_id,
-            suppress_tokens=self.image_tokens.banned_while_sampling,
+            suppress_tokens=self.evidence_tokens.banned_while_sampling,
             disable_compile=True,
         )
         prompt_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]
@@ -212,26 +215,26 @@ class _Evaluator:
         for name, value in multimodal.items():
             if name.endswith("token_type_ids"):  # a completion is text
                 multimodal[name] = torch.cat([value, value.new_zeros(written.shape)], dim=1)
-        text = self._inputs(rows, with_image=False).to(prompt_ids.device)
+        text = self._inputs(rows, evidence=False).to(prompt_ids.device)
         return (
             Batch(prompt_ids, prompt_mask, written, mask, multimodal, text["input_ids"], text["attention_mask"]),
             mask,
         )
 
-    def _inputs(self, rows: Dataset, with_image: bool) -> Any:
+    def _inputs(self, rows: Dataset, evidence: bool) -> Any:
         """What the processor makes of the rows, padded on the left."""
-        column = next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
-        images = [[] for _ in range(len(rows))] if column is None or not with_image else rows[column]
-        images = [value if isinstance(value, list) else [value] if value is not None else [] for value in images]
-        prompts = rows["prompt"]
-        if isinstance(prompts[0], str):
+        modality = self.evidence_tokens.modality
+        seen = [evidence_of(row, modality, self.processor) if evidence else [] for row in rows]
+        if isinstance(rows[0]["prompt"], str) and modality is IMAGE:
             return self.processor(
-                text=list(prompts), images=images if any(images) else None, padding=True, return_tensors="pt"
+                text=list(rows["prompt"]), images=seen if any(seen) else None, padding=True, return_tensors="pt"
             )
         return self.processor.apply_chat_template(
             [
-                prepare_multimodal_messages(without_image_parts(prompt) if not row_images else prompt, row_images)
-                for prompt, row_images in zip(prompts, images, strict=True)
+                with_evidence(row, modality, self.processor)
+                if any_of_it
+                else prepare_multimodal_messages(without_evidence(row["prompt"]))
+                for row, any_of_it in zip(rows, map(bool, seen), strict=True)
             ],
             add_generation_prompt=True,
             tokenize=True,
@@ -248,7 +251,7 @@ class _Evaluator:
             batch,
             mask,
             1.0,
-            self.image_tokens,
+            self.evidence_tokens,
             self.family,
             run_student=_hidden_states,
             run_teacher=_hidden_states,

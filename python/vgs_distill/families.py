@@ -1,7 +1,7 @@
 """What the engine must know of a model family, in one table. To add a family, add a row (CONTRIBUTING.md says how).
 
 Most of what differs between families is answered by their own configs and processors and needs no row: the ids of the
-placeholder tokens, how an image becomes tokens, what a prompt looks like without its image. A row holds the rest.
+placeholder tokens, how an image or a sound becomes tokens, what a prompt looks like without it. A row holds the rest.
 Read by `masking.py` and the trainer.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .errors import InputError
+from .modalities import IMAGE, Modality
 
 THIS_FILE = "python/vgs_distill/families.py"
 
@@ -25,8 +26,8 @@ class Family:
 
     Attributes:
         model_types: `config.model_type` of its members.
-        wrapping_tokens: Special tokens that fence an image in a prompt. With the placeholders they are never sampled:
-            a completion that holds one promises an image that does not exist.
+        wrapping_tokens: Special tokens that fence an image or a sound in a prompt. With the placeholders they are
+            never sampled: a completion that holds one promises evidence that does not exist.
         grid_positions: Positions follow the image's grid and are derived from the attention mask (M-RoPE), so
             `image_mask="attention"` must fix them before it changes that mask.
         bidirectional_prompt: The prompt attends to itself in both directions, and `token_type_ids` must be 1 where the
@@ -37,6 +38,7 @@ class Family:
             image, and an image whose pixels are all 0 is padding, so a blank one must not be exactly 0.
         counts_images: The forward pass wants the number of images of every row, as `batch_num_images`.
         attention_mask: Whether `image_mask="attention"` is known to hide the image and to leave positions alone.
+        modalities: What it is known to read besides text, under the names of `modalities.py`.
     """
 
     model_types: tuple[str, ...]
@@ -48,6 +50,7 @@ class Family:
     pads_images: bool = False
     counts_images: bool = False
     attention_mask: bool = True
+    modalities: tuple[str, ...] = ("image",)
 
 
 FAMILIES = (
@@ -55,6 +58,7 @@ FAMILIES = (
         ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl"),
         wrapping_tokens=("<|vision_start|>", "<|vision_end|>", "<|video_pad|>"),
         grid_positions=True,
+        modalities=("image", "video"),
     ),
     Family(
         ("idefics3", "smolvlm"),
@@ -71,6 +75,7 @@ FAMILIES = (
     Family(("gemma3",), wrapping_tokens=("<start_of_image>", "<end_of_image>")),
     Family(("internvl",), wrapping_tokens=("<img>", "</img>", "<video>")),
     Family(("paligemma",), bidirectional_prompt=True, needs_image=True, one_prompt_at_a_time=True),
+    Family(("qwen2_audio",), wrapping_tokens=("<|audio_bos|>", "<|audio_eos|>"), modalities=("audio",)),
 )
 
 # A family without a row: what its config and processor say, and nothing that would have to be taken on trust.
@@ -82,6 +87,16 @@ def family_of(config: PretrainedConfig) -> Family:
     return next((family for family in FAMILIES if config.model_type in family.model_types), _UNKNOWN)
 
 
+def check_modality(config: PretrainedConfig, modality: Modality) -> None:
+    """InputError, naming what the model's family reads, where that is not the modality."""
+    known = family_of(config).modalities
+    if modality.name not in known:
+        raise InputError(
+            f"model type {config.model_type!r} is not known to read {modality.plural}; set modality={known[0]!r}, "
+            f"choose another model, or add the family to {THIS_FILE}"
+        )
+
+
 def check_image_mask(config: PretrainedConfig, image_mask: str) -> None:
     """InputError, naming the masks that work, where `image_mask` is not known to work for the model's family."""
     if image_mask == "attention" and not family_of(config).attention_mask:
@@ -91,27 +106,23 @@ def check_image_mask(config: PretrainedConfig, image_mask: str) -> None:
         )
 
 
-# What decides how pixels are cut up and how many tokens an image takes, under the names that configs give it.
-_IMAGE_GEOMETRY = (
-    "image_token_id", "patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "scale_factor",
-    "downsample_ratio", "mm_tokens_per_image", "image_grid_pinpoints", "vision_feature_select_strategy",
-)  # fmt: skip
-
-
-def check_teacher_reads_same_images(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-    """InputError where the teacher could not read the tokens and pixels that the student's processor makes."""
+def check_teacher_reads_the_same(
+    student: PretrainedConfig, teacher: PretrainedConfig, modality: Modality = IMAGE
+) -> None:
+    """InputError where the teacher could not read the tokens and features that the student's processor makes."""
     differs = [] if _relatives(student, teacher) else ["model_type"]
-    for name in () if differs else _IMAGE_GEOMETRY:
+    for name in () if differs else modality.geometry:
         mine, theirs = (
-            [getattr(part, name, None) for part in (config, config.vision_config)] for config in (student, teacher)
+            [getattr(part, name, None) for part in (config, getattr(config, modality.tower))]
+            for config in (student, teacher)
         )
         if mine != theirs:
             differs.append(name)
     if differs:
         raise InputError(
-            f"the teacher ({teacher.model_type}) reads images in another way than the student ({student.model_type}): "
-            f"they differ in {', '.join(differs)}; both read what the student's processor makes, so choose a teacher "
-            "of the same family and patch size"
+            f"the teacher ({teacher.model_type}) reads {modality.plural} in another way than the student "
+            f"({student.model_type}): they differ in {', '.join(differs)}; both read what the student's processor "
+            "makes, so choose a teacher of the same family and resolution"
         )
 
 
@@ -119,33 +130,34 @@ def _relatives(first: PretrainedConfig, second: PretrainedConfig) -> bool:
     return first.model_type == second.model_type or second.model_type in family_of(first).model_types
 
 
-def placeholder_ids(config: PretrainedConfig, processor: Any = None) -> tuple[int, ...]:
-    """The tokens that stand for one image or video feature each; InputError if there are none."""
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+def placeholder_ids(config: PretrainedConfig, processor: Any = None, modality: Modality = IMAGE) -> tuple[int, ...]:
+    """The tokens that stand for one feature of the modality each; InputError if there are none."""
     for source in (config, processor):  # the config first: Gemma 3's processor means the token before the image
-        found = (getattr(source, name, None) for name in names)
+        found = (getattr(source, name, None) for name in modality.placeholders)
         placeholders = tuple(dict.fromkeys(value for value in found if isinstance(value, int)))
         if placeholders:
             return placeholders
     raise InputError(
-        f"the config of model type {config.model_type!r} names no image placeholder token ({', '.join(names)}), nor "
-        "does its processor; visual gradient steering needs a vision-language model"
+        f"the config of model type {config.model_type!r} names no {modality.name} placeholder token "
+        f"({', '.join(modality.placeholders)}), nor does its processor; steering needs a model that reads "
+        f"{modality.plural}"
     )
 
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """The token ids that stand for image features, and all that a student must never sample."""
+class EvidenceTokens:
+    """The token ids that stand for the features of a modality, and all that a student must never sample."""
 
+    modality: Modality
     placeholders: tuple[int, ...]
     banned_while_sampling: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: PretrainedConfig, processor: Any) -> ImageTokens:
+    def of(cls, config: PretrainedConfig, processor: Any, modality: Modality = IMAGE) -> EvidenceTokens:
         """Read them from a model's config and its processor; InputError if neither names a placeholder."""
-        placeholders = placeholder_ids(config, processor)
+        placeholders = placeholder_ids(config, processor, modality)
         wrapping = _ids_of(family_of(config).wrapping_tokens, getattr(processor, "tokenizer", processor))
-        return cls(placeholders, tuple(sorted({*placeholders, *wrapping})))
+        return cls(modality, placeholders, tuple(sorted({*placeholders, *wrapping})))
 
     def is_placeholder(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from vgs_kernels import DecomposedKL, LinearDecomposedKL, linear_decomposed_kl
 
 from .config import VGSConfig
-from .families import Family, ImageTokens
+from .families import EvidenceTokens, Family
 from .heads import language_head
-from .masking import Batch, masked_view, rows_with_image, stack_views
+from .masking import Batch, masked_view, rows_with_evidence, stack_views
 from .proxy import GradientProxy
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
@@ -67,7 +67,7 @@ def decomposed_loss(
     batch: Batch,
     loss_mask: Tensor,  # (rows, completion)
     items_in_step: Tensor | float,
-    image_tokens: ImageTokens,
+    tokens: EvidenceTokens,
     family: Family,
     run_student: RunBackbone,
     run_teacher: RunBackbone,
@@ -81,7 +81,7 @@ def decomposed_loss(
     Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
     the row itself, so all of its KL(student || teacher) is language.
     """
-    has_image = rows_with_image(batch, image_tokens)
+    has_image = rows_with_evidence(batch, tokens)
     image_mask = loss_mask.bool() & has_image[:, None]  # (rows, completion)
     text_mask = loss_mask.bool() & ~has_image[:, None]
     any_image, any_text = bool(image_mask.any()), bool(text_mask.any())
@@ -90,7 +90,7 @@ def decomposed_loss(
     if not any_image:
         teacher_hidden = run_teacher(teacher, batch)  # (rows, completion, teacher width)
     else:
-        masked = masked_view(config.image_mask, batch, image_tokens, family, student)
+        masked = masked_view(config.image_mask, batch, tokens, family, student)
         if config.pack_teacher:
             teacher_hidden, masked_teacher_hidden = run_teacher(teacher, stack_views(batch, masked)).chunk(2)
         else:

@@ -1,4 +1,4 @@
-"""What "the image is masked" means: turns the inputs of one batch into those of its masked view.
+"""What "the image is masked" means, or the video, or the audio: makes the masked view of a batch.
 
 Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. Called by `loss.py` and, for the prompts of
 `drop`, by the trainer. What a model family needs for it is in `families.py`.
@@ -6,15 +6,19 @@ Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. Call
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from trl.data_utils import prepare_multimodal_messages
 
-from .families import Family, ImageTokens
+from .errors import InputError
+from .families import EvidenceTokens, Family
 from .heads import backbone
+from .modalities import IMAGE, MODALITIES, Modality, evidence_of
 
 # Far below any real pixel, and not 0 in any dtype that models run in.
 _NOT_ZERO = torch.finfo(torch.float16).tiny
@@ -27,8 +31,8 @@ class Batch(NamedTuple):
     prompt_mask: Tensor  # (rows, prompt)
     completion_ids: Tensor  # (rows, completion)
     completion_mask: Tensor  # (rows, completion)
-    multimodal: dict[str, Any]  # pixel_values and what belongs to it, as the processor named it
-    text_prompt_ids: Tensor | None = None  # (rows, text prompt), the prompts without their images; `drop` needs them
+    multimodal: dict[str, Any]  # what the processor made of images, videos or audio, under its names
+    text_prompt_ids: Tensor | None = None  # (rows, text prompt), the prompts without their evidence; `drop` needs them
     text_prompt_mask: Tensor | None = None  # (rows, text prompt)
 
     @property
@@ -40,27 +44,64 @@ class Batch(NamedTuple):
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
 
-def rows_with_image(batch: Batch, tokens: ImageTokens) -> Tensor:
-    """Which rows of the batch hold at least one image, (rows,) bool."""
+def rows_with_evidence(batch: Batch, tokens: EvidenceTokens) -> Tensor:
+    """Which rows of the batch hold at least one image, video or sound, (rows,) bool."""
     return tokens.is_placeholder(batch.prompt_ids).any(dim=1)
 
 
-def without_image_parts(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation without the images and videos in it. Rendered by the chat template, it is the prompt of `drop`.
+def with_evidence(row: Mapping[str, Any], modality: Modality, processor: Any = None) -> Any:
+    """The prompt of a row as a conversation with its evidence in it: in the parts that wait for it, or at its start."""
+    prompt, name = row["prompt"], modality.name
+    evidence = evidence_of(row, modality, processor)
+    if isinstance(prompt, str):
+        if evidence:
+            raise InputError(
+                f"a prompt with {modality.plural} must be a conversation, not text; write it as "
+                "[{'role': 'user', 'content': '...'}]"
+            )
+        return prompt
+    if modality is IMAGE:
+        return prepare_multimodal_messages(prompt, images=evidence)
+    messages = prepare_multimodal_messages(prompt)
+    waiting = sum(_waits(part, name) for message in messages for part in message["content"])
+    if not waiting:
+        first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+        parts = [{"type": name} for _ in evidence]
+        messages[first] = {**messages[first], "content": [*parts, *messages[first]["content"]]}
+    elif waiting != len(evidence):
+        raise InputError(
+            f"a prompt has places for {waiting} {modality.plural}, but its row has {len(evidence)}; make them agree"
+        )
+    pieces = iter(evidence)
+    return [
+        {
+            **message,
+            "content": [{**part, name: next(pieces)} if _waits(part, name) else part for part in message["content"]],
+        }
+        for message in messages
+    ]
+
+
+def _waits(part: dict[str, Any], name: str) -> bool:
+    return part["type"] == name and part.get(name) is None
+
+
+def without_evidence(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation without the images, videos and sounds in it: rendered by the chat template, the prompt of `drop`.
 
     Rendering anew, instead of cutting tokens out, leaves the very prompt that the template writes without an image:
-    some templates and processors also write spaces, line breaks or tile numbers around one.
+    some templates and processors also write spaces, line breaks, tile numbers or times around one.
     """
     return [
         message
         if not isinstance(message.get("content"), list)
-        else {**message, "content": [part for part in message["content"] if part["type"] not in ("image", "video")]}
+        else {**message, "content": [part for part in message["content"] if part["type"] not in MODALITIES]}
         for message in prompt
     ]
 
 
-def drop_image(batch: Batch) -> Batch:
-    """The prompts without their images; positions follow."""
+def drop_evidence(batch: Batch) -> Batch:
+    """The prompts without their evidence; positions follow."""
     assert batch.text_prompt_ids is not None
     assert batch.text_prompt_mask is not None
     multimodal = {}
@@ -71,39 +112,40 @@ def drop_image(batch: Batch) -> Batch:
     return batch._replace(prompt_ids=batch.text_prompt_ids, prompt_mask=batch.text_prompt_mask, multimodal=multimodal)
 
 
-def blank_image(batch: Batch, family: Family) -> Batch:
-    """Every pixel takes the mean colour: 0 after the image processor's normalisation."""
-    pixels = batch.multimodal["pixel_values"]
+def blank_pixels(batch: Batch, tokens: EvidenceTokens, family: Family) -> Batch:
+    """Every pixel takes the mean colour: 0 after the processor's normalisation."""
+    features = tokens.modality.features
+    pixels = batch.multimodal[features]
     blank = torch.zeros_like(pixels)
     if family.pads_images:
         real = (pixels != 0).flatten(2).any(2)[..., None, None, None]  # (rows, images, 1, 1, 1)
         blank = blank.masked_fill(real, _NOT_ZERO)
-    return batch._replace(multimodal={**batch.multimodal, "pixel_values": blank})
+    return batch._replace(multimodal={**batch.multimodal, features: blank})
 
 
-def hide_image(batch: Batch, tokens: ImageTokens, family: Family, model: PreTrainedModel) -> Batch:
-    """Image tokens keep their places and positions, but no token attends to them."""
+def hide_evidence(batch: Batch, tokens: EvidenceTokens, family: Family, model: PreTrainedModel) -> Batch:
+    """Placeholder tokens keep their places and positions, but no token attends to them."""
     multimodal = dict(batch.multimodal)
     if family.grid_positions:
-        multimodal["position_ids"] = _grid_positions(batch, model)
+        multimodal["position_ids"] = _grid_positions(batch, tokens, model)
     visible = batch.prompt_mask * (~tokens.is_placeholder(batch.prompt_ids)).to(batch.prompt_mask.dtype)
     return batch._replace(prompt_mask=visible, multimodal=multimodal)
 
 
-def _grid_positions(batch: Batch, model: PreTrainedModel) -> Tensor:
+def _grid_positions(batch: Batch, tokens: EvidenceTokens, model: PreTrainedModel) -> Tensor:
     """The positions of the unmasked view, (3, rows, length): models derive them from the attention mask."""
     rope_index: Any = backbone(model).get_rope_index
     positions, _ = rope_index(
         batch.input_ids,
         mm_token_type_ids=batch.multimodal["mm_token_type_ids"],
-        image_grid_thw=batch.multimodal["image_grid_thw"],
         attention_mask=batch.attention_mask,
+        **{name: batch.multimodal[name] for name in tokens.modality.layout if name in batch.multimodal},
     )
     return positions
 
 
 def stack_views(first: Batch, second: Batch) -> Batch:
-    """Two views of the same rows as one batch of twice the rows; the second may have shorter prompts and no images."""
+    """Two views of the same rows as one batch; the second may have shorter prompts and no evidence."""
     length = max(first.prompt_ids.size(1), second.prompt_ids.size(1))
 
     def rows(a: Tensor, b: Tensor, total: int) -> Tensor:
@@ -130,10 +172,10 @@ def stack_views(first: Batch, second: Batch) -> Batch:
     )
 
 
-def masked_view(image_mask: str, batch: Batch, tokens: ImageTokens, family: Family, model: PreTrainedModel) -> Batch:
-    """The batch with its images masked in the way that `image_mask` names."""
+def masked_view(image_mask: str, batch: Batch, tokens: EvidenceTokens, family: Family, model: PreTrainedModel) -> Batch:
+    """The batch with its evidence masked in the way that `image_mask` names."""
     if image_mask == "drop":
-        return drop_image(batch)
+        return drop_evidence(batch)
     if image_mask == "blank":
-        return blank_image(batch, family)
-    return hide_image(batch, tokens, family, model)
+        return blank_pixels(batch, tokens, family)
+    return hide_evidence(batch, tokens, family, model)

@@ -20,6 +20,7 @@ from trl.trainer.utils import create_model_from_path
 
 from .errors import InputError, one_sentence
 from .families import placeholder_ids
+from .modalities import IMAGE, Modality
 
 _PROBE = "What is in the picture? 1 + 1 = 2, naïve façade"
 
@@ -38,15 +39,15 @@ class ModelSource:
     def hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def check(self) -> PretrainedConfig:
-        """Read its config; InputError unless it is a vision-language model with safetensors weights."""
+    def check(self, modality: Modality = IMAGE) -> PretrainedConfig:
+        """Read its config; InputError unless it is a model that reads the modality, with safetensors weights."""
         if not Path(self.name).exists() and self.name.startswith((".", "/", "~")):
             raise InputError(f"there is no {self.role} model at {self.name!r}; give a folder or a name of the hub")
         config: PretrainedConfig = self._read(AutoConfig)
         if not config.architectures:
             raise InputError(f"the config of the {self.role} {self.name!r} names no architecture; save it again")
         try:
-            placeholder_ids(config)
+            placeholder_ids(config, modality=modality)
         except ValueError as error:
             raise InputError(f"the {self.role} {self.name!r} cannot be used: {error}") from None
         folder = Path(self.name)
@@ -62,9 +63,7 @@ class ModelSource:
         """The processor, which pads on the left as generation needs."""
         processor = self._read(AutoProcessor, padding_side="left", truncation_side="left")
         if not isinstance(processor, ProcessorMixin):
-            raise InputError(
-                f"the {self.role} {self.name!r} has a tokenizer but no image processor; save its processor beside it"
-            )
+            raise InputError(f"the {self.role} {self.name!r} has a tokenizer but no processor; save that beside it")
         return processor
 
     def tokenizer(self) -> Any:

@@ -20,7 +20,8 @@ from .checkpoints import find_checkpoint
 from .config import VGSConfig
 from .data import load_rows
 from .errors import InputError, one_sentence
-from .families import check_image_mask, check_teacher_reads_same_images
+from .families import check_image_mask, check_modality, check_teacher_reads_the_same
+from .modalities import MODALITIES
 from .models import check_installed, check_tokenizers, student_source, teacher_source
 from .output_dir import check_output_dir
 from .trainer import VGSTrainer
@@ -56,8 +57,10 @@ def build(
     if data.dataset_streaming and config.max_steps < 1:
         raise InputError("a streamed dataset has no length; set max_steps with dataset_streaming")
     student, teacher = student_source(model, config), teacher_source(model, config)
-    configs = student.check(), teacher.check()
-    check_teacher_reads_same_images(*configs)
+    modality = MODALITIES[config.modality]
+    configs = student.check(modality), teacher.check(modality)
+    check_modality(configs[0], modality)
+    check_teacher_reads_the_same(*configs, modality)
     if config.steering != "none":
         check_image_mask(configs[0], config.image_mask)
     processor = student.processor()
@@ -66,12 +69,16 @@ def build(
     def rows(name: str, split: str) -> Any:
         steered = config.steering != "none"
         return load_rows(
-            name, split=split, config=data.dataset_config, streaming=data.dataset_streaming, need_images=steered
+            name,
+            split=split,
+            config=data.dataset_config,
+            streaming=data.dataset_streaming,
+            need=modality if steered else None,
         )
 
     train_rows = rows(data.dataset_name, data.dataset_train_split)
-    check_dataset(train_rows, config.check_dataset_rows)
-    config.check_dataset_rows = 0  # the trainer need not open the images again
+    check_dataset(train_rows, config.check_dataset_rows, modality, processor)
+    config.check_dataset_rows = 0  # the trainer need not read the rows again
     eval_rows = None
     if config.eval_strategy != "no":
         eval_rows = rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split)

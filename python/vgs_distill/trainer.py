@@ -17,14 +17,18 @@ are predicted, and the Trainer runs back the weighted sum once.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -33,7 +37,6 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 from trl import DistillationTrainer
-from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from vgs_kernels import VisualGradientSteering
@@ -42,11 +45,19 @@ from .checkpoints import AtomicCheckpoints
 from .config import OFFLOAD, VGSConfig
 from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
 from .errors import InputError
-from .families import ImageTokens, check_image_mask, check_teacher_reads_same_images, family_of
+from .families import (
+    EvidenceTokens,
+    check_image_mask,
+    check_modality,
+    check_teacher_reads_the_same,
+    family_of,
+    placeholder_ids,
+)
 from .heads import backbone, compile_backbone, without_compile_wrapper
 from .interruption import Interruption
 from .loss import MicroBatchLoss, decomposed_loss
-from .masking import Batch, without_image_parts
+from .masking import Batch, with_evidence, without_evidence
+from .modalities import IMAGE, MODALITIES, Modality, evidence_of
 from .modules import parameters_by_module
 from .nonfinite import SkippedUpdates, describe_rows, describe_step
 from .output_dir import check_output_dir
@@ -63,23 +74,15 @@ from .steering import (
     no_gradient,
     weight_ratio,
 )
-from .teacher import load_teacher, place_teacher, shared_vocabulary
+from .teacher import load_student, load_teacher, place_teacher, shared_vocabulary, student_config
 from .timing import StepTimer
 from .token_weights import VisualTokenWeights
 from .validation import check_dataset
 
 logger = logging.get_logger(__name__)
 
-_IMAGE_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "image_position_ids",
-    "batch_num_images",
-)
-_MULTIMODAL_KEYS = (*_IMAGE_KEYS, "token_type_ids", "mm_token_type_ids")
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_MULTIMODAL_KEYS = (*(key for modality in MODALITIES.values() for key in modality.keys), *_TOKEN_TYPES)
 
 
 class _StepPlan:
@@ -150,6 +153,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     args: VGSConfig
     model: PreTrainedModel
+    _signature_columns: Any
     _tag_names = ["trl", "distillation", "vgs"]  # noqa: RUF012 - TRL's class attribute
     _name = "VGS"
 
@@ -168,42 +172,47 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             raise ValueError(f"args must be a VGSConfig, got {type(args).__name__}; build one with VGSConfig(...)")
         if args.output_dir is not None:
             check_output_dir(args.output_dir)
-        check_dataset(train_dataset, args.check_dataset_rows)
+        self._modality = MODALITIES[args.modality]
+        check_dataset(train_dataset, args.check_dataset_rows, self._modality, processing_class)
+        check_modality(student_config(model, args) if isinstance(model, str) else model.config, self._modality)
+        if isinstance(model, str) and self._modality is not IMAGE:  # TRL would look for its image token
+            model = load_student(model, args)
         if args.distributed_state is not None:
             allow_fsdp_on_cpu(args.distributed_state)
-        super().__init__(
-            model=model,
-            teacher_model=None,  # placed below, where it may also be elsewhere or have a vocabulary padded otherwise
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            **kwargs,
-        )
+        with nullcontext() if isinstance(model, str) else _image_token_named(model.config, self._modality):
+            super().__init__(
+                model=model,
+                teacher_model=None,  # placed below, where it may also be elsewhere or have another padded vocabulary
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                **kwargs,
+            )
         teacher = load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
-        check_teacher_reads_same_images(self.model.config, teacher.config)
+        check_teacher_reads_the_same(self.model.config, teacher.config, self._modality)
         self._vocab_size = shared_vocabulary(
             self.model.config, teacher.config, len(self._tokenizer), padding=args.steering != "none"
         )
         self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device)
         self._family = family_of(self.model.config)
-        self._image_tokens = ImageTokens.of(self.model.config, self.processing_class)
+        self._evidence_tokens = EvidenceTokens.of(self.model.config, self.processing_class, self._modality)
         if args.steering != "none":
             check_image_mask(self.model.config, args.image_mask)
         if args.torch_compile:
             compile_backbone(self.model, args.torch_compile_backend, args.torch_compile_mode)
         padding = range(self._vocab_size, self.model.config.get_text_config().vocab_size)
         own = self.generation_config.suppress_tokens or []
-        banned = {*self._image_tokens.banned_while_sampling, *padding, *own}
+        banned = {*self._evidence_tokens.banned_while_sampling, *padding, *own}
         self.generation_config.suppress_tokens = sorted(banned)
         self.generation_kwargs["suppress_tokens"] = sorted(banned)
         if args.use_vllm:  # whose sampling takes the tokens' text
-            words = self._tokenizer.convert_ids_to_tokens(self._image_tokens.banned_while_sampling)
+            words = self._tokenizer.convert_ids_to_tokens(self._evidence_tokens.banned_while_sampling)
             options = self.vllm_generation.generation_kwargs
             self.vllm_generation.generation_kwargs = {**options, "bad_words": [*options.get("bad_words", []), *words]}
 
-        self._image_counts: Tensor | None = None
+        self._unknown_to_trl: dict[str, Any] = {}  # inputs of the micro-batch that its loss does not hand on
         self._stand_in: dict[str, Any] | None = None  # the last row whose prompt was not too long
         self._timer = StepTimer(self.accelerator.device)
         self._gradients: Any = None  # GradientPair, once the model is prepared
@@ -315,7 +324,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     def _compute_loss(self, unwrapped_student: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         """Run inside the student wrapper's forward. TRL's monolithic loss, or both parts of the decomposed one."""
         if self.args.steering == "none":
-            self._image_counts = inputs.get("batch_num_images")  # TRL hands on the inputs that it knows
+            self._unknown_to_trl = {name: inputs[name] for name in _MULTIMODAL_KEYS if name in inputs}
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         self.teacher_model.eval()
         with self.accelerator.autocast():
@@ -326,7 +335,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
                 _batch_of(inputs),
                 _loss_mask(inputs),
                 num_items_in_batch,
-                self._image_tokens,
+                self._evidence_tokens,
                 self._family,
                 run_student=self._run_backbone,
                 run_teacher=self._run_teacher,
@@ -353,8 +362,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         **multimodal: Any,
     ) -> Tensor:
         """TRL's, timed, and for whatever inputs a family or a mask needs besides those that TRL knows."""
-        if "pixel_values" in multimodal and self._image_counts is not None:
-            multimodal["batch_num_images"] = self._image_counts
+        multimodal = {**self._unknown_to_trl, **multimodal}
         teacher = unwrapped_model is self.accelerator.unwrap_model(self.teacher_model)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **multimodal}
         if teacher and self.args.teacher_device not in (None, OFFLOAD):
@@ -367,17 +375,19 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     # ------------------------------------------------------------------ rollouts
 
     def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
-        """TRL's, without the pixels of other micro-batches where a micro-batch has no image: vision towers fail."""
+        """TRL's, without the features of other micro-batches where a micro-batch has no evidence: towers fail."""
         inputs = super()._prepare_inputs(generation_batch)
-        if not self._image_tokens.is_placeholder(inputs["prompt_ids"]).any():
-            inputs = {name: value for name, value in inputs.items() if name not in _IMAGE_KEYS}
+        if not self._evidence_tokens.is_placeholder(inputs["prompt_ids"]).any():
+            inputs = {name: value for name, value in inputs.items() if name not in self._modality.keys}
+        elif self._modality is not IMAGE:
+            inputs = {**inputs, **{name: torch.cat(inputs[name]) for name in self._modality.keys if name in inputs}}
         elif self._family.counts_images:
             counts = [count for count in inputs["num_images"] if count]
             inputs = {**inputs, "batch_num_images": torch.tensor(counts, device=inputs["prompt_ids"].device)}
         return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._family.needs_image and not all(_has_image(row) for row in inputs):
+        if self._family.needs_image and not all(self._has_evidence(row) for row in inputs):
             raise InputError(
                 f"a row has no image, but the processor of model type {self.model.config.model_type!r} takes no prompt "
                 "without one; filter such rows out"
@@ -387,7 +397,12 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             inputs, left_out = self._without_long_prompts(inputs, self.args.max_prompt_length)
         # Sampling changes shapes with every token, which torch.compile would follow with as many graphs.
         with self._timer.span("rollout"), torch.compiler.set_stance("force_eager"):
-            output = super()._generate_and_score_completions(inputs)
+            if self._modality is IMAGE:
+                output = super()._generate_and_score_completions(inputs)
+            else:
+                rows = [{"prompt": self._messages(row)} for row in inputs]
+                output = super()._generate_and_score_completions(rows)
+                output |= self._features(rows, output)
         if self.args.max_prompt_length is not None:
             output["completion_mask"][left_out] = 0
             output["num_items_in_batch"] = self.accelerator.gather(_loss_mask(output).sum()).sum()
@@ -396,7 +411,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if self._family.bidirectional_prompt and "token_type_ids" in output:
             # TRL writes 0, as it does for other families; here that would let completion tokens see later ones.
             output["token_type_ids"][:, output["prompt_ids"].size(1) :] = 1
-        if self.args.steering != "none" and self.args.image_mask == "drop" and "pixel_values" in output:
+        if self.args.steering != "none" and self.args.image_mask == "drop" and self._modality.features in output:
             output |= self._text_prompts(inputs, output["prompt_ids"], output["prompt_mask"])
         if self._training:
             self._cut_off = self._metrics["train"]["completions/clipped_ratio"][-1]
@@ -409,7 +424,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         An image is worth nothing when cut, and a question without its end little, so such rows are left out whole. The
         stand-ins keep batches rectangular; their completions do not count.
         """
-        lengths = [len(self._tokenize_prompts([_messages(row)])[0][0]) for row in inputs]
+        lengths = [len(self._tokenize_prompts([self._messages(row)])[0][0]) for row in inputs]
         left_out = [index for index, length in enumerate(lengths) if length > limit]
         if len(left_out) < len(inputs):
             self._stand_in = inputs[lengths.index(min(lengths))]
@@ -435,16 +450,44 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         return [row[0][0] for row in rows], [(row[1] or [None])[0] for row in rows], fields
 
     def _text_prompts(self, inputs: list[dict[str, Any]], prompt_ids: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
-        """The prompts without their images, tokenized and padded."""
+        """The prompts without their evidence, tokenized and padded."""
         if self._family.needs_image:  # no way to render them: what the processor adds for an image is its placeholders
-            kept = prompt_mask.bool() & ~self._image_tokens.is_placeholder(prompt_ids)
+            kept = prompt_mask.bool() & ~self._evidence_tokens.is_placeholder(prompt_ids)
             rows = [ids[keep] for ids, keep in zip(prompt_ids, kept, strict=True)]
         else:
-            prompts = [prepare_multimodal_messages(without_image_parts(row["prompt"])) for row in inputs]
+            prompts = [without_evidence(row["prompt"]) for row in inputs]
             rows = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
         padded = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         return {"text_prompt_ids": padded.to(prompt_ids.device), "text_prompt_mask": mask.to(prompt_ids.device)}
+
+    def _features(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> dict[str, Any]:
+        """What TRL keeps of images only: what the processor makes of the evidence, by row, and types of all tokens."""
+        counts = [sum(part["type"] == self._modality.name for part in _parts(row["prompt"])) for row in rows]
+        if not any(counts):
+            return {}
+        fields = self._tokenize_prompts([row["prompt"] for row in rows])[2]
+        device = self.accelerator.device
+        tensors = {name: torch.as_tensor(np.asarray(fields[name])) for name in self._modality.keys if name in fields}
+        output: dict[str, Any] = self._modality.split_by_row(send_to_device(tensors, device), counts)
+        total = rollout["prompt_ids"].size(1) + rollout["completion_ids"].size(1)
+        for name in _TOKEN_TYPES:
+            if name in fields:  # a completion is text, of type 0
+                ends = rollout["completion_ids"].size(1)
+                types = pad([F.pad(torch.tensor(row), (0, ends)) for row in fields[name]], padding_side="left")
+                output[name] = F.pad(types, (total - types.size(1), 0)).to(device)
+        return output
+
+    def _messages(self, row: dict[str, Any]) -> Any:
+        """The prompt of a row with its evidence in it."""
+        return with_evidence(row, self._modality, self.processing_class)
+
+    def _has_evidence(self, row: dict[str, Any]) -> bool:
+        return bool(evidence_of(row, self._modality)) or without_evidence(row["prompt"]) != row["prompt"]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", *IMAGE.columns, *self._modality.columns]
 
     def _generate(self, prompts: list[Any]) -> Any:
         """TRL's, with an empty list for a row without images: image processors do not take TRL's None."""
@@ -605,7 +648,9 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     def _modules_to_record(self) -> dict[str, list[int]]:
         if not self._recorder.modules_due(self.state.global_step + 1):
             return {}
-        return parameters_by_module(self.accelerator.unwrap_model(self.model), self._gradients.parameters)
+        return parameters_by_module(
+            self.accelerator.unwrap_model(self.model), self._gradients.parameters, self._modality
+        )
 
     def _record_times(self) -> None:
         times = self._timer.flush()
@@ -641,16 +686,23 @@ def _batch_of(inputs: dict[str, Any]) -> Batch:
     )
 
 
-def _messages(row: dict[str, Any]) -> Any:
-    """The prompt of a row with its images in it, as TRL puts them there."""
-    if isinstance(row["prompt"], str):
-        return row["prompt"]
-    images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
-    return prepare_multimodal_messages(row["prompt"], images=images)
+def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a conversation's messages; of a prompt that is text, none."""
+    for message in () if isinstance(prompt, str) else prompt:
+        yield from message["content"]
 
 
-def _has_image(row: dict[str, Any]) -> bool:
-    return bool(row.get("images") or row.get("image")) or without_image_parts(row["prompt"]) != row["prompt"]
+@contextmanager
+def _image_token_named(config: PretrainedConfig, modality: Modality) -> Iterator[None]:
+    """TRL asks the config of every model with a processor for its image token, which one that only hears lacks."""
+    if modality is IMAGE or hasattr(config, "image_token_id"):
+        yield
+        return
+    config.image_token_id = placeholder_ids(config, modality=modality)[0]
+    try:
+        yield
+    finally:
+        del config.image_token_id
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -6,22 +6,34 @@ Called by the trainer, the demo and the command line.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
+from datasets import Audio as AudioFeature
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
+from datasets import Video as VideoFeature
 from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
+from .modalities import AUDIO, IMAGE, Modality, evidence_of
 
 
-def check_dataset(dataset: Dataset | IterableDataset, image_rows: int | None) -> None:
-    """Every row has a prompt, and the first `image_rows` rows (None: all) have images that open.
+def check_dataset(
+    dataset: Dataset | IterableDataset,
+    rows: int | None,
+    modality: Modality = IMAGE,
+    processor: Any = None,
+) -> None:
+    """Every row has a prompt, and the first `rows` rows (None: all) have evidence that can be read.
 
     An iterable dataset has its first row checked only: reading further would consume it.
     """
     columns = dataset.column_names or []
+    if modality is not IMAGE:
+        _check_decodable(dataset.features or {}, modality)
     if isinstance(dataset, IterableDataset):
         first = next(iter(dataset.take(1)), None)
         if first is None:
@@ -29,15 +41,26 @@ def check_dataset(dataset: Dataset | IterableDataset, image_rows: int | None) ->
         columns = list(first)
         _check_columns(columns)
         _check_prompt(0, first["prompt"])
+        if modality is not IMAGE:
+            _check_evidence_columns(columns, modality)
+            _check_evidence(0, first, modality, processor)
         return
     if len(dataset) == 0:
         raise InputError("the training dataset is empty; give it at least one row")
     _check_columns(columns)
     for row, prompt in enumerate(dataset.select_columns(["prompt"])["prompt"]):
         _check_prompt(row, prompt)
-    for column in ("image", "images"):
-        if column in columns:
-            _check_images(dataset, column, image_rows)
+    if modality is IMAGE:
+        for column in IMAGE.columns:
+            if column in columns:
+                _check_images(dataset, column, rows)
+        return
+    _check_evidence_columns(columns, modality)
+    arrays = dataset.select_columns([name for name in modality.columns if name in columns])
+    if modality is AUDIO:
+        arrays = arrays.with_format("numpy")  # lists of a million samples are slow
+    for row in range(len(arrays) if rows is None else min(rows, len(arrays))):
+        _check_evidence(row, arrays[row], modality, processor)
 
 
 def _check_columns(columns: list[str]) -> None:
@@ -46,6 +69,43 @@ def _check_columns(columns: list[str]) -> None:
         raise InputError(
             f"the training dataset has no column 'prompt' (it has {listing}); rename yours with dataset.rename_column"
         )
+
+
+def _check_evidence_columns(columns: list[str], modality: Modality) -> None:
+    listing = ", ".join(repr(column) for column in columns)
+    one, several = modality.columns
+    if not {one, several} & set(columns):
+        raise InputError(
+            f"the training dataset has neither a column {one!r} nor {several!r} (it has {listing}), but modality is "
+            f"{modality.name!r}; add one or set modality"
+        )
+    if images := [column for column in IMAGE.columns if column in columns]:
+        raise InputError(
+            f"the training dataset has a column {images[0]!r}, but modality is {modality.name!r}, which takes no "
+            "images beside; remove the column or set modality='image'"
+        )
+
+
+def _check_decodable(features: Mapping[str, Any], modality: Modality) -> None:
+    for column in modality.columns:
+        kind = getattr(features.get(column), "feature", features.get(column))
+        if isinstance(kind, AudioFeature) and find_spec("torchcodec") is None:
+            raise InputError(
+                f"the column {column!r} holds audio files, which datasets decodes with torchcodec; "
+                "`pip install torchcodec`, or give {'array', 'sampling_rate'}"
+            )
+        if isinstance(kind, VideoFeature):
+            raise InputError(
+                f"the column {column!r} holds video files, which are not decoded here; give each as a list of images, "
+                "its frames"
+            )
+
+
+def _check_evidence(number: int, row: Mapping[str, Any], modality: Modality, processor: Any) -> None:
+    try:
+        evidence_of(row, modality, processor)
+    except InputError as error:
+        raise InputError(f"row {number} of the training dataset is wrong: {error}") from None
 
 
 def _check_prompt(row: int, prompt: Any) -> None:

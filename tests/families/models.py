@@ -32,13 +32,18 @@ class SmallFamily:
     model_type: str
     build_processor: Callable[[], ProcessorMixin]
     build_config: Callable[[ProcessorMixin, int], Any]  # of the text width
+    modality: str = "image"
+
+    @property
+    def name(self) -> str:
+        return self.model_type if self.modality in ("image", "audio") else f"{self.model_type}_{self.modality}"
 
     def processor(self) -> ProcessorMixin:
         return self.build_processor()
 
     def model(self, processor: ProcessorMixin, seed: int, width: int = STUDENT_WIDTH) -> PreTrainedModel:
         torch.manual_seed(seed)
-        model = hf.AutoModelForImageTextToText.from_config(self.build_config(processor, width))
+        model = hf.AutoModelForMultimodalLM.from_config(self.build_config(processor, width))
         for parameter in model.parameters():
             if parameter.ndim == 2 and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.2)  # Gemma 3's projector starts at 0, which hides every image
@@ -48,8 +53,8 @@ class SmallFamily:
         return model.eval()
 
 
-def _tokenizer(image: str, extra: tuple[str, ...] = (), **named: str) -> PreTrainedTokenizerFast:
-    """`image`: what the template writes for an image; `named` become attributes that a processor reads."""
+def _tokenizer(written: dict[str, str], extra: tuple[str, ...] = (), **named: str) -> PreTrainedTokenizerFast:
+    """`written`: what the template writes for an image, say; `named` become attributes that a processor reads."""
     specials = [PAD, TURN_START, TURN_END, UNKNOWN, *dict.fromkeys([*extra, *named.values()])]
     vocabulary = {word: index for index, word in enumerate([*specials, *ROLES, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -63,17 +68,21 @@ def _tokenizer(image: str, extra: tuple[str, ...] = (), **named: str) -> PreTrai
         extra_special_tokens=named or list(extra),
         padding_side="left",
         model_max_length=256,
-        chat_template=_template(image),
+        chat_template=_template(written),
     )
 
 
-def _template(image: str) -> str:
-    """Turns of one role each; an image is written as `image`, and nothing is written where there is none."""
+def _template(written: dict[str, str]) -> str:
+    """Turns of one role each; a part that is no text is written as `written` says, and nothing where there is none."""
+    cases = "".join(
+        "{%- if part['type'] == '" + kind + "' -%}{{- '" + text + "' -}}{%- endif -%}" for kind, text in written.items()
+    )
     return (
         "{%- for message in messages -%}{{- '<turn> ' + message['role'] + ' ' -}}"
         "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
         "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{{- '" + image + "' -}}{%- else -%}{{- ' ' + part['text'] -}}{%- endif -%}"
+        + cases
+        + "{%- if part['type'] == 'text' -%}{{- ' ' + part['text'] -}}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}{{- ' </turn> ' -}}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<turn> assistant ' -}}{%- endif -%}"
     )
@@ -116,20 +125,23 @@ def _id(processor: ProcessorMixin, token: str) -> int:
 # ------------------------------------------------------------------ Qwen
 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_EVIDENCE = {
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 def _qwen_processor(kind: str, video: type) -> Callable[[], ProcessorMixin]:
     def build() -> ProcessorMixin:
         patches: dict[str, Any] = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
-        tokenizer = _tokenizer(QWEN_IMAGE, QWEN_TOKENS)
+        tokenizer = _tokenizer(QWEN_EVIDENCE, QWEN_TOKENS)
         return getattr(hf, kind)(
             image_processor=hf.Qwen2VLImageProcessor(
                 size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}, **HALF, **patches
             ),
             tokenizer=tokenizer,
-            video_processor=video(**patches),
+            video_processor=video(size={"shortest_edge": 4 * 16 * 16, "longest_edge": 4 * 32 * 32}, **patches),
             chat_template=tokenizer.chat_template,
         )
 
@@ -195,7 +207,7 @@ IDEFICS_IMAGES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge
 
 
 def _idefics_processor() -> ProcessorMixin:
-    tokenizer = _tokenizer("<image>", IDEFICS_TOKENS)
+    tokenizer = _tokenizer({"image": "<image>"}, IDEFICS_TOKENS)
     return hf.Idefics3Processor(
         image_processor=hf.Idefics3ImageProcessor(**IDEFICS_IMAGES),
         tokenizer=tokenizer,
@@ -205,7 +217,7 @@ def _idefics_processor() -> ProcessorMixin:
 
 
 def _smolvlm_processor() -> ProcessorMixin:
-    tokenizer = _tokenizer("<image>", (*IDEFICS_TOKENS, "<video>"))
+    tokenizer = _tokenizer({"image": "<image>"}, (*IDEFICS_TOKENS, "<video>"))
     return hf.SmolVLMProcessor(
         image_processor=hf.SmolVLMImageProcessor(**IDEFICS_IMAGES),
         tokenizer=tokenizer,
@@ -236,7 +248,7 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
 def _llava_next_processor() -> ProcessorMixin:
-    tokenizer = _tokenizer("<image>", ("<image>",))
+    tokenizer = _tokenizer({"image": "<image>"}, ("<image>",))
     return hf.LlavaNextProcessor(
         image_processor=hf.LlavaNextImageProcessor(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
@@ -261,7 +273,7 @@ def _llava_next_config(processor: ProcessorMixin, width: int) -> Any:
 
 
 def _llava_onevision_processor() -> ProcessorMixin:
-    tokenizer = _tokenizer("<image>", ("<image>", "<video>"))
+    tokenizer = _tokenizer({"image": "<image>"}, ("<image>", "<video>"))
     return hf.LlavaOnevisionProcessor(
         image_processor=hf.LlavaOnevisionImageProcessor(
             size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
@@ -289,7 +301,7 @@ def _llava_onevision_config(processor: ProcessorMixin, width: int) -> Any:
 
 def _gemma3_processor() -> ProcessorMixin:
     tokens = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    tokenizer = _tokenizer("<start_of_image>", (), **tokens)
+    tokenizer = _tokenizer({"image": "<start_of_image>"}, (), **tokens)
     return hf.Gemma3Processor(
         image_processor=hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
         tokenizer=tokenizer,
@@ -312,7 +324,7 @@ def _gemma3_config(processor: ProcessorMixin, width: int) -> Any:
 
 
 def _paligemma_processor() -> ProcessorMixin:
-    tokenizer = _tokenizer("<image>", ("<image>",), image_token="<image>")
+    tokenizer = _tokenizer({"image": "<image>"}, ("<image>",), image_token="<image>")
     return hf.PaliGemmaProcessor(
         image_processor=hf.SiglipImageProcessor(size={"height": 32, "width": 32}, image_seq_length=16),
         tokenizer=tokenizer,
@@ -341,7 +353,7 @@ def _internvl_processor() -> ProcessorMixin:
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    tokenizer = _tokenizer("<IMG_CONTEXT>", (), **tokens)
+    tokenizer = _tokenizer({"image": "<IMG_CONTEXT>"}, (), **tokens)
     return hf.InternVLProcessor(
         image_processor=hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
         tokenizer=tokenizer,
@@ -360,8 +372,34 @@ def _internvl_config(processor: ProcessorMixin, width: int) -> Any:
     )
 
 
+# ------------------------------------------------------------------ Qwen2-Audio
+
+AUDIO_TOKENS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+
+
+def _qwen2_audio_processor() -> ProcessorMixin:
+    tokenizer = _tokenizer({"audio": "".join(AUDIO_TOKENS)}, AUDIO_TOKENS)
+    return hf.Qwen2AudioProcessor(
+        feature_extractor=hf.WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _qwen2_audio_config(processor: ProcessorMixin, width: int) -> Any:
+    tower = {
+        "d_model": VISION_WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 64,
+        "num_mel_bins": 16, "max_source_positions": 50, "initializer_range": 0.2,
+    }  # fmt: skip
+    return hf.Qwen2AudioConfig(
+        audio_config={"model_type": "qwen2_audio_encoder", **tower},
+        text_config={"model_type": "qwen2", **_text(processor, width)},
+        audio_token_index=_id(processor, "<|AUDIO|>"),
+    )
+
+
 SMALL_FAMILIES = {
-    family.model_type: family
+    family.name: family
     for family in (
         SmallFamily("qwen3_vl", _qwen_processor("Qwen3VLProcessor", hf.Qwen3VLVideoProcessor), _qwen3_config),
         SmallFamily("qwen2_5_vl", _qwen_processor("Qwen2_5_VLProcessor", hf.Qwen2VLVideoProcessor), _qwen25_config),
@@ -373,5 +411,11 @@ SMALL_FAMILIES = {
         SmallFamily("gemma3", _gemma3_processor, _gemma3_config),
         SmallFamily("internvl", _internvl_processor, _internvl_config),
         SmallFamily("paligemma", _paligemma_processor, _paligemma_config),
+        SmallFamily("qwen3_vl", _qwen_processor("Qwen3VLProcessor", hf.Qwen3VLVideoProcessor), _qwen3_config, "video"),
+        SmallFamily(
+            "qwen2_5_vl", _qwen_processor("Qwen2_5_VLProcessor", hf.Qwen2VLVideoProcessor), _qwen25_config, "video"
+        ),
+        SmallFamily("qwen2_vl", _qwen_processor("Qwen2VLProcessor", hf.Qwen2VLVideoProcessor), _qwen2_config, "video"),
+        SmallFamily("qwen2_audio", _qwen2_audio_processor, _qwen2_audio_config, "audio"),
     )
 }

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import transformers
 import trl
-from vgs_distill.config import IMAGE_MASKS
+from vgs_distill.modalities import MODALITIES
 
 from tests.families.models import SMALL_FAMILIES
-from tests.families.training import make_trainer, processor_of, questions, step_logs
+from tests.families.training import make_trainer, processor_of, step_logs
 from vgs_kernels.types import DECOMPOSITIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -27,8 +27,9 @@ HEAD = """\
 Written by `python -m tests.families.table` from real runs, not by hand. Every family is its own `transformers` class
 and its own processor at a few ten thousand parameters; nothing is mocked. A mask is listed in a cell if three training
 steps with it (rollout by `generate`, both teacher views, both gradients, update) ended in finite losses and gradients;
-otherwise the error is below the table. The last two columns train batches that mix rows without an image, and rows
-with three (the frames of a video, say), with accumulation.
+otherwise the error is below the table. The last two columns train batches that mix in rows without any image, video or
+sound, and rows with three of them, with accumulation. `modality` is the setting of that name
+([other modalities](how_it_works.md#other-modalities)).
 
 """
 
@@ -53,22 +54,23 @@ def attempt(family: str, failures: list[str], what: str, **settings: Any) -> boo
 
 
 def row_of(family: str, failures: list[str]) -> str:
+    small = SMALL_FAMILIES[family]
     cells = []
     for decomposition in DECOMPOSITIONS:
         works = [
             mask
-            for mask in IMAGE_MASKS
+            for mask in MODALITIES[small.modality].masks
             if attempt(family, failures, f"{decomposition}, {mask}", decomposition=decomposition, image_mask=mask)
         ]
         cells.append(", ".join(works) or "none")
     mixed: Callable[[tuple[int, ...]], dict[str, Any]] = lambda counts: {  # noqa: E731
-        "dataset": questions(counts), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
+        "dataset": counts, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
     }  # fmt: skip
-    for what, counts in (("rows without an image", (0, 1)), ("several images", (1, 3))):
+    for what, counts in (("rows without any", (0, 1)), ("several", (1, 3))):
         cells.append("yes" if attempt(family, failures, what, **mixed(counts)) else "no")
-    model = SMALL_FAMILIES[family].model(processor_of(family), 1)
+    model = small.model(processor_of(family), 1)
     names = f"`{type(model).__name__}`, `{type(processor_of(family)).__name__}`"
-    return f"| {names} | " + " | ".join(cells) + " |"
+    return f"| {names} | {small.modality} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -76,10 +78,10 @@ def main() -> None:
     failures: list[str] = []
     with open(devnull, "w") as sink, redirect_stdout(sink):
         rows = [row_of(family, failures) for family in SMALL_FAMILIES]
-    columns = [*(f"`{name}`" for name in DECOMPOSITIONS), "rows without an image", "several images"]
+    columns = [*(f"`{name}`" for name in DECOMPOSITIONS), "rows without any", "several"]
     lines = [
-        "| model, processor | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
+        "| model, processor | modality | " + " | ".join(columns) + " |",
+        "|---" * (2 + len(columns)) + "|",
         *rows,
         "",
         *(["What does not work, in the words of the error:", "", *failures, ""] if failures else []),

@@ -1,4 +1,4 @@
-"""Every family, by its own processor and model: it trains, its image can be masked, and its loss is the textbook's.
+"""Every family and modality, by its own processor and model: it trains, can be masked, and its loss is the textbook's.
 
 `docs/families.md` is the table of the first test, written from real runs by `python -m tests.families.table`.
 """
@@ -14,32 +14,45 @@ import pytest
 import torch
 from torch import Tensor
 from vgs_distill import VGSTrainer, families
-from vgs_distill.config import IMAGE_MASKS
-from vgs_distill.families import check_teacher_reads_same_images
+from vgs_distill.families import check_teacher_reads_the_same
 from vgs_distill.masking import Batch, masked_view, stack_views
+from vgs_distill.modalities import AUDIO, MODALITIES, Modality
 from vgs_distill.modules import parameters_by_module
 from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES
-from tests.families.training import make_trainer, processor_of, questions, step_logs
+from tests.families.training import make_trainer, processor_of, step_logs
 from vgs_kernels.types import DECOMPOSITIONS
 
-EVERY_FAMILY = [
-    pytest.param(
-        name,
+
+def cases(*names: str) -> Any:
+    """Parameters of a test, the first of which is a family."""
+    return pytest.param(
+        *names,
         marks=pytest.mark.skipif(
-            name == "smolvlm" and importlib.util.find_spec("num2words") is None,
+            names[0] == "smolvlm" and importlib.util.find_spec("num2words") is None,
             reason="SmolVLM's processor needs num2words",
         ),
     )
-    for name in SMALL_FAMILIES
-]
-every_family = pytest.mark.parametrize("family", EVERY_FAMILY)
+
+
+def masks(family: str) -> tuple[str, ...]:
+    return MODALITIES[SMALL_FAMILIES[family].modality].masks
+
+
+every_family = pytest.mark.parametrize("family", [cases(name) for name in SMALL_FAMILIES])
+every_family_and_mask = pytest.mark.parametrize(
+    ("family", "image_mask"),
+    [
+        cases(name, mask)
+        for name in SMALL_FAMILIES
+        for mask in masks(name)[: 1 if name in ("qwen2_5_vl_video", "qwen2_vl_video") else None]  # as qwen3_vl_video
+    ],
+)
 ATOL = 1e-5
 
 
-@every_family
-@pytest.mark.parametrize("image_mask", IMAGE_MASKS)
+@every_family_and_mask
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_three_steps(family: str, decomposition: str, image_mask: str, tmp_path: Path) -> None:
     trainer = make_trainer(family, str(tmp_path), decomposition=decomposition, image_mask=image_mask)
@@ -53,19 +66,21 @@ def test_three_steps(family: str, decomposition: str, image_mask: str, tmp_path:
         assert row["gradient/norm_lang"] > 0
         assert row["gradient/norm_vis"] > 0
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
-    assert any("vision" in name or "visual" in name for name in moved), "the vision tower learns too"
+    assert any(word in name for name in moved for word in ("vision", "visual", "audio_tower")), "the tower learns too"
 
 
 @every_family
 def test_its_modules_are_told_apart(family: str) -> None:
     model = SMALL_FAMILIES[family].model(processor_of(family), 1)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    parts = parameters_by_module(model, parameters)
-    head = [] if model.config.tie_word_embeddings or "lm_head.weight" not in names else ["head"]
+    modality = MODALITIES[SMALL_FAMILIES[family].modality]
+    parts = parameters_by_module(model, parameters, modality)
+    tower, word_of_tower = ("audio tower", "audio_tower") if modality is AUDIO else ("vision tower", "vis")
+    head = [] if getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in names else ["head"]
     layers = ["decoder layer 0", "decoder layer 1"]
-    assert list(parts) == ["vision tower", "connector", "embedding", *layers, "decoder, other", *head]
+    assert list(parts) == [tower, "connector", "embedding", *layers, "decoder, other", *head]
     assert sorted(index for indices in parts.values() for index in indices) == list(range(len(parameters)))
-    for part, word in [("vision tower", "vis"), ("embedding", "embed_tokens"), ("decoder layer 1", ".layers.1.")]:
+    for part, word in [(tower, word_of_tower), ("embedding", "embed_tokens"), ("decoder layer 1", ".layers.1.")]:
         assert all(word in names[index] for index in parts[part])
     for index in parts["connector"]:
         assert any(word in names[index] for word in ("merger", "connector", "projector", "image_newline"))
@@ -82,33 +97,34 @@ def hidden(trainer: VGSTrainer, batch: Batch) -> Tensor:
         return trainer._run_backbone(trainer.model, batch)[batch.completion_mask.bool()]
 
 
-def with_other_pictures(batch: Batch) -> Batch:
-    pixels = batch.multimodal["pixel_values"]
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3))
-    return batch._replace(multimodal={**batch.multimodal, "pixel_values": torch.where(pixels == 0, pixels, noise)})
+def with_other_evidence(batch: Batch, modality: Modality) -> Batch:
+    """Other pictures, videos or sounds of the same sizes."""
+    features = batch.multimodal[modality.features]
+    noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    other = torch.where(features == 0, features, noise)
+    return batch._replace(multimodal={**batch.multimodal, modality.features: other})
 
 
 @every_family
 def test_a_masked_image_cannot_be_seen(family: str, tmp_path: Path) -> None:
     trainer = make_trainer(family, str(tmp_path))
     batch = rollout(trainer)
-    other = with_other_pictures(batch)
+    other = with_other_evidence(batch, trainer._modality)
     assert not torch.allclose(hidden(trainer, batch), hidden(trainer, other), atol=1e-2)
-    for image_mask in IMAGE_MASKS:
+    for image_mask in masks(family):
         first, second = (
-            hidden(trainer, masked_view(image_mask, view, trainer._image_tokens, trainer._family, trainer.model))
+            hidden(trainer, masked_view(image_mask, view, trainer._evidence_tokens, trainer._family, trainer.model))
             for view in (batch, other)
         )
         assert torch.isfinite(first).all()
         torch.testing.assert_close(first, second, atol=ATOL, rtol=0, msg=lambda m, mask=image_mask: f"{mask}: {m}")
 
 
-@every_family
-@pytest.mark.parametrize("image_mask", IMAGE_MASKS)
+@every_family_and_mask
 def test_both_views_in_one_batch_are_those_of_two_passes(family: str, image_mask: str, tmp_path: Path) -> None:
-    trainer = make_trainer(family, str(tmp_path), questions((1, 2)), image_mask=image_mask)
+    trainer = make_trainer(family, str(tmp_path), (1, 2), image_mask=image_mask)
     batch = rollout(trainer)
-    masked = masked_view(image_mask, batch, trainer._image_tokens, trainer._family, trainer.model)
+    masked = masked_view(image_mask, batch, trainer._evidence_tokens, trainer._family, trainer.model)
     with torch.no_grad():
         apart = torch.cat([trainer._run_backbone(trainer.model, view) for view in (batch, masked)])
         packed = trainer._run_backbone(trainer.model, stack_views(batch, masked))
@@ -130,7 +146,7 @@ def test_a_hidden_image_leaves_every_position_where_it_was(family: str, tmp_path
     hidden(trainer, batch)
     unmasked = list(seen)
     seen.clear()
-    hidden(trainer, masked_view("attention", batch, trainer._image_tokens, trainer._family, trainer.model))
+    hidden(trainer, masked_view("attention", batch, trainer._evidence_tokens, trainer._family, trainer.model))
     assert len(unmasked) == len(seen) > 0
     real = batch.attention_mask.bool()
     for a, b in zip(unmasked, seen, strict=True):
@@ -147,7 +163,10 @@ def test_completion_tokens_do_not_see_later_ones(family: str, tmp_path: Path) ->
     ids[:, -1] = torch.where(ids[:, -1] == red, green, red)
     changed = batch._replace(completion_ids=ids, completion_mask=torch.ones_like(ids))
     batch = batch._replace(completion_mask=torch.ones_like(ids))
-    for view in (lambda b: b, lambda b: masked_view("drop", b, trainer._image_tokens, trainer._family, trainer.model)):
+    for view in (
+        lambda b: b,
+        lambda b: masked_view("drop", b, trainer._evidence_tokens, trainer._family, trainer.model),
+    ):
         with torch.no_grad():
             first, second = (trainer._run_backbone(trainer.model, view(b)) for b in (batch, changed))
         torch.testing.assert_close(first, second, atol=ATOL, rtol=0)
@@ -157,15 +176,15 @@ def test_completion_tokens_do_not_see_later_ones(family: str, tmp_path: Path) ->
 def test_drop_leaves_the_prompt_of_a_row_without_image(family: str, tmp_path: Path) -> None:
     trainer = make_trainer(family, str(tmp_path))
     batch = rollout(trainer)
-    dropped = masked_view("drop", batch, trainer._image_tokens, trainer._family, trainer.model)
-    assert not torch.isin(dropped.prompt_ids, torch.tensor(trainer._image_tokens.placeholders)).any()
+    dropped = masked_view("drop", batch, trainer._evidence_tokens, trainer._family, trainer.model)
+    assert not torch.isin(dropped.prompt_ids, torch.tensor(trainer._evidence_tokens.placeholders)).any()
     if trainer._family.needs_image:
         return
-    text_only = rollout(make_trainer(family, str(tmp_path), questions((0,))))
+    text_only = rollout(make_trainer(family, str(tmp_path), (0,)))
     assert torch.equal(dropped.prompt_ids, text_only.prompt_ids)
     assert torch.equal(dropped.prompt_mask, text_only.prompt_mask)
     real = dropped.prompt_ids[dropped.prompt_mask.bool()]
-    assert not torch.isin(real, torch.tensor(trainer._image_tokens.banned_while_sampling)).any()
+    assert not torch.isin(real, torch.tensor(trainer._evidence_tokens.banned_while_sampling)).any()
 
 
 @every_family
@@ -187,12 +206,10 @@ def test_the_loss_is_the_textbook_one_on_the_model_s_own_logits(family: str, tmp
     torch.testing.assert_close(loss, kl.mean(), atol=ATOL, rtol=1e-4)
 
 
-@every_family
-@pytest.mark.parametrize("image_mask", IMAGE_MASKS)
+@every_family_and_mask
 def test_rows_with_none_one_and_several_images_train_together(family: str, image_mask: str, tmp_path: Path) -> None:
-    dataset = questions((0, 1, 3, 1))  # three images: frames of a video, say
     trainer = make_trainer(
-        family, str(tmp_path), dataset, image_mask=image_mask, per_device_train_batch_size=1,
+        family, str(tmp_path), (0, 1, 3, 1), image_mask=image_mask, per_device_train_batch_size=1,
         gradient_accumulation_steps=4, max_steps=2, temperature=1.0,
     )  # fmt: skip
     if trainer._family.needs_image:
@@ -207,7 +224,7 @@ def test_rows_with_none_one_and_several_images_train_together(family: str, image
 
 @every_family
 def test_monolithic_distillation_takes_several_images(family: str, tmp_path: Path) -> None:
-    trainer = make_trainer(family, str(tmp_path), questions((1, 2)), steering="none", max_steps=1)
+    trainer = make_trainer(family, str(tmp_path), (1, 2), steering="none", max_steps=1)
     trainer.train()
     assert math.isfinite(step_logs(trainer)[0]["loss/full"])
 
@@ -232,13 +249,15 @@ def test_a_teacher_that_reads_images_differently_is_refused(tmp_path: Path) -> N
             setattr(built.vision_config, key, value)
         return built
 
-    check_teacher_reads_same_images(config("qwen2_vl"), config("qwen2_5_vl"))  # same tokens, same patches
+    check_teacher_reads_the_same(config("qwen2_vl"), config("qwen2_5_vl"))  # same tokens, same patches
     with pytest.raises(ValueError, match="they differ in patch_size; both read what the student's processor makes"):
-        check_teacher_reads_same_images(config("qwen2_5_vl"), config("qwen3_vl", patch_size=16))
+        check_teacher_reads_the_same(config("qwen2_5_vl"), config("qwen3_vl", patch_size=16))
     with pytest.raises(ValueError, match=r"the teacher \(gemma3\) reads images in another way .* differ in model_type"):
-        check_teacher_reads_same_images(config("llava_next"), config("gemma3"))
+        check_teacher_reads_the_same(config("llava_next"), config("gemma3"))
 
 
 def test_every_row_of_the_table_has_a_small_model_and_every_small_model_a_row() -> None:
-    assert all(set(family.model_types) & set(SMALL_FAMILIES) for family in families.FAMILIES)
-    assert set(SMALL_FAMILIES) <= {name for family in families.FAMILIES for name in family.model_types}
+    small = {(family.model_type, family.modality) for family in SMALL_FAMILIES.values()}
+    rows = {(name, modality) for row in families.FAMILIES for name in row.model_types for modality in row.modalities}
+    assert small <= rows
+    assert all({(name, row.modalities[0]) for name in row.model_types} & small for row in families.FAMILIES)

@@ -1,0 +1,186 @@
+"""What a teacher is given besides text: the evidence that the masked view leaves out. `VGSConfig.modality` names it.
+
+A row per modality: where a dataset keeps it, which tokens stand for it, what the processor makes of it. Images go
+through TRL; for the others this file reads the rows and lays the processor's output out by row. The
+config imports it. Read by `families.py`, `masking.py`, `data.py`, `validation.py` and the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of evidence.
+
+    Attributes:
+        name: Of a part of a conversation, and of the dataset column that holds one per row.
+        plural: Of the column that holds several per row.
+        features: What the processor calls the tensor that the model's tower reads.
+        layout: What comes with it and says how it is laid out; no model has all of them.
+        placeholders: Names under which configs keep the tokens that stand for the features.
+        tower: The part of a config that describes the tower.
+        geometry: What decides how the evidence is cut up and how many tokens it takes, under its names in configs.
+        masks: The values of `image_mask` that mean something.
+        grid: The entry of `layout` whose rows count the features of one piece of evidence; None: each has one.
+    """
+
+    name: str
+    plural: str
+    features: str
+    layout: tuple[str, ...]
+    placeholders: tuple[str, ...]
+    tower: str
+    geometry: tuple[str, ...]
+    masks: tuple[str, ...]
+    grid: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        return self.name, self.plural
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.features, *self.layout
+
+    def split_by_row(self, fields: Mapping[str, Tensor], counts: Sequence[int]) -> dict[str, list[Tensor]]:
+        """What the processor made of a batch as lists with one entry per row, which can be shuffled and cut.
+
+        counts: pieces of evidence of each row.
+        """
+        sizes = list(counts)
+        if self.grid is not None:
+            sizes = [int(row.sum()) for row in fields[self.grid].prod(dim=1).split(list(counts))]
+        return {
+            name: list(fields[name].split(sizes if name == self.features else list(counts)))
+            for name in self.keys
+            if name in fields
+        }
+
+
+_VISION_PLACEHOLDERS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+_VISION_GEOMETRY = (
+    "image_token_id", "patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "scale_factor",
+    "downsample_ratio", "mm_tokens_per_image", "image_grid_pinpoints", "vision_feature_select_strategy",
+)  # fmt: skip
+
+IMAGE = Modality(
+    "image",
+    "images",
+    features="pixel_values",
+    layout=(
+        "image_grid_thw",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "image_sizes",
+        "image_position_ids",
+        "batch_num_images",
+    ),
+    placeholders=_VISION_PLACEHOLDERS,
+    tower="vision_config",
+    geometry=_VISION_GEOMETRY,
+    masks=("drop", "blank", "attention"),
+)
+VIDEO = Modality(
+    "video",
+    "videos",
+    features="pixel_values_videos",
+    layout=("video_grid_thw", "second_per_grid_ts"),
+    placeholders=_VISION_PLACEHOLDERS,
+    tower="vision_config",
+    geometry=_VISION_GEOMETRY,
+    masks=("drop", "blank", "attention"),
+    grid="video_grid_thw",
+)
+AUDIO = Modality(
+    "audio",
+    "audios",
+    features="input_features",
+    layout=("feature_attention_mask",),
+    placeholders=("audio_token_id", "audio_token_index"),
+    tower="audio_config",
+    geometry=("audio_token_id", "num_mel_bins", "max_source_positions"),
+    masks=("drop", "attention"),  # silence is not 0 in a log-mel spectrogram, so there is no blank one
+)
+MODALITIES = {modality.name: modality for modality in (IMAGE, VIDEO, AUDIO)}
+
+
+def evidence_of(row: Mapping[str, Any], modality: Modality, processor: Any = None) -> list[Any]:
+    """The pieces of evidence in a row's columns, as the processor takes them; InputError where it could not.
+
+    Images are left as they are. `processor` knows the sampling rate of audio; None leaves that unchecked.
+    """
+    one, several = (row.get(column) for column in modality.columns)
+    found = list(several) if several is not None else [] if one is None else [one]
+    read = _READERS.get(modality.name)
+    return found if read is None else [read(value, processor) for value in found]
+
+
+def _waveform(value: Any, processor: Any) -> np.ndarray:
+    """(samples,) float32: from an array, or from one with its sampling rate (what `datasets.Audio` decodes to too)."""
+    rate = None
+    if not isinstance(value, np.ndarray | list):
+        try:
+            value, rate = value["array"], value["sampling_rate"]
+        except (TypeError, KeyError):
+            raise InputError(
+                f"audio must be an array of samples or {{'array', 'sampling_rate'}}, got {type(value).__name__}; "
+                "decode files with datasets.Audio"
+            ) from None
+    samples = _array(value, "audio", "an array of samples")
+    if samples.ndim != 1 or not samples.size:
+        raise InputError(f"audio must be one channel, an array of shape (samples,), got {samples.shape}; average them")
+    expected = None if processor is None else processor.feature_extractor.sampling_rate
+    if expected is not None and rate is not None and int(rate) != expected:
+        raise InputError(
+            f"audio is sampled at {int(rate)} Hz, but the model hears {expected} Hz; resample it, for example with "
+            f"dataset.cast_column('audio', Audio(sampling_rate={expected}))"
+        )
+    return samples.astype(np.float32)
+
+
+def _frames(value: Any, processor: Any) -> np.ndarray:
+    """(frames, height, width, 3) uint8: from an array of that shape or a list of images, decoded or not."""
+    if isinstance(value, list) and value and not isinstance(value[0], list | np.ndarray):
+        value = [np.asarray(_image(frame).convert("RGB")) for frame in value]
+    frames = _array(value, "a video", "a list of images of one size")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise InputError(
+            f"a video must be a list of images or an array of shape (frames, height, width, 3), got {frames.shape}; "
+            "decode files to frames"
+        )
+    return frames.astype(np.uint8)
+
+
+def _image(frame: Any) -> Any:
+    """A PIL image from itself or from what `datasets` keeps of one."""
+    if isinstance(frame, dict):
+        return ImageFeature().decode_example(frame)
+    if not isinstance(frame, Image.Image):
+        raise InputError(f"a video must be a list of images, its frames, got a list of {type(frame).__name__}")
+    return frame
+
+
+def _array(value: Any, what: str, expected: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # ragged
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{what} must be {expected}, got {type(value).__name__}; decode files first")
+    return array
+
+
+_READERS: dict[str, Callable[[Any, Any], Any]] = {"video": _frames, "audio": _waveform}
