@@ -78,8 +78,8 @@ def decomposed_loss(
 
     `vocab_size`: entries of the vocabulary that both models have (they may be padded differently); None if the same.
 
-    Rows with an image are split by `config.decomposition`. A row without one has no visual part: its masked view is
-    the row itself, so all of its KL(student || teacher) is language.
+    An image stands for what `config.modality` names. Rows with one are split by `config.decomposition`. A row without
+    has no visual part: its masked view is the row itself, so all of its KL(student || teacher) is language.
     """
     has_image = rows_with_evidence(batch, tokens)
     image_mask = loss_mask.bool() & has_image[:, None]  # (rows, completion)

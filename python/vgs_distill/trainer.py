@@ -57,7 +57,7 @@ from .heads import backbone, compile_backbone, without_compile_wrapper
 from .interruption import Interruption
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, with_evidence, without_evidence
-from .modalities import IMAGE, MODALITIES, Modality, evidence_of
+from .modalities import IMAGE, MODALITIES, Modality
 from .modules import parameters_by_module
 from .nonfinite import SkippedUpdates, describe_rows, describe_step
 from .output_dir import check_output_dir
@@ -119,7 +119,7 @@ class _StepPlan:
 
 
 class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
-    """On-policy distillation of a vision-language model with visual gradient steering.
+    """On-policy distillation of a model that sees or hears, with visual gradient steering.
 
     Takes what TRL's `DistillationTrainer` takes, with a `VGSConfig`. Per step it logs, besides TRL's metrics and
     through the same `report_to`:
@@ -145,7 +145,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
     A student that runs away from its teacher is met as `runaway_action` says.
 
     Raises:
-        ValueError: the model has no image placeholder token, a dataset row has no prompt or a broken image, or the
+        ValueError: the model does not read the modality, a dataset row has no prompt or a broken image, or the
             output directory cannot be written.
 
     Source: arXiv 2606.00564 (steering), arXiv 2306.13649 (on-policy distillation).
@@ -387,7 +387,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._family.needs_image and not all(self._has_evidence(row) for row in inputs):
+        if self._family.needs_image and not all(self._evidence_count(row) for row in inputs):
             raise InputError(
                 f"a row has no image, but the processor of model type {self.model.config.model_type!r} takes no prompt "
                 "without one; filter such rows out"
@@ -432,12 +432,13 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             return inputs, left_out
         if self._stand_in is None:
             raise InputError(
-                f"every prompt so far is longer than max_prompt_length={limit} tokens, images included (the shortest "
-                f"has {min(lengths)}); raise the limit or make the images smaller"
+                f"every prompt so far is longer than max_prompt_length={limit} tokens, {self._modality.plural} "
+                f"included (the shortest has {min(lengths)}); raise the limit or make them smaller"
             )
         logger.warning(
-            "step %d: %d of %d prompts are longer than max_prompt_length=%d tokens, images included (the longest has "
-            "%d), and are left out.", self.state.global_step + 1, len(left_out), len(inputs), limit, max(lengths),
+            "step %d: %d of %d prompts are longer than max_prompt_length=%d tokens, %s included (the longest has %d), "
+            "and are left out.",
+            self.state.global_step + 1, len(left_out), len(inputs), limit, self._modality.plural, max(lengths),
         )  # fmt: skip
         return [self._stand_in if index in left_out else row for index, row in enumerate(inputs)], left_out
 
@@ -463,7 +464,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _features(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> dict[str, Any]:
         """What TRL keeps of images only: what the processor makes of the evidence, by row, and types of all tokens."""
-        counts = [sum(part["type"] == self._modality.name for part in _parts(row["prompt"])) for row in rows]
+        counts = [self._evidence_count(row) for row in rows]
         if not any(counts):
             return {}
         fields = self._tokenize_prompts([row["prompt"] for row in rows])[2]
@@ -482,8 +483,10 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         """The prompt of a row with its evidence in it."""
         return with_evidence(row, self._modality, self.processing_class)
 
-    def _has_evidence(self, row: dict[str, Any]) -> bool:
-        return bool(evidence_of(row, self._modality)) or without_evidence(row["prompt"]) != row["prompt"]
+    def _evidence_count(self, row: dict[str, Any]) -> int:
+        messages = self._messages(row)
+        contents = [] if isinstance(messages, str) else [message["content"] for message in messages]
+        return sum(part["type"] == self._modality.name for content in contents for part in content)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -684,12 +687,6 @@ def _batch_of(inputs: dict[str, Any]) -> Batch:
         inputs.get("text_prompt_ids"),
         inputs.get("text_prompt_mask"),
     )
-
-
-def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
-    """The parts of a conversation's messages; of a prompt that is text, none."""
-    for message in () if isinstance(prompt, str) else prompt:
-        yield from message["content"]
 
 
 @contextmanager
