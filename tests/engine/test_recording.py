@@ -19,7 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.masking import drop_image
+from vgs_distill.masking import drop_evidence
 from vgs_distill.modules import parameters_by_module
 from vgs_distill.recording import COMPLETIONS_PER_RECORD, RunRecorder, token_texts
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, RunLog, read_run
@@ -84,7 +84,7 @@ def test_the_contribution_is_the_difference_of_two_log_probabilities(make_traine
     trainer.train()
     (inputs,) = tap.batches
     batch = _batch_of(inputs)
-    masked = drop_image(batch)
+    masked = drop_evidence(batch)
 
     def log_probs(view: Any) -> torch.Tensor:
         with torch.no_grad():
