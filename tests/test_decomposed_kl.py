@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference_formulas import DECOMPOSITIONS, streams, textbook
+from tests.reference_formulas import DECOMPOSITIONS, log_probs, streams, textbook
 from vgs_kernels import decomposed_kl
+from vgs_kernels.decomposed_kl import smoothing
+from vgs_kernels.types import LogitTransform
 
 PARTS = ("lang", "vis", "full", "entropy")
 OPTIONS: list[dict[str, Any]] = [
@@ -92,6 +94,20 @@ def test_leading_dimensions_are_kept(decomposition: str) -> None:
     single = call([t[0] for t in inputs], decomposition, {})
     assert single.lang.shape == ()
     assert torch.equal(single.lang, flat.lang[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_smoothed_teachers_are_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written over the logits, a part of them at a time; padding stays as it is."""
+    transform = LogitTransform("matched", 4001, 1.3, 1.0, 0.6, 0.0, 5.0)
+    logits = streams("matched", 8, 4004, seed=3, dtype=dtype)[1]
+    exact = log_probs(logits.double(), 0.6, 5.0, 1.3, 4001, smoothing=0.01) * 1.3
+    padding = logits[:, 4001:].clone()
+    monkeypatch.setattr(smoothing, "_WIDENED", 3 * 4001)
+    smoothing.smooth_(logits, 0.01, transform)
+    tolerance = torch.finfo(dtype).eps / 2 + 1e-6
+    torch.testing.assert_close(logits[:, :4001].double(), exact, rtol=tolerance, atol=1e-6)
+    assert torch.equal(logits[:, 4001:], padding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -392,12 +392,14 @@ def test_autocast_casts_as_a_linear_layer_would(chosen: str) -> None:
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_compile_without_graph_breaks(decomposition: str, chosen: str) -> None:
     problem = Problem(decomposition)
-    pair = torch.tensor([0.4, 0.6])
+    pair, sampled = torch.tensor([0.4, 0.6]), torch.arange(TOKENS)
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
         problem.hidden, problem.head = hidden * 2.0, LMHead(weight)
-        result = problem.call(backend=chosen, steering_weights=pair)
-        return result.objective * 3.0 + result.tokens.entropy.sum()
+        result = problem.call(
+            backend=chosen, steering_weights=pair, sampled_tokens=sampled, token_steering=2.0, plausibility=0.1
+        )
+        return result.objective * 3.0 + result.tokens.entropy.sum() + result.contribution.sum()
 
     hidden, weight = problem.hidden, problem.weight
     wanted = gradients(step(hidden, weight), [hidden, weight])

@@ -66,6 +66,21 @@ def test_a_loss_that_is_not_finite_skips_the_update(
     assert ("completion position" in caplog.text) == (steering["steering"] != "none")
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.01])
+def test_a_teacher_that_bans_a_token_needs_smoothing(
+    make_trainer: Callable[..., VGSTrainer], make_model: Callable[..., Any], smoothing: float
+) -> None:
+    teacher = make_model(2, width=48).eval()
+    bias = torch.zeros(teacher.lm_head.weight.size(0))
+    bias[3] = -math.inf
+    teacher.lm_head.bias = torch.nn.Parameter(bias)
+    trainer = make_trainer(teacher=teacher, max_steps=1, teacher_smoothing=smoothing)
+    parameters = Parameters()
+    trainer.add_callback(parameters)
+    trainer.train()
+    assert parameters.moved(1) == bool(smoothing)
+
+
 @pytest.mark.parametrize("steering", STEERINGS)
 def test_a_gradient_that_is_not_finite_skips_the_update(
     make_trainer: Callable[..., VGSTrainer], caplog: pytest.LogCaptureFixture, steering: dict[str, Any]
