@@ -103,7 +103,7 @@ def test_smoothed_teachers_are_rounded_once(dtype: torch.dtype, monkeypatch: pyt
     logits = streams("matched", 8, 4004, seed=3, dtype=dtype)[1]
     exact = log_probs(logits.double(), 0.6, 5.0, 1.3, 4001, smoothing=0.01) * 1.3
     padding = logits[:, 4001:].clone()
-    monkeypatch.setattr(smoothing, "_WIDENED", 3 * 4001)
+    monkeypatch.setitem(smoothing._LOGITS_AT_A_TIME, "cpu", 3 * 4001)
     smoothing.smooth_(logits, 0.01, transform)
     tolerance = torch.finfo(dtype).eps / 2 + 1e-6
     torch.testing.assert_close(logits[:, :4001].double(), exact, rtol=tolerance, atol=1e-6)
