@@ -139,14 +139,21 @@ def _waveform(value: Any, processor: Any) -> np.ndarray:
                 f"audio must be an array of samples or {{'array', 'sampling_rate'}}, got {type(value).__name__}; "
                 "decode files with datasets.Audio"
             ) from None
-    samples = _array(value, "audio", "an array of samples")
+    samples = _array(value, "f", "audio must be an array of samples, floats from -1 to 1")
     if samples.ndim != 1 or not samples.size:
         raise InputError(f"audio must be one channel, an array of shape (samples,), got {samples.shape}; average them")
-    expected = None if processor is None else processor.feature_extractor.sampling_rate
+    extractor: Any = getattr(processor, "feature_extractor", None)
+    expected: Any = getattr(extractor, "sampling_rate", None)
     if expected is not None and rate is not None and int(rate) != expected:
         raise InputError(
             f"audio is sampled at {int(rate)} Hz, but the model hears {expected} Hz; resample it, for example with "
             f"dataset.cast_column('audio', Audio(sampling_rate={expected}))"
+        )
+    longest = getattr(extractor, "n_samples", None)
+    if longest is not None and len(samples) > longest:
+        raise InputError(
+            f"audio lasts {len(samples) / expected:.1f} s, of which the model would hear the first "
+            f"{longest / expected:.1f} s; cut it or leave the row out"
         )
     return samples.astype(np.float32)
 
@@ -155,7 +162,7 @@ def _frames(value: Any, processor: Any) -> np.ndarray:
     """(frames, height, width, 3) uint8: from an array of that shape or a list of images, decoded or not."""
     if isinstance(value, list) and value and not isinstance(value[0], list | np.ndarray):
         value = [np.asarray(_image(frame).convert("RGB")) for frame in value]
-    frames = _array(value, "a video", "a list of images of one size")
+    frames = _array(value, "iu", "a video must be a list of images of one size, or whole numbers from 0 to 255")
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise InputError(
             f"a video must be a list of images or an array of shape (frames, height, width, 3), got {frames.shape}; "
@@ -173,13 +180,15 @@ def _image(frame: Any) -> Any:
     return frame
 
 
-def _array(value: Any, what: str, expected: str) -> np.ndarray:
+def _array(value: Any, kinds: str, expected: str) -> np.ndarray:
+    """The value as an array of these kinds of numpy's dtypes; InputError with what was expected."""
     try:
         array = np.asarray(value)
     except ValueError:  # ragged
         array = np.asarray(None)
-    if array.dtype.kind not in "iuf":
-        raise InputError(f"{what} must be {expected}, got {type(value).__name__}; decode files first")
+    if array.dtype.kind not in kinds:
+        found = f"{type(value).__name__} of {array.dtype.name}" if array.dtype.kind in "iufb" else type(value).__name__
+        raise InputError(f"{expected}, got {found}")
     return array
 
 

@@ -131,6 +131,49 @@ def test_amortized_steering_hears(decomposition: str, tmp_path: Path) -> None:
     assert -1 <= logs[2]["steering/direction_cosine"] <= 1 + 1e-6
 
 
+def tones(count: int, seed: int) -> list[dict[str, Any]]:
+    """Questions about tones: every second one is high, and called blue."""
+    random = np.random.default_rng(seed)
+    time = np.arange(1600) / 16_000
+    pitches = [random.uniform(*((1500, 2500) if row % 2 else (300, 500))) for row in range(count)]
+    return [{"prompt": PROMPT, "audio": np.sin(2 * np.pi * pitch * time).astype(np.float32)} for pitch in pitches]
+
+
+def test_a_student_learns_the_pitch_from_its_teacher(tmp_path: Path) -> None:
+    processor, small = processor_of("qwen2_audio"), SMALL_FAMILIES["qwen2_audio"]
+    student, teacher = small.model(processor, 1), small.model(processor, 2, TEACHER_WIDTH)
+    low, high = processor.tokenizer.convert_tokens_to_ids(["red", "blue"])
+
+    def logits(model: Any, rows: list[dict[str, Any]]) -> Tensor:
+        prompts = [with_evidence(row, AUDIO) for row in rows]
+        inputs = processor.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return model(**inputs).logits[:, -1]
+
+    def share_right(model: Any) -> float:
+        with torch.no_grad():
+            answers = logits(model, tones(16, seed=1)).argmax(dim=-1)
+        return (answers == torch.tensor([low, high] * 8)).float().mean().item()
+
+    known = tones(24, seed=0)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
+    for _ in range(15):
+        torch.nn.functional.cross_entropy(logits(teacher, known), torch.tensor([low, high] * 12)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert share_right(teacher) == 1.0
+    assert share_right(student) < 0.6
+    trainer = make_trainer(
+        "qwen2_audio", str(tmp_path), Dataset.from_list(known), student, teacher, max_steps=14, learning_rate=3e-3,
+        per_device_train_batch_size=8, max_completion_length=1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    assert share_right(student.eval()) > 0.9, "pitches it never heard"
+    logs = step_logs(trainer)
+    assert logs[-1]["loss/vis"] < 0.2 * logs[0]["loss/vis"]
+
+
 def test_a_prompt_says_where_its_sound_goes() -> None:
     tone = sound(3)
     samples = evidence_of({"audio": tone}, AUDIO)[0]
@@ -171,6 +214,9 @@ WRONG_SOUNDS = {
     "a picture beside": (rows("audio", None).add_column("image", ["a.png"]), "which takes no images beside"),
     "rate": (rows("audio", sound(1), sound(2) | {"sampling_rate": 8000}), "row 1 of the training dataset is wrong: "
              "audio is sampled at 8000 Hz, but the model hears 16000 Hz; resample it"),
+    "length": (rows("audio", np.zeros(24_000, dtype=np.float32)), "audio lasts 1.5 s, of which the model would "
+               "hear the first 1.0 s; cut it or leave the row out"),
+    "integers": (rows("audio", [0, 16_384]), "an array of samples, floats from -1 to 1, got ndarray of int64"),
     "a path": (rows("audio", "a.wav"), "row 0 of the training dataset is wrong: audio must be an array of samples"),
     "no array": (rows("audio", {"path": "a.wav"}), "audio must be an array of samples or {'array', 'sampling_rate'}"),
     "stereo": (rows("audio", [[0.0, 1.0], [1.0, 0.0]]), "audio must be one channel"),
@@ -179,6 +225,10 @@ WRONG_SOUNDS = {
 WRONG_VIDEOS = {
     "frames of two sizes": (rows("video", [picture(0), picture(1)]), "a video must be a list of images of one size"),
     "one frame": (rows("video", np.asarray(picture(0)).tolist()), "got (32, 32, 3); decode files to frames"),
+    "fractions": (
+        rows("video", (np.asarray([picture(0)]) / 255).tolist()),
+        "or whole numbers from 0 to 255, got list of float64",
+    ),
     "paths": (rows("video", ["a.png", "b.png"]), "a list of images, its frames, got a list of str"),
 }
 
