@@ -1,4 +1,4 @@
-"""Writes `docs/families.md` from real runs: `python -m tests.families.table` (about two minutes)."""
+"""Writes `docs/families.md` from real runs: `python -m tests.families.table` (a few minutes)."""
 
 from __future__ import annotations
 
