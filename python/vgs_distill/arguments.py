@@ -149,6 +149,8 @@ class SettingsParser(TrlParser):
             if item.init:
                 item.type = hints[item.name]
                 self._parse_dataclass_field(self._group(dtype, item.name), item)
+                if _kinds(hints[item.name]) == {float, str}:  # of which transformers would take numbers only
+                    self._option_string_actions[f"--{item.name}"].type = _float_or_name
 
     def _group(self, dtype: Any, name: str) -> Any:
         """The help section of a field: that of the class which first declared it."""
@@ -233,6 +235,13 @@ _SECTIONS: dict[type, str] = {
     DistillationConfig: "distillation and rollouts (TRL)",
     TrainingArguments: "training (transformers)",
 }
+
+
+def _float_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _kinds(hint: Any) -> set[Any]:

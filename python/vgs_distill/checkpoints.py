@@ -35,6 +35,8 @@ STAGING = ".incomplete"  # folder in the output directory
 _SAME_LOSS = ("steering", "decomposition", "modality", "image_mask", "steering_scale")
 _SAME_RUN = (
     "gamma",
+    "gamma_min",
+    "gamma_max",
     "gamma_start",
     "gamma_schedule",
     "max_weight_ratio",

@@ -21,6 +21,7 @@ STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
 GAMMA_SCHEDULES = ("constant", "linear", "cosine")
 RUNAWAY_ACTIONS = ("fallback", "warn", "stop", "none")
+ADAPTIVE = "adaptive"
 OFFLOAD = "offload"
 
 
@@ -36,7 +37,9 @@ class VGSConfig(DistillationConfig):
             KL(student || teacher), by TRL's own loss, with no masked passes.
         decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
             (equations: `vgs_kernels.decomposed_kl`).
-        gamma: Share of the visual direction in [0, 1]; the value a schedule ends at.
+        gamma: Share of the visual direction in [0, 1]; the value a schedule ends at. ``"adaptive"`` gives the part of
+            the loss that has made less progress the larger share (`vgs_distill.adaptive_gamma`).
+        gamma_min, gamma_max: Bounds of an adaptive gamma; it starts in their middle.
         gamma_schedule: ``"constant"``, or ``"linear"`` / ``"cosine"`` from `gamma_start` at the first step to `gamma`
             at the last.
         gamma_start: Where a schedule starts, in [0, 1].
@@ -93,9 +96,16 @@ class VGSConfig(DistillationConfig):
     decomposition: str = field(
         default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
     )
-    gamma: float = field(
-        default=0.8, metadata={"help": "Share of the visual direction in [0, 1]; the value a schedule ends at."}
+    gamma: float | str = field(
+        default=0.8,
+        metadata={
+            "help": "Share of the visual direction in [0, 1], the value a schedule ends at; or 'adaptive', by the "
+            "progress of both parts.",
+            "metavar": "FLOAT|adaptive",
+        },
     )
+    gamma_min: float = field(default=0.5, metadata={"help": "Lower bound of an adaptive gamma."})
+    gamma_max: float = field(default=0.9, metadata={"help": "Upper bound of an adaptive gamma."})
     gamma_schedule: str = field(
         default="constant", metadata={"help": "'constant', or 'linear' / 'cosine' from gamma_start to gamma."}
     )
@@ -173,6 +183,22 @@ class VGSConfig(DistillationConfig):
         """Whether the tokens of a step may have unequal weights in the visual part."""
         return self.token_steering > 0 or self.plausibility > 0
 
+    def _check_adaptive(self) -> None:
+        if not 0.0 <= self.gamma_min < self.gamma_max <= 1.0:
+            raise ValueError(
+                f"gamma_min must be below gamma_max, both in [0, 1], got {self.gamma_min} and {self.gamma_max}"
+            )
+        if self.gamma_schedule != "constant":
+            raise ValueError(
+                f"gamma='adaptive' moves gamma itself, but gamma_schedule is {self.gamma_schedule!r}; "
+                "leave it at 'constant'"
+            )
+        if self.decomposition == "teacher_prior":
+            raise ValueError(
+                "gamma='adaptive' compares how far both parts of the loss have fallen, but those of 'teacher_prior' do "
+                "not fall to zero; use 'matched' or 'bayes', or a number"
+            )
+
     def _check(self) -> None:
         for name, choices in (
             ("steering", STEERING_MODES),
@@ -194,10 +220,12 @@ class VGSConfig(DistillationConfig):
             )
         if self.use_vllm and self.modality != "image":
             raise ValueError(f"TRL hands vLLM images only, but modality is {self.modality!r}; leave use_vllm off")
-        for name in ("gamma", "gamma_start"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if self.gamma == ADAPTIVE:
+            self._check_adaptive()
+        elif isinstance(self.gamma, str) or not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma must be in [0, 1] or {ADAPTIVE!r}, got {self.gamma!r}")
+        if not 0.0 <= self.gamma_start <= 1.0:
+            raise ValueError(f"gamma_start must be in [0, 1], got {self.gamma_start}")
         if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
         if not 0.0 <= self.token_steering < math.inf:

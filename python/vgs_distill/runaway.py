@@ -207,18 +207,18 @@ def runaway_start(divergences: Sequence[float]) -> int | None:
     """The step, from 1, at which a runaway begins in a history of KL(student || teacher), one value per step, or None.
 
     A definition to judge monitors by, in hindsight: the first step from which the mean of the last 10 steps (at the
-    start, of those there are) stays above 1.5 times the lowest such mean before, for 20 steps or to the end, and
-    reaches 2 times in that stretch. Means below a quarter of the first 10 steps' count as that quarter.
+    start, of those there are) stays above 1.5 times the lowest such mean before for 30 steps; where the history ends
+    before that, it counts if it has reached 2 times. Means below a quarter of the first 10 steps' count as that
+    quarter.
     """
-    window, stretch = 10, 20
-    floor = 0.25 * fmean(divergences[:window]) if divergences else 0.0
-    means = [max(floor, fmean(divergences[max(0, step - window) : step])) for step in range(1, len(divergences) + 1)]
-    lowest, begun, highest = math.inf, 0, 0.0
+    floor = 0.25 * fmean(divergences[:10]) if divergences else 0.0
+    means = [max(floor, fmean(divergences[max(0, step - 10) : step])) for step in range(1, len(divergences) + 1)]
+    lowest, begun = math.inf, None
     for step, mean in enumerate(means, 1):
         if mean <= 1.5 * lowest:
-            begun, highest, lowest = 0, 0.0, min(lowest, mean)
-            continue
-        begun, highest = begun or step, max(highest, mean)
-        if highest >= 2.0 * lowest and (step - begun + 1 >= stretch or step == len(means)):
+            begun, lowest = None, min(lowest, mean)
+        elif begun is None:
+            begun = step
+        elif step - begun + 1 >= 30:
             return begun
-    return None
+    return begun if begun is not None and max(means[begun - 1 :]) >= 2.0 * lowest else None

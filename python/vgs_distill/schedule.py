@@ -8,7 +8,8 @@ from .config import VGSConfig
 
 
 def gamma_at(config: VGSConfig, step: int, total_steps: int) -> float:
-    """gamma for the update number `step` (from 0) out of `total_steps`; the last update has `config.gamma`."""
+    """gamma for the update number `step` (from 0) out of `total_steps`; the last has `config.gamma`, a number."""
+    assert not isinstance(config.gamma, str)
     if config.gamma_schedule == "constant" or total_steps <= 1:
         return config.gamma
     progress = min(step / (total_steps - 1), 1.0)

@@ -41,8 +41,9 @@ from trl.trainer.utils import pad
 
 from vgs_kernels import VisualGradientSteering
 
+from .adaptive_gamma import AdaptiveGamma
 from .checkpoints import AtomicCheckpoints
-from .config import OFFLOAD, VGSConfig
+from .config import ADAPTIVE, OFFLOAD, VGSConfig
 from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
 from .errors import InputError
 from .families import (
@@ -220,6 +221,9 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         if args.steering == "amortized":
             self._predictor = GramianPredictor(args.refresh_every, args.refresh_drift)
         self._token_weights = VisualTokenWeights(args.weighs_tokens, self.accelerator.device)
+        self._adaptive_gamma = None
+        if args.gamma == ADAPTIVE:
+            self._adaptive_gamma = AdaptiveGamma(args.gamma_min, args.gamma_max)
         self._plan: _StepPlan | None = None
         self._sums: Tensor | None = None  # of MicroBatchLoss.sums, over the micro-batches of a step
         self._skipped = SkippedUpdates(args.max_skipped_steps)
@@ -258,7 +262,10 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _make_plan(self) -> _StepPlan:
         """Decide, before the first micro-batch of a step, how the step gets its gradient."""
-        gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
+        if self._adaptive_gamma is None:
+            gamma = gamma_at(self.args, self.state.global_step, self.state.max_steps)
+        else:
+            gamma = self._adaptive_gamma.gamma
         gamma, max_weight_ratio = self._runaway.bounded(gamma, self.args.max_weight_ratio)
         policy = VisualGradientSteering(gamma, max_weight_ratio, self.args.steering_scale)
         if self._gradients is None:
@@ -592,6 +599,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             "predictor": None if self._predictor is None else self._predictor.state_dict(),
             "token_weights": self._token_weights.state_dict(),
             "skipped_in_a_row": self._skipped.in_a_row,
+            "adaptive_gamma": None if self._adaptive_gamma is None else self._adaptive_gamma.state_dict(),
             "runaway": self._runaway.state_dict(),
             "weight_ratio": self._weight_ratio.item(),
         }
@@ -601,6 +609,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             self._predictor.load_state_dict(state["predictor"], self.accelerator.device)
         self._token_weights.load_state_dict(state["token_weights"], self.accelerator.device)
         self._skipped.in_a_row = state["skipped_in_a_row"]
+        if self._adaptive_gamma is not None and state["adaptive_gamma"] is not None:
+            self._adaptive_gamma.load_state_dict(state["adaptive_gamma"])
         self._runaway.load_state_dict(state["runaway"])
         self._weight_ratio = torch.tensor(state["weight_ratio"])
 
@@ -641,6 +651,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         values = dict(zip(("loss/full", "loss/lang", "loss/vis", "entropy"), means, strict=True))
         if self._training:
             self._skip_update = bad_tokens > 0
+            if self._adaptive_gamma is not None and not self._skip_update:
+                self._adaptive_gamma.observe(values["loss/lang"], values["loss/vis"])
             values |= self._runaway.observe(self.state.global_step + 1, values["loss/full"], ratio, self._cut_off)
         for name, value in values.items():
             self._metrics[self._mode][name].append(value)

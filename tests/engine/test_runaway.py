@@ -97,8 +97,10 @@ def test_close_to_the_teacher_a_doubling_is_no_alarm() -> None:
 def test_the_definition_of_a_start() -> None:
     assert runaway_start([]) is None
     assert runaway_start(learning(400)) is None
-    assert runaway_start([1.0] * 30 + [1.8] * 40) is None  # never twice
+    assert runaway_start([1.0] * 30 + [1.4] * 40) is None
     assert runaway_start([1.0] * 30 + [3.0] * 10 + [1.0] * 40) is None  # comes back
+    assert runaway_start([1.0] * 30 + [1.8] * 35) is None  # has not lasted
+    assert runaway_start([1.0] * 30 + [1.8] * 40) == 37
     assert runaway_start([1.0] * 30 + [3.0] * 40) == 33  # 3 of 10 steps at 3 make a mean of 1.6
     assert runaway_start([1.0] * 30 + [3.0] * 10) == 33  # the history ends in it
 

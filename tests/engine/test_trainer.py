@@ -355,7 +355,7 @@ def test_a_plain_distillation_config_is_refused(
         ({"steering_scale": "big"}, "unknown steering_scale .big.; choose one of unit, preserve"),
         ({"refresh_every": -1}, "refresh_every must be 0 .never. or more"),
         ({"refresh_drift": 1.0}, "refresh_drift must be above 1"),
-        ({"gamma": 1.2}, r"gamma must be in \[0, 1\], got 1.2"),
+        ({"gamma": 1.2}, r"gamma must be in \[0, 1\] or 'adaptive', got 1.2"),
         ({"gamma_start": -0.1}, r"gamma_start must be in \[0, 1\]"),
         ({"max_weight_ratio": 0.0}, "max_weight_ratio must be positive"),
         ({"token_steering": -1.0}, "token_steering must be 0 .off. or a positive finite number, got -1.0"),
