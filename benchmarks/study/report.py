@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vgs_distill.runaway import runaway_start
 
 from benchmarks import harness
 from benchmarks.study.plan import (
@@ -31,6 +33,7 @@ PLOT = "study-cosine.svg"
 NOT_MEASURED = "not measured"
 DEFAULT = "matched-0.8"
 ORTHOGONAL = 0.1  # a mean cosine within this of 0 counts as "nearly orthogonal": 84 to 96 degrees
+IN_TIME = 20  # steps from the beginning of a runaway to the alarm
 WINDOW = 10  # steps that a plotted point is the mean of
 
 Record = Mapping[str, Any]
@@ -54,9 +57,13 @@ class Study:
         """Judged on the test split, by seed."""
         return self._runs.get((task, regime, method, "test"), {})
 
-    def values(
-        self, read: Callable[[Record], float | None], task: str, method: str, regime: str = "base"
-    ) -> list[float]:
+    def steered(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Record]]]:
+        """Every group of steered runs: its task, regime and method, and its runs by seed."""
+        for task, regime, method, _ in sorted(self._runs):
+            if METHODS[method].steered:
+                yield (task, regime, method), self.runs(task, method, regime)
+
+    def values(self, read: Reading, task: str, method: str, regime: str = "base") -> list[float]:
         found = (read(record) for _, record in sorted(self.runs(task, method, regime).items()))
         return [value for value in found if value is not None]
 
@@ -154,6 +161,7 @@ def build(records: Mapping[str, Record], plot: str | None) -> str:
         f"## Regimes\n\n{_regimes(study)}",
         f"## Cosine of the two gradients\n\n{_cosines(study)}",
         f"![cosine of the language and the visual gradient over training]({plot})" if plot else NOT_MEASURED,
+        f"## Runaways and the monitor\n\n{_runaways(study)}",
         f"## Tuning\n\n{_tuning(study)}",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -257,6 +265,31 @@ def _regimes(study: Study) -> str:
             )
     header = ["regime", "seeds", "start", "OPD", METHODS[DEFAULT].label, "gain", "\\|g_lang\\| / \\|g_vis\\|"]
     return harness.markdown_table(header, rows) if rows else NOT_MEASURED
+
+
+def _runaways(study: Study) -> str:
+    """What the monitor said in every steered run that was judged, against where its history says a runaway began."""
+    rows, caught, began, alarms, healthy = [], 0, 0, 0, 0
+    for (task, regime, name), runs in study.steered():
+        for seed, record in sorted(runs.items()):
+            start, alarm = runaway_start(_series(record, "full")), record["alarm_step"]
+            if start is None and not collapsed(record):
+                healthy, alarms = healthy + 1, alarms + (alarm is not None)
+                if alarm is None:
+                    continue
+            began += start is not None
+            in_time = start is not None and alarm is not None and alarm <= start + IN_TIME
+            caught += in_time
+            cells = [METHODS[name].label, task, regime, str(seed), *(str(x or "none") for x in (start, alarm))]
+            rows.append([*cells, number(accuracy(record)), number(100 * record["well_formed"])])
+    header = ["method", "task", "regime", "seed", "runaway from step", "alarm at step", "accuracy", "well formed"]
+    return (
+        "A runaway begins where the history of KL(student ‖ teacher) says so in hindsight (`vgs_distill.runaway."
+        "runaway_start`); the monitor sees only what came before. "
+        f"Alarm within {IN_TIME} steps of the beginning: {caught} of {began} runaways. Alarms in healthy runs, "
+        "which are those without a runaway and with at least nine in ten completions well formed: "
+        f"{alarms} of {healthy}.\n\n" + (harness.markdown_table(header, rows) if rows else "")
+    )
 
 
 def _cosines(study: Study) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from vgs_distill.demo.recipes import DemoRecipe, EvaluationRecipe, ModelSize, demo_recipe
+from vgs_distill.runaway import runaway_start
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import plan, report, runs
@@ -31,6 +32,7 @@ def record_of(run: Run, accuracy: float = 0.5, **changes) -> dict:
         "by_question_type": {},
         "well_formed": 1.0,
         "without_image": 0.1,
+        "alarm_step": None,
         "seconds": 1.0,
         "commit": "0",
         "series": series,
@@ -205,6 +207,21 @@ def test_the_page_says_what_the_records_hold(tmp_path):
     again = tmp_path / "again"
     report.write(records, again)
     assert (again / report.PLOT).read_bytes() == (tmp_path / report.PLOT).read_bytes()
+
+
+def test_the_page_judges_the_monitor_by_the_histories(tmp_path):
+    records = tuned_records()
+    runaway = [0.2] * 100 + [0.2 * 1.1**step for step in range(50)]
+    begin = runaway_start(runaway)
+    cases = {0: (runaway, begin + 20), 1: (runaway, begin + 21), 2: (runaway, None), 3: ([0.2] * 150, None)}
+    for seed, (full, alarm) in cases.items():
+        run = Run("digits", "base", "bayes-0.9-warn", 1e-3, seed, "test")
+        records[run.name] = record_of(run, alarm_step=alarm, series={"full": full, "cosine": [0.0] * 150})
+    false_alarm = Run("shapes", "base", "matched-0.8", 1e-3, 0, "test")
+    records[false_alarm.name] = record_of(false_alarm, alarm_step=7)
+    page = report.build(records, None)
+    assert "Alarm within 20 steps of the beginning: 1 of 3 runaways." in page
+    assert "well formed: 1 of 2." in page
 
 
 # ---------------------------------------------------------------------- a real run
