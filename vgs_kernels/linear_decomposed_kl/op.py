@@ -256,9 +256,6 @@ class _Gradients:
             bias.zero_()
         for hidden in self.hidden:
             hidden.zero_()
-        if self.filter is None:
-            for weight in self.weight:
-                use_huge_pages(weight)
 
     def finish(self) -> None:
         """Without a chunk (no tokens, or all of weight 0) nothing was written yet."""
