@@ -1,7 +1,9 @@
 """Large new tensors of a CPU: how the system puts memory under them.
 
-A page is zeroed at its first touch. In pages of 4 KiB that costs more than writing a gradient the size of a head; huge
-pages cost a fraction. Layer: tensors in, tensors out. Called by the operators (`op.py`) only.
+A page is zeroed at its first touch, and huge pages are touched less often. On a virtual machine whose host takes free
+memory back they can cost more than small ones, for memory that is not used again at once.
+
+Layer: tensors in, tensors out. Called by the operators (`op.py`) only.
 """
 
 from __future__ import annotations
