@@ -224,6 +224,11 @@ def test_the_page_judges_the_monitor_by_the_histories(tmp_path):
     assert "well formed: 1 of 2." in page
 
 
+def test_the_page_in_docs_is_that_of_the_records():
+    records = runs.read_records(runs.RECORDS)
+    assert (report.DOCS / "study.md").read_text() == report.build(records, report.PLOT)
+
+
 # ---------------------------------------------------------------------- a real run
 
 
