@@ -145,8 +145,8 @@ not on record yet; it can be interrupted at any time.
 The tasks, models and recipes are those of [the demo](index.md): half a million parameters, synthetic pictures, one
 teacher per task. Accuracy is that of greedy free generation on 768 balanced held-out questions, in percent. Runs of one
 seed start from the same student and meet the same prompts; differences are paired by seed, with 95 % intervals of the
-bias-corrected bootstrap over seeds. "Equal compute" gives OPD {cost:g} times the steps, for what a step of exact steering
-costs more: runs of {default} took {times} times as long as OPD's of the same seed beside them, one thread each.
+bias-corrected bootstrap over seeds. "Equal compute" gives OPD {cost:g} times the steps, for what a step of exact
+steering costs more: runs of {default} took {times} times as long as OPD's of the same seed beside them.
 """
 
 
