@@ -276,26 +276,30 @@ def _regimes(study: Study) -> str:
 
 def _runaways(study: Study) -> str:
     """What the monitor said in every steered run that was judged, against where its history says a runaway began."""
-    rows, caught, began, alarms, healthy = [], 0, 0, 0, 0
+    rows = []
+    collapses, runaways = [], []  # whether the monitor, where it only warned, was in time
+    quiet = []  # whether it said nothing, in runs of `matched` that need no help
     for (task, regime, name), runs in study.steered():
         for seed, record in sorted(runs.items()):
             start, alarm = runaway_start(_series(record, "full")), record["alarm_step"]
-            if start is None and not collapsed(record):
-                healthy, alarms = healthy + 1, alarms + (alarm is not None)
-                if alarm is None:
-                    continue
-            began += start is not None
-            in_time = start is not None and alarm is not None and alarm <= start + IN_TIME
-            caught += in_time
-            cells = [METHODS[name].label, task, regime, str(seed), *(str(x or "none") for x in (start, alarm))]
-            rows.append([*cells, number(accuracy(record)), number(100 * record["well_formed"])])
+            if METHODS[name].settings.get("runaway_action") == "warn":
+                in_time = alarm is not None and (start is None or alarm <= start + IN_TIME)
+                runaways += [in_time] if start is not None else []
+                collapses += [in_time] if collapsed(record) else []
+            elif METHODS[name].decomposition == "matched" and start is None and not collapsed(record):
+                quiet.append(alarm is None)
+            if start is not None or alarm is not None or collapsed(record):
+                cells = [METHODS[name].label, task, regime, str(seed), *(str(x or "none") for x in (start, alarm))]
+                rows.append([*cells, number(accuracy(record)), number(100 * record["well_formed"])])
     header = ["method", "task", "regime", "seed", "runaway from step", "alarm at step", "accuracy", "well formed"]
     return (
         "A runaway begins where the history of KL(student ‖ teacher) says so in hindsight (`vgs_distill.runaway."
-        "runaway_start`); the monitor sees only what came before. "
-        f"Alarm within {IN_TIME} steps of the beginning: {caught} of {began} runaways. Alarms in healthy runs, "
-        "which are those without a runaway and with at least nine in ten completions well formed: "
-        f"{alarms} of {healthy}.\n\n" + (harness.markdown_table(header, rows) if rows else "")
+        "runaway_start`); the monitor sees only what came before. Where it only warned, it did so within "
+        f"{IN_TIME} steps of the beginning in {sum(collapses)} of {len(collapses)} runs that collapsed, and in "
+        f"{sum(runaways)} of {len(runaways)} that ran away, collapse or not. It raised an alarm in "
+        f"{len(quiet) - sum(quiet)} of {len(quiet)} healthy runs of `matched`. Every run with a runaway or an alarm is "
+        "listed; where the label says nothing of a runaway action, the alarm made the run fall back.\n\n"
+        + (harness.markdown_table(header, rows) if rows else "")
     )
 
 

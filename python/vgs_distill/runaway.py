@@ -32,8 +32,10 @@ _KEPT_SHARE = 0.25  # of the first level: what a run has gained beyond counts as
 _SMALLEST = 0.01  # nats or ratio: below, growth means nothing
 _GROWTH = 2.0  # of the divergence, with a second sign
 _GROWTH_ALONE = 4.0
+_GROWTH_CUT_OFF = 1.5  # with a fifth of the completions losing their end
 _WEIGHT_GROWTH = 2.0
 _CUT_OFF_RISE = 0.1  # share of completions
+_LARGE_CUT_OFF_RISE = 0.2
 _NOISE = 3.5  # median changes from step to step: six standard deviations of the level
 
 
@@ -47,10 +49,11 @@ class RunawayReadings(NamedTuple):
 
     @property
     def alarm(self) -> bool:
-        if self.divergence_growth < max(_GROWTH, self.noise):
-            return False
-        second_sign = self.weight_growth >= _WEIGHT_GROWTH or self.cut_off_rise >= _CUT_OFF_RISE
-        return second_sign or self.divergence_growth >= _GROWTH_ALONE
+        if self.weight_growth >= _WEIGHT_GROWTH or self.cut_off_rise >= _CUT_OFF_RISE:
+            needed = _GROWTH_CUT_OFF if self.cut_off_rise >= _LARGE_CUT_OFF_RISE else _GROWTH
+        else:
+            needed = _GROWTH_ALONE
+        return self.divergence_growth >= max(needed, self.noise)
 
 
 class RunawayMonitor(TrainerCallback):
@@ -62,9 +65,10 @@ class RunawayMonitor(TrainerCallback):
     0.01.
 
     An alarm needs KL(student || teacher) at twice its reference, and a second sign: the weight ratio at twice its own,
-    or 10 percent more completions cut off at the length limit than at best. At four times it needs none. In a run that
-    learns, even from a cold start, the divergence rises by less than that before it falls; a doubling along with the
-    weight ratio is the feedback itself.
+    or 10 percent more completions cut off at the length limit than at best. With 20 percent more cut off, 1.5 times is
+    enough: under a bound on the weight ratio a student may stay adrift at a level that never doubles. At four times it
+    needs none. In a run that learns, even from a cold start, the divergence rises by less than that before it falls; a
+    doubling along with the weight ratio is the feedback itself.
 
     Noise: with m the median size of the change of the logarithm in the last 100 steps, one step has standard
     deviation $1.48\,m / \sqrt 2$ and the median of five $1.25 / \sqrt 5$ of that, 0.59 m. The growth must exceed

@@ -213,15 +213,17 @@ def test_the_page_judges_the_monitor_by_the_histories(tmp_path):
     records = tuned_records()
     runaway = [0.2] * 100 + [0.2 * 1.1**step for step in range(50)]
     begin = runaway_start(runaway)
-    cases = {0: (runaway, begin + 20), 1: (runaway, begin + 21), 2: (runaway, None), 3: ([0.2] * 150, None)}
-    for seed, (full, alarm) in cases.items():
+    cases = [(runaway, begin + 20, 0.0), (runaway, begin + 21, 0.0), (runaway, None, 1.0), ([0.2] * 150, None, 1.0)]
+    for seed, (full, alarm, well_formed) in enumerate(cases):
         run = Run("digits", "base", "bayes-0.9-warn", 1e-3, seed, "test")
-        records[run.name] = record_of(run, alarm_step=alarm, series={"full": full, "cosine": [0.0] * 150})
-    false_alarm = Run("shapes", "base", "matched-0.8", 1e-3, 0, "test")
-    records[false_alarm.name] = record_of(false_alarm, alarm_step=7)
+        series = {"full": full, "cosine": [0.0] * 150}
+        records[run.name] = record_of(run, alarm_step=alarm, well_formed=well_formed, series=series)
+    for task, alarm in (("shapes", 7), ("digits", None)):
+        healthy = Run(task, "base", "matched-0.8", 1e-3, 0, "test")
+        records[healthy.name] = record_of(healthy, alarm_step=alarm)
     page = report.build(records, None)
-    assert "Alarm within 20 steps of the beginning: 1 of 3 runaways." in page
-    assert "well formed: 1 of 2." in page
+    assert "in 1 of 2 runs that collapsed, and in 1 of 3 that ran away" in page
+    assert "an alarm in 1 of 2 healthy runs" in page
 
 
 def test_the_page_in_docs_is_that_of_the_records():

@@ -81,6 +81,9 @@ def test_a_doubled_divergence_needs_a_second_sign() -> None:
     assert watch(divergences, [4.0] * 30 + [9.0] * 30) == 33  # the third of five steps moves the median
     assert watch(divergences, steady, [0.05] * 30 + [0.2] * 30) == 33
     assert watch([1.0] * 30 + [4.5] * 30, steady) == 33
+    assert watch([1.0] * 30 + [1.7] * 30, steady, [0.05] * 30 + [0.2] * 30) is None
+    assert watch([1.0] * 30 + [1.7] * 30, steady, [0.05] * 30 + [0.3] * 30) == 33
+    assert watch([1.0] * 30 + [1.4] * 30, steady, [0.05] * 30 + [0.9] * 30) is None
     assert watch([1.0] * 60, [4.0] * 30 + [400.0] * 30) is None
 
 
