@@ -44,7 +44,7 @@ class VGSConfig(DistillationConfig):
             at the last.
         gamma_start: Where a schedule starts, in [0, 1].
         max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient); None for
-            no bound. The guard against a language part that drifts, recommended (2 to 4) for ``teacher_prior``.
+            no bound. It slows a language part that drifts; alone it does not keep ``teacher_prior`` from running away.
         steering_scale: ``"unit"``, as in the paper: the steered gradient has norm at most 1; ``"preserve"``: the norm
             of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
         token_steering: s ≥ 0, 0 for none: how much more of the visual part belongs to the tokens that hinge on the
