@@ -37,9 +37,9 @@ GATE_KINDS = {"random": peers.random_streams, "peaked": peers.peaked_streams}
 # that size; the tests of the kernels allow the same), plus an eighth of a rounding of the results' own dtype.
 FLOOR_LOGIT_ROUNDINGS, FLOOR_RESULT_ROUNDINGS = 4, 1 / 8
 STEERING_WEIGHTS = (0.3, 1.7)
-# A logit gradient sums to 0 over the vocabulary, so hidden gradients cancel and feel a drop more than in proportion:
-# 5e-4 changed them by up to 1.8e-3 of their norm on the peaked inputs, vocabulary 151936.
-GRADIENT_FILTER = 2.5e-4
+# A logit gradient sums to 0 over the vocabulary, so hidden gradients cancel and feel a drop more than in proportion; in
+# bf16, entries that were close to the middle of two numbers are rounded the other way on top of that.
+GRADIENT_FILTER = 1e-4
 COMPILE_LIMIT_S = 150.0
 # What no threshold of the issue uses.
 _CONTEXT = ("compiled_decomposed", "liger", "bayes_both", "bayes_objective", "matched_both", "matched_objective")

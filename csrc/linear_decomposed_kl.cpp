@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
   m.def("logits(Tensor hidden, Tensor weight, int cpu_level, Tensor(a!) out) -> ()");
   m.def("has_matrix_unit() -> bool");
   m.def("matrix_unit_logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("matrix_unit_hidden_gradient(Tensor gradient, Tensor weight, Tensor columns, Tensor(a!) out) -> ()");
   m.def(
-      "select_columns(Tensor gradient, float tolerance, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) -> int");
+      "select_columns(Tensor gradient, float first, float second, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) "
+      "-> (int, int)");
 }

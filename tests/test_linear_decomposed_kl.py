@@ -12,6 +12,8 @@ from torch import Tensor
 from tests.reference_formulas import DECOMPOSITIONS, textbook
 from vgs_kernels import LinearDecomposedKL, LMHead, backend, linear_decomposed_kl
 from vgs_kernels.linear_decomposed_kl import op
+from vgs_kernels.linear_decomposed_kl.column_filter import HEAD_MULTIPLE
+from vgs_kernels.linear_decomposed_kl.products import Products
 
 BACKENDS = ["reference"] + (["native"] if backend._native_problem() is None else [])
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 8, 12, 61
@@ -340,7 +342,8 @@ def test_error_is_that_of_plain_torch(decomposition: str, dtype: torch.dtype, ch
 
 
 def test_gradient_filter_keeps_its_bound(chosen: str) -> None:
-    """norm(dropped logit gradient) <= tolerance * norm(logit gradient), checked with the identity for a head."""
+    """norm(dropped logit gradient) <= tolerance * norm(logit gradient), checked with the identity for a head; the head
+    gradient, whose columns do not add up, drops up to HEAD_MULTIPLE times as much."""
     for decomposition in DECOMPOSITIONS:
         problem = Problem(decomposition, vocab=300, width=300, tokens=9)
         with torch.no_grad():
@@ -357,12 +360,26 @@ def test_gradient_filter_keeps_its_bound(chosen: str) -> None:
                 dropped = torch.stack([(a - b).norm() for a, b in zip(got[:-1], exact[:-1], strict=True)]).norm()
                 size = torch.stack([b.norm() for b in exact[:-1]]).norm()
                 assert dropped <= tolerance * size
-                assert (got[-1] - exact[-1]).norm() <= tolerance * size * problem.hidden.norm()
+                change = (got[-1] - exact[-1]).norm()
+                assert change <= HEAD_MULTIPLE * tolerance * size * problem.hidden.norm()
                 torch.testing.assert_close(filtered.vis, whole.vis)
             assert dropped > 0  # at 0.1 something was dropped
-    for wrong in (0.0, 1.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="gradient_filter"):
+            assert change > tolerance * size  # and more for the head
+    for wrong in (0.0, 1 / HEAD_MULTIPLE, -1.0, math.nan):
+        with pytest.raises(ValueError, match="gradient_filter must be between 0 and 1/6"):
             problem.call(gradient_filter=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_hidden_gradient_of_gathered_columns(dtype: torch.dtype, chosen: str) -> None:
+    gradient, weight = torch.randn(5, 9001).to(dtype), torch.randn(9001, 64).to(dtype)
+    products = Products(gradient.device, dtype, chosen == "native")
+    limit = torch.finfo(dtype).eps * (0.5 if dtype == torch.bfloat16 else 16)  # in bf16, rounded once
+    for columns in (torch.arange(0), torch.arange(1, 9001, 3), torch.arange(0, 9001, 2)):
+        out = torch.full((5, 64), math.nan, dtype=dtype)
+        products.gathered_hidden_gradient(gradient, weight, columns, out)
+        exact = gradient.double()[:, columns] @ weight.double()[columns]
+        assert (out.double() - exact).norm() <= limit * exact.norm()
 
 
 def test_gradient_filter_adds_to_existing_gradients(chosen: str) -> None:

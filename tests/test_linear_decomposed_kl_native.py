@@ -64,6 +64,28 @@ def test_matrix_unit_logits(rows: int, vocab: int, width: int) -> None:
     assert torch.equal(hidden @ weight.t(), library)  # what the library keeps in the unit is still there
 
 
+@pytest.mark.skipif(not operators.has_matrix_unit(), reason="needs a CPU with AMX for bfloat16")
+@pytest.mark.parametrize(
+    ("rows", "kept", "width"), [(1, 0, 32), (1, 1, 64), (5, 33, 1056), (33, 512, 320), (64, 1301, 2080), (99, 2999, 96)]
+)
+def test_matrix_unit_hidden_gradient(rows: int, kept: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    gradient = torch.randn(rows, 3001, generator=generator).bfloat16()[:, 1:]
+    weight = torch.randn(3000, width + 3, generator=generator).bfloat16()[:, :width]
+    columns = torch.randperm(3000, generator=generator)[:kept].sort().values
+    dropped = torch.ones(3000, dtype=torch.bool).index_fill_(0, columns, False)
+    gradient[:, dropped], weight[dropped] = math.nan, math.nan  # and never read
+    library = gradient[:, columns] @ weight[columns]
+    out = nan(rows, width + 2, dtype=torch.bfloat16)
+    operators.matrix_unit_hidden_gradient(gradient, weight, columns, out[:, :width])
+    exact = gradient[:, columns].double() @ weight[columns].double()
+    torch.testing.assert_close(out[:, :width].double(), exact, rtol=2**-8, atol=1e-4)
+    assert out[:, width:].isnan().all()
+    assert torch.equal(gradient[:, columns] @ weight[columns], library)  # what the library keeps is still there
+    with pytest.raises(RuntimeError, match="columns holds 3000"):
+        operators.matrix_unit_hidden_gradient(gradient, weight, torch.tensor([3000]), out[:, :width])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_transpose(dtype: torch.dtype) -> None:
     for rows, columns in ((1, 1), (8, 8), (7, 65), (130, 33), (64, 4096)):
@@ -78,20 +100,22 @@ def test_transpose(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_select_columns(dtype: torch.dtype, level: int) -> None:
     gradient = (torch.randn(5, 3001) * torch.randn(3001).mul(4).exp()).to(dtype)
-    squares, columns = torch.empty(3001), torch.empty(3001, dtype=torch.int64)
+    squares, columns = torch.empty(3001), torch.empty((2, 3001), dtype=torch.int64)
     exact = gradient.double().square().sum(0)
     for tolerance in (1e-6, 1e-3, 0.1, 0.9):
-        count = operators.select_columns(gradient, tolerance, level, squares, columns)
-        kept = columns[:count]
-        assert (kept.diff() > 0).all()
-        dropped = exact.clone()
-        dropped[kept] = 0
-        assert dropped.sum() <= tolerance**2 * exact.sum() * (1 + 1e-5)
-        best = int((exact.sort().values.cumsum(0) > tolerance**2 * exact.sum()).sum())
-        assert best <= count <= best + 100  # a bin of the histogram is an eighth of an octave
+        pair = tolerance, 1.1 * tolerance
+        counts = operators.select_columns(gradient, *pair, level, squares, columns)
+        for limit, count, row in zip(pair, counts, columns, strict=True):
+            kept = row[:count]
+            assert (kept.diff() > 0).all()
+            dropped = exact.clone()
+            dropped[kept] = 0
+            assert dropped.sum() <= limit**2 * exact.sum() * (1 + 1e-5)
+            best = int((exact.sort().values.cumsum(0) > limit**2 * exact.sum()).sum())
+            assert best <= count <= best + 100  # a bin of the histogram is an eighth of an octave
     gradient[2, 7] = math.nan
-    count = operators.select_columns(gradient, 1e-3, level, squares, columns)
-    assert count == 3001  # nothing can be said to be small
+    counts = operators.select_columns(gradient, 1e-3, 0.1, level, squares, columns)
+    assert counts == (3001, 3001)  # nothing can be said to be small
 
 
 def test_wrong_operands_raise() -> None:

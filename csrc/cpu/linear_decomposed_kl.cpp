@@ -1,8 +1,11 @@
 // CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
+#include <tuple>
 #include <vector>
 
 #include "common.h"
@@ -165,16 +168,20 @@ bool has_matrix_unit() {
 #endif
 }
 
-// out (n, v) = hidden (n, w) weight (v, w)^T, bfloat16, on the matrix unit. Threads share the vocabulary.
-void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
-  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
-  for (const Tensor* matrix : {&hidden, &weight, const_cast<const Tensor*>(&out)})
+void check_bfloat16(std::initializer_list<const Tensor*> matrices) {
+  for (const Tensor* matrix : matrices)
     STD_TORCH_CHECK(matrix->dim() == 2 && matrix->scalar_type() == torch::headeronly::ScalarType::BFloat16 &&
                         (matrix->stride(1) == 1 || matrix->size(1) == 1),
                     "operands must be bfloat16 matrices with unit stride in the last dimension");
+  STD_TORCH_CHECK(has_matrix_unit(), "this CPU, system or build has no matrix unit for bfloat16");
+}
+
+// out (n, v) = hidden (n, w) weight (v, w)^T, bfloat16, on the matrix unit. Threads share the vocabulary.
+void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
+  check_bfloat16({&hidden, &weight, &out});
   STD_TORCH_CHECK(weight.size(1) == width && out.size(0) == n && out.size(1) == vocab && width % amx::kBlock == 0,
                   "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
-  STD_TORCH_CHECK(has_matrix_unit(), "this CPU, system or build has no matrix unit for bfloat16");
 #if defined(VGS_HAVE_AMX)
   constexpr int64_t kHalf = amx::kBlock / 2;
   std::vector<uint16_t> panels(round_up(n, amx::kBlock) * width, 0);
@@ -192,18 +199,65 @@ void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) 
 #endif
 }
 
-// The columns of a matrix that carry all but `tolerance` of its Frobenius norm, ascending. The smallest columns are
-// dropped: with a histogram of the squared norms by their leading bits (an eighth of an octave a bin) everything below
-// the largest bin edge whose sum is still at most tolerance^2 of the total. Returns how many were kept.
-int64_t select_columns(const Tensor& gradient, double tolerance, int64_t cpu_level, Tensor squares, Tensor columns) {
+template <class T>
+std::unique_ptr<T[], decltype(&std::free)> cache_lines(int64_t size) {
+  return {static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64))), std::free};
+}
+
+// out (n, w) = gradient[:, columns] weight[columns], bfloat16, on the matrix unit. The gathered rows of the weight never
+// exist as a whole. Threads share the width; every entry is one sum over the columns in order.
+void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& columns, Tensor out) {
+  const int64_t n = gradient.size(0), vocab = gradient.size(1), width = weight.size(1), count = columns.numel();
+  check_bfloat16({&gradient, &weight, &out});
+  STD_TORCH_CHECK(weight.size(0) == vocab && out.size(0) == n && out.size(1) == width && width % amx::kBlock == 0,
+                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
+  STD_TORCH_CHECK(columns.is_contiguous() && columns.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "columns must be contiguous int64");
+#if defined(VGS_HAVE_AMX)
+  const auto* column = static_cast<const int64_t*>(columns.data_ptr());
+  for (int64_t k = 0; k < count; ++k)
+    STD_TORCH_CHECK(column[k] >= 0 && column[k] < vocab, "columns holds ", column[k], ", the vocabulary ", vocab);
+  const int64_t padded = round_up(n, amx::kBlock), bands = round_up(count, amx::kGathered) / amx::kGathered;
+  constexpr int64_t kAhead = 128;  // entries whose cache lines are fetched before they are read
+  const auto kept = cache_lines<uint16_t>(bands * padded * amx::kGathered);
+  torch::stable::parallel_for(0, padded, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint16_t* const from = static_cast<const uint16_t*>(gradient.data_ptr()) + row * gradient.stride(0);
+      for (int64_t band = 0; band < bands; ++band) {
+        uint16_t* const to = kept.get() + (band * padded + row) * amx::kGathered;
+        const int64_t first = band * amx::kGathered, here = row < n ? std::min(count - first, amx::kGathered) : 0;
+        for (int64_t k = 0; k < here; ++k) {
+          __builtin_prefetch(from + column[std::min(first + k + kAhead, count - 1)]);
+          to[k] = from[column[first + k]];
+        }
+        std::fill(to + here, to + amx::kGathered, 0);
+      }
+    }
+  });
+  torch::stable::parallel_for(0, width / amx::kBlock, 4, [&](int64_t begin, int64_t end) {
+    const auto sums = cache_lines<float>(amx::gathered_sums(padded));
+    const auto tiles = cache_lines<uint16_t>(amx::gathered_tiles());
+    amx::gathered_product(kept.get(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), column, count, n,
+                          static_cast<uint16_t*>(out.data_ptr()), out.stride(0), begin * amx::kBlock, end * amx::kBlock,
+                          sums.get(), tiles.get());
+  });
+#endif
+}
+
+// The columns of a matrix that carry all but `first` of its Frobenius norm, ascending, and in a second row of `columns`
+// those that carry all but `second`. The smallest columns are dropped: with a histogram of the squared norms by their
+// leading bits (an eighth of an octave a bin) everything below the largest bin edge whose sum is still at most
+// tolerance^2 of the total. Returns how many were kept for each.
+std::tuple<int64_t, int64_t> select_columns(const Tensor& gradient, double first, double second, int64_t cpu_level,
+                                            Tensor squares, Tensor columns) {
   const int64_t rows = gradient.size(0), width = gradient.size(1);
   STD_TORCH_CHECK(gradient.dim() == 2 && (gradient.stride(1) == 1 || width == 1),
                   "gradient must be a matrix with unit stride along the vocabulary");
   STD_TORCH_CHECK(squares.is_contiguous() && squares.numel() >= width && element_of(squares, "squares") == kFloat32,
                   "squares must be a contiguous float32 buffer of at least the vocabulary");
-  STD_TORCH_CHECK(columns.is_contiguous() && columns.numel() >= width &&
+  STD_TORCH_CHECK(columns.is_contiguous() && columns.numel() >= 2 * width &&
                       columns.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "columns must be a contiguous int64 buffer of at least the vocabulary");
+                  "columns must be a contiguous int64 buffer of at least two rows of the vocabulary");
   const Kernels& kernels = kernels_of_level(cpu_level);
   const Element element = element_of(gradient, "gradient");
   float* const square = static_cast<float*>(squares.data_ptr());
@@ -230,14 +284,17 @@ int64_t select_columns(const Tensor& gradient, double tolerance, int64_t cpu_lev
     sums[bin_of(square[v])] += square[v];
     total += square[v];
   }
-  // NaN and inf have the largest bins: they are kept.
-  uint32_t kept_from = 0;
-  double dropped = 0.0;
-  while (kept_from < sums.size() && dropped + sums[kept_from] <= tolerance * tolerance * total) dropped += sums[kept_from++];
-  int64_t count = 0;
-  for (int64_t v = 0; v < width; ++v)
-    if (bin_of(square[v]) >= kept_from) column[count++] = v;
-  return count;
+  const auto select = [&](double tolerance, int64_t* kept) {
+    // NaN and inf have the largest bins: they are kept.
+    uint32_t from = 0;
+    double dropped = 0.0;
+    while (from < sums.size() && dropped + sums[from] <= tolerance * tolerance * total) dropped += sums[from++];
+    int64_t count = 0;
+    for (int64_t v = 0; v < width; ++v)
+      if (bin_of(square[v]) >= from) kept[count++] = v;
+    return count;
+  };
+  return {select(first, column), select(second, column + width)};
 }
 
 }  // namespace
@@ -249,6 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("hidden_gradient", TORCH_BOX(&vgs::hidden_gradient));
   m.impl("logits", TORCH_BOX(&vgs::logits));
   m.impl("matrix_unit_logits", TORCH_BOX(&vgs::matrix_unit_logits));
+  m.impl("matrix_unit_hidden_gradient", TORCH_BOX(&vgs::matrix_unit_hidden_gradient));
   m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
 }
 

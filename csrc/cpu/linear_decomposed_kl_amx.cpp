@@ -118,6 +118,60 @@ void write(const float* sums, int64_t rows, int64_t columns, uint16_t* out, int6
   }
 }
 
+// Pairs of rows of the weight side by side, kBlock rows by kBlock columns, as two tiles of 16 pairs. An unpack works on
+// quarters of a register, so the first tile holds the columns 0-3, 8-11, 16-19 and 24-27, the second one the others.
+// Rows from `count` on are 0. Meanwhile the same columns of the rows `next` are fetched, `ahead` of them.
+void pack_pairs(const uint16_t* weight, int64_t stride, const int64_t* rows, int64_t count, const int64_t* next,
+                int64_t ahead, uint16_t* tiles) {
+  for (int64_t i = 0; i < ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(weight + next[i] * stride), _MM_HINT_T1);
+  for (int64_t i = 0; i < kBlock; i += 2) {
+    const __m512i even = i < count ? _mm512_loadu_si512(weight + rows[i] * stride) : _mm512_setzero_si512();
+    const __m512i odd = i + 1 < count ? _mm512_loadu_si512(weight + rows[i + 1] * stride) : _mm512_setzero_si512();
+    _mm512_store_si512(tiles + i * kHalf, _mm512_unpacklo_epi16(even, odd));
+    _mm512_store_si512(tiles + kBlock * kHalf + i * kHalf, _mm512_unpackhi_epi16(even, odd));
+  }
+}
+
+// sums (kBlock of the chunk, kBlock of the width) = or += kBlock rows of the gradient times tiles, over `blocks` blocks of
+// gathered rows.
+void multiply_gathered(const uint16_t* gradient, const uint16_t* tiles, int64_t blocks, bool accumulate, float* sums) {
+  constexpr int64_t kStride = kBlock * sizeof(float), kLower = kHalf * kBlock;
+  constexpr int64_t kRow = kGathered * sizeof(uint16_t);
+  if (accumulate) {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, sums + kHalf, kStride);
+    _tile_loadd(2, sums + kLower, kStride);
+    _tile_loadd(3, sums + kLower + kHalf, kStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    _tile_loadd(4, gradient + block * kBlock, kRow);
+    _tile_loadd(6, tiles + block * kBlock * kBlock, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, tiles + block * kBlock * kBlock + kBlock * kHalf, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, gradient + kHalf * kGathered + block * kBlock, kRow);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + kHalf, kStride);
+  _tile_stored(2, sums + kLower, kStride);
+  _tile_stored(3, sums + kLower + kHalf, kStride);
+}
+
+// Round kBlock sums of pack_pairs's two tiles and put the columns back in order.
+__m512i rounded_columns(const float* sums) {
+  alignas(64) static const uint16_t kOrder[kBlock] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
+                                                      8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + kHalf), _mm512_loadu_ps(sums));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), reinterpret_cast<__m512i>(both));
+}
+
 }  // namespace
 
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
@@ -149,6 +203,37 @@ void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_strid
     }
   }
   _mm_sfence();
+  _tile_loadconfig(&before);
+}
+
+void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t weight_stride, const int64_t* rows,
+                      int64_t count, int64_t n, uint16_t* out, int64_t out_stride, int64_t begin, int64_t end,
+                      float* sums, uint16_t* tiles) {
+  Configuration before;
+  _tile_storeconfig(&before);
+  const Configuration ours;
+  _tile_loadconfig(&ours);
+  const int64_t padded = (n + kBlock - 1) / kBlock * kBlock;
+  for (int64_t band = begin; band < end; band += kGatheredColumns) {
+    const int64_t columns = end - band < kGatheredColumns ? end - band : kGatheredColumns;
+    for (int64_t start = 0; start == 0 || start < count; start += kGathered) {  // without rows, sums of 0
+      const int64_t depth = count - start < kGathered ? count - start : kGathered;
+      const int64_t blocks = (depth + kBlock - 1) / kBlock;
+      for (int64_t k = 0; k < depth; k += kBlock) {
+        const int64_t left = count - start - k, ahead = left < 2 * kBlock ? (left < kBlock ? 0 : left - kBlock) : kBlock;
+        for (int64_t w = 0; w < columns; w += kBlock)
+          pack_pairs(weight + band + w, weight_stride, rows + start + k, left, rows + start + k + kBlock, ahead,
+                     tiles + w * kGathered + k * kBlock);
+      }
+      for (int64_t w = 0; w < columns; w += kBlock)
+        for (int64_t row = 0; row < padded; row += kBlock)
+          multiply_gathered(gradient + (start / kGathered * padded * kGathered) + row * kGathered, tiles + w * kGathered,
+                            blocks, start > 0, sums + (w / kBlock * padded + row) * kBlock);
+    }
+    for (int64_t row = 0; row < n; ++row)
+      for (int64_t w = 0; w < columns; w += kBlock)
+        _mm512_storeu_si512(out + row * out_stride + band + w, rounded_columns(sums + (w / kBlock * padded + row) * kBlock));
+  }
   _tile_loadconfig(&before);
 }
 

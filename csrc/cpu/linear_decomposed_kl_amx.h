@@ -1,5 +1,5 @@
-// Logits in bfloat16 on the matrix unit of recent Intel CPUs (AMX). No library headers: also included by the unit that is
-// compiled for it.
+// Products in bfloat16 on the matrix unit of recent Intel CPUs (AMX). No library headers: also included by the unit that
+// is compiled for it.
 #pragma once
 
 #include <stdint.h>
@@ -16,5 +16,18 @@ constexpr int64_t scratch_size(int64_t n) { return (n + kBlock - 1) / kBlock * k
 // kBlock. `panels` is hidden, padded with zeros to whole blocks: [block][half of a block][width / 2][kBlock / 2][2].
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
             uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch);
+
+// Rows of the weight that are gathered at a time, and the columns of them: in all half of a second-level cache.
+constexpr int64_t kGathered = 512, kGatheredColumns = 1024;
+
+// Floats and tile entries of scratch that a thread needs for n rows, n a multiple of kBlock; aligned to 64 bytes.
+constexpr int64_t gathered_sums(int64_t n) { return n * kGatheredColumns; }
+constexpr int64_t gathered_tiles() { return kGathered * kGatheredColumns; }
+
+// out[n, w] = sum over k of gradient[n, k] * weight[rows[k], w] for the columns [begin, end) of out, multiples of kBlock,
+// and `count` rows. `gradient` is padded with zeros: [count / kGathered][n rounded up to kBlock][kGathered].
+void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t weight_stride, const int64_t* rows,
+                      int64_t count, int64_t n, uint16_t* out, int64_t out_stride, int64_t begin, int64_t end,
+                      float* sums, uint16_t* tiles);
 
 }  // namespace vgs::amx

@@ -21,6 +21,7 @@ from ..decomposed_kl.api import (
 )
 from ..types import DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
 from . import op
+from .column_filter import HEAD_MULTIPLE
 
 # CPU: 128 tokens of three bf16 streams at a vocabulary of 151,936, with scratch below 128 MiB. The head gradient
 # is read and written once per chunk, so that longer chunks are faster. GPU: every product of a chunk reads the head, so
@@ -104,13 +105,15 @@ def linear_decomposed_kl(
             FSDP do not see it.
         max_chunk_bytes: Upper bound on the logits held at a time, in bytes (at least one token's are held). Default
             112 MiB on a CPU, 512 MiB on a GPU.
-        gradient_filter: If given, a tolerance ε in (0, 1). In every chunk the smallest columns of the logit gradient G
-            (tokens of the chunk × vocab, one for each component) are left out of the products with hidden states and
-            head, as many as keep ‖dropped‖ ≤ ε ‖G‖ in the Frobenius norm. So the hidden gradients of the chunk change
-            by at most ε ‖G‖ ‖weight‖₂ and its head gradient by at most ε ‖G‖ ‖hidden‖₂ (spectral norms): about ε of
-            their own size where the head and the hidden states are well conditioned, more where they are not. Values
-            are not changed. Pays where the student is peaked, because nearly all columns then vanish; costs one more
-            look at the logit gradient where it is not. On a GPU the number of columns has to reach the host, so every
+        gradient_filter: If given, a tolerance ε in (0, 1/6). In every chunk the smallest columns of the logit gradient
+            G (tokens of the chunk × vocab, one for each component) are left out of the product with the head, as many
+            as keep ‖dropped‖ ≤ ε ‖G‖ in the Frobenius norm, and of the product with the hidden states, as many as keep
+            ‖dropped‖ ≤ 6 ε ‖G‖. So the hidden gradients of the chunk change by at most ε ‖G‖ ‖weight‖₂, its head
+            gradient by at most 6 ε ‖G‖ ‖hidden‖₂ (spectral norms) and its bias gradient by at most 6 ε ‖G‖ √rows. The
+            head gets more because each column is one row of its gradient, while hidden gradients add up columns that
+            cancel (rows of G sum to 0) and change by more than ε of their own size. Values are not changed. Pays where
+            the student is peaked, because nearly all columns then vanish; costs one more look at the logit gradient
+            where it is not. On a GPU the number of columns has to reach the host, so every
             chunk waits for the device, and CUDA graphs cannot capture the call.
 
     Returns:
@@ -169,8 +172,8 @@ def linear_decomposed_kl(
         max_chunk_bytes = DEFAULT_MAX_CHUNK_BYTES.get(student_hidden.device.type, DEFAULT_MAX_CHUNK_BYTES["cpu"])
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes must be positive, got {max_chunk_bytes}")
-    if gradient_filter is not None and not 0.0 < gradient_filter < 1.0:
-        raise ValueError(f"gradient_filter must be between 0 and 1, or None, got {gradient_filter}")
+    if gradient_filter is not None and not 0.0 < HEAD_MULTIPLE * gradient_filter < 1.0:
+        raise ValueError(f"gradient_filter must be between 0 and 1/{HEAD_MULTIPLE}, or None, got {gradient_filter}")
     sizes = {"student head": student.weight.shape[0], "teacher head": teacher.weight.shape[0]}
     vocab_size = resolve_vocab_size(sizes, vocab_size)
     tokens = student_hidden.shape[0]

@@ -328,23 +328,13 @@ class _Gradients:
         if self.filter is None:
             self._add_head(component, logit_gradient, hidden)
             return self._hidden_product(logit_gradient)
-        columns = self.filter.columns(logit_gradient)
-        if columns.shape[0] > _WORTH_GATHERING * logit_gradient.shape[1]:
+        for_hidden, for_head = self.filter.columns(logit_gradient)
+        worth_gathering = _WORTH_GATHERING * logit_gradient.shape[1]
+        if for_head.shape[0] > worth_gathering:
             self._add_head(component, logit_gradient, hidden)
-            return self._hidden_product(logit_gradient)
-        kept = logit_gradient.index_select(1, columns)  # (rows, columns)
-        weight, bias = self.into_weight[component], self.into_bias[component]
-        if weight.numel():
-            if weight.dtype == hidden.dtype:
-                # Added before it is rounded, as without a filter.
-                weight.index_copy_(0, columns, weight.index_select(0, columns).addmm_(kept.t(), hidden))
-            else:
-                weight.index_add_(0, columns, (kept.t() @ hidden).to(weight.dtype))
-        if bias.numel():
-            bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))
-        if not self.hidden[1].numel():
-            return hidden.new_empty(hidden.shape[0], 0)
-        return kept @ self.student_weight.index_select(0, columns)
+        else:
+            self._add_head_columns(component, logit_gradient, hidden, for_head)
+        return self._hidden_product(logit_gradient, None if for_hidden.shape[0] > worth_gathering else for_hidden)
 
     def _add_head(self, component: int, logit_gradient: Tensor, hidden: Tensor) -> None:
         weight, bias = self.into_weight[component], self.into_bias[component]
@@ -353,11 +343,26 @@ class _Gradients:
         if bias.numel():
             bias.add_(logit_gradient.sum(0, dtype=bias.dtype))
 
-    def _hidden_product(self, logit_gradient: Tensor) -> Tensor:
+    def _add_head_columns(self, component: int, logit_gradient: Tensor, hidden: Tensor, columns: Tensor) -> None:
+        weight, bias = self.into_weight[component], self.into_bias[component]
+        kept = logit_gradient.index_select(1, columns)  # (rows, columns)
+        if weight.numel():
+            if weight.dtype == hidden.dtype:
+                # Added before it is rounded, as without a filter.
+                weight.index_copy_(0, columns, weight.index_select(0, columns).addmm_(kept.t(), hidden))
+            else:
+                weight.index_add_(0, columns, (kept.t() @ hidden).to(weight.dtype))
+        if bias.numel():
+            bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))
+
+    def _hidden_product(self, logit_gradient: Tensor, columns: Tensor | None = None) -> Tensor:
         if not self.hidden[1].numel():
             return logit_gradient.new_empty(logit_gradient.shape[0], 0)
         out = logit_gradient.new_empty(logit_gradient.shape[0], self.student_weight.shape[1])
-        self.products.hidden_gradient(logit_gradient, self.student_weight, out)
+        if columns is None:
+            self.products.hidden_gradient(logit_gradient, self.student_weight, out)
+        else:
+            self.products.gathered_hidden_gradient(logit_gradient, self.student_weight, columns, out)
         return out
 
     def _write_hidden(self, component: int, rows: Rows, gradient: Tensor) -> None:

@@ -7,7 +7,8 @@ Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width
 On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then
 packs only the small one: logits as (v, w) @ (w, n), head gradient as (v, n) @ (n, w). So a slice of the vocabulary is
 multiplied that way round, and transposed while it is in the cache. Where the CPU has a matrix unit (AMX), the logits
-come from a compiled kernel that does the same in registers, `csrc/cpu/linear_decomposed_kl_amx.cpp`.
+come from a compiled kernel that does the same in registers, `csrc/cpu/linear_decomposed_kl_amx.cpp`. So does the hidden
+gradient of few columns, whose rows of the head are gathered on the way into the unit.
 
 In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. There all
 three are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves.
@@ -42,7 +43,7 @@ class Products:
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, v) = hidden (n, w) @ weight (v, w).T + bias (v,)."""
-        if self._has_matrix_unit and weight.stride(1) == 1 and weight.shape[1] % 32 == 0:
+        if self._suits_matrix_unit(weight):
             torch.ops.vgs_kernels_native.matrix_unit_logits(hidden, weight, out)
         elif self._transposed:
             for part in _slices(weight.shape[0]):
@@ -64,6 +65,17 @@ class Products:
             torch.ops.vgs_kernels_native.hidden_gradient(logit_gradient, weight, -1, out)
         else:
             torch.mm(logit_gradient, weight, out=out)
+
+    def gathered_hidden_gradient(self, logit_gradient: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> None:
+        """out (n, w) = logit_gradient[:, columns] @ weight[columns]."""
+        if self._suits_matrix_unit(weight):
+            torch.ops.vgs_kernels_native.matrix_unit_hidden_gradient(logit_gradient, weight, columns, out)
+        elif out.dtype in HALF_DTYPES:  # to be rounded once
+            torch.mm(logit_gradient.index_select(1, columns), weight.index_select(0, columns), out=out)
+        else:
+            out.zero_()
+            for part in columns.split(VOCAB_SLICE):  # fresh memory for all of them costs more than the copy
+                out.addmm_(logit_gradient.index_select(1, part), weight.index_select(0, part))
 
     def head_gradient(self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w)."""
@@ -90,6 +102,9 @@ class Products:
             else:
                 product = gradient @ hidden
                 out[part].add_(product) if accumulate else out[part].copy_(product)
+
+    def _suits_matrix_unit(self, weight: Tensor) -> bool:
+        return self._has_matrix_unit and weight.stride(1) == 1 and weight.shape[1] % 32 == 0
 
     def _slice(self, part: slice, hidden: Tensor) -> Tensor:
         """Scratch of shape (slice, n)."""
