@@ -39,7 +39,7 @@ FLOOR_LOGIT_ROUNDINGS, FLOOR_RESULT_ROUNDINGS = 4, 1 / 8
 STEERING_WEIGHTS = (0.3, 1.7)
 # A logit gradient sums to 0 over the vocabulary, so hidden gradients cancel and feel a drop more than in proportion; in
 # bf16, entries that were close to the middle of two numbers are rounded the other way on top of that.
-GRADIENT_FILTER = 1e-4
+GRADIENT_FILTER = 1.1e-4
 COMPILE_LIMIT_S = 150.0
 # What no threshold of the issue uses.
 _CONTEXT = ("compiled_decomposed", "liger", "bayes_both", "bayes_objective", "matched_both", "matched_objective")
