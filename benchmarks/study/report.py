@@ -279,6 +279,7 @@ def _runaways(study: Study) -> str:
     rows = []
     collapses, runaways = [], []  # whether the monitor, where it only warned, was in time
     quiet = []  # whether it said nothing, in runs of `matched` that need no help
+    missed = 0  # other collapses without an alarm
     for (task, regime, name), runs in study.steered():
         for seed, record in sorted(runs.items()):
             start, alarm = runaway_start(_series(record, "full")), record["alarm_step"]
@@ -288,6 +289,8 @@ def _runaways(study: Study) -> str:
                 collapses += [in_time] if collapsed(record) else []
             elif METHODS[name].decomposition == "matched" and start is None and not collapsed(record):
                 quiet.append(alarm is None)
+            else:
+                missed += collapsed(record) and alarm is None
             if start is not None or alarm is not None or collapsed(record):
                 cells = [METHODS[name].label, task, regime, str(seed), *(str(x or "none") for x in (start, alarm))]
                 rows.append([*cells, number(accuracy(record)), number(100 * record["well_formed"])])
@@ -297,9 +300,10 @@ def _runaways(study: Study) -> str:
         "runaway_start`); the monitor sees only what came before. Where it only warned, it did so within "
         f"{IN_TIME} steps of the beginning in {sum(collapses)} of {len(collapses)} runs that collapsed, and in "
         f"{sum(runaways)} of {len(runaways)} that ran away, collapse or not. It raised an alarm in "
-        f"{len(quiet) - sum(quiet)} of {len(quiet)} healthy runs of `matched`. Every run with a runaway or an alarm is "
-        "listed; where the label says nothing of a runaway action, the alarm made the run fall back.\n\n"
-        + (harness.markdown_table(header, rows) if rows else "")
+        f"{len(quiet) - sum(quiet)} of {len(quiet)} healthy runs of `matched`. {missed} other runs collapsed without "
+        "one: the monitor sees a run get worse than it was, not one that starts badly and stays bad. Every run with a "
+        "runaway, an alarm or a collapse is listed; where the label says nothing of a runaway action, the alarm made "
+        "the run fall back.\n\n" + (harness.markdown_table(header, rows) if rows else "")
     )
 
 
