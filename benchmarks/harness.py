@@ -651,6 +651,8 @@ def plot_lines(
                 handles[label] = axis.plot(xs, ys, marker="o", markersize=3, linewidth=1.3, color=color)[0]
             axis.set(xlabel=x_label, ylabel=y_label, xscale=scale, yscale=scale)
             axis.grid(True, which="both", linewidth=0.3, alpha=0.6)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
         figure.tight_layout(rect=(0, 0.2 / count / 2, 1, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
