@@ -12,13 +12,53 @@ namespace vgs::amx {
 namespace {
 
 constexpr int64_t kHalf = kBlock / 2;
+constexpr int64_t kLower = kHalf * kBlock;  // where the lower half of a square of kBlock x kBlock entries begins
 constexpr int64_t kDepth = 256;  // columns of the weight that stay in the first-level cache, kBlock rows of them: 16 KiB
 
-struct Configuration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+// While it lives the tiles are configured for 16 rows of 64 bytes; then as they were: the library's products rely on theirs.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    const Configuration ours;
+    _tile_loadconfig(&ours);
+  }
+  ~Tiles() { _tile_loadconfig(&before_); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct Configuration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  Configuration before_;
 };
+
+// Tiles 0 to 3 = the quarters of sums (kBlock, kBlock), or 0.
+inline void load_sums(bool accumulate, const float* sums) {
+  constexpr int64_t kStride = kBlock * sizeof(float);
+  if (accumulate) {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, sums + kHalf, kStride);
+    _tile_loadd(2, sums + kLower, kStride);
+    _tile_loadd(3, sums + kLower + kHalf, kStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+inline void store_sums(float* sums) {
+  constexpr int64_t kStride = kBlock * sizeof(float);
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + kHalf, kStride);
+  _tile_stored(2, sums + kLower, kStride);
+  _tile_stored(3, sums + kLower + kHalf, kStride);
+}
 
 // Copy rows of the weight, columns [0, depth), into tiles [column / kBlock][kBlock][kBlock]; rows that are not there are 0.
 void pack_weight(const uint16_t* weight, int64_t stride, int64_t rows, int64_t depth, uint16_t* tiles) {
@@ -32,19 +72,8 @@ void pack_weight(const uint16_t* weight, int64_t stride, int64_t rows, int64_t d
 // the next columns of the weight are fetched, `count` lines from `line` on.
 void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t panel_size, int64_t depth, bool accumulate,
               const uint16_t* next, int64_t next_stride, int64_t line, int64_t count, float* sums) {
-  constexpr int64_t kStride = kBlock * sizeof(float), kLower = kHalf * kBlock;
   constexpr int64_t kLines = kDepth / kBlock;  // of a row of the next columns
-  if (accumulate) {
-    _tile_loadd(0, sums, kStride);
-    _tile_loadd(1, sums + kHalf, kStride);
-    _tile_loadd(2, sums + kLower, kStride);
-    _tile_loadd(3, sums + kLower + kHalf, kStride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  load_sums(accumulate, sums);
   const int64_t last = line + count, step = count * kBlock / depth + 1;
   for (int64_t k = 0; k < depth; k += kBlock) {
     _tile_loadd(4, tiles + k * kBlock, 64);
@@ -58,10 +87,7 @@ void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t panel_size, 
     for (int64_t i = 0; i < step && line < last; ++i, ++line)
       _mm_prefetch(reinterpret_cast<const char*>(next + line / kLines * next_stride + line % kLines * kBlock), _MM_HINT_T1);
   }
-  _tile_stored(0, sums, kStride);
-  _tile_stored(1, sums + kHalf, kStride);
-  _tile_stored(2, sums + kLower, kStride);
-  _tile_stored(3, sums + kLower + kHalf, kStride);
+  store_sums(sums);
 }
 
 // Two rows of sums rounded to bfloat16: 16 pairs of entries that are neighbours in the vocabulary.
@@ -135,19 +161,8 @@ void pack_pairs(const uint16_t* weight, int64_t stride, const int64_t* rows, int
 // sums (kBlock of the chunk, kBlock of the width) = or += kBlock rows of the gradient times tiles, over `blocks` blocks of
 // gathered rows.
 void multiply_gathered(const uint16_t* gradient, const uint16_t* tiles, int64_t blocks, bool accumulate, float* sums) {
-  constexpr int64_t kStride = kBlock * sizeof(float), kLower = kHalf * kBlock;
   constexpr int64_t kRow = kGathered * sizeof(uint16_t);
-  if (accumulate) {
-    _tile_loadd(0, sums, kStride);
-    _tile_loadd(1, sums + kHalf, kStride);
-    _tile_loadd(2, sums + kLower, kStride);
-    _tile_loadd(3, sums + kLower + kHalf, kStride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  load_sums(accumulate, sums);
   for (int64_t block = 0; block < blocks; ++block) {
     _tile_loadd(4, gradient + block * kBlock, kRow);
     _tile_loadd(6, tiles + block * kBlock * kBlock, 64);
@@ -158,10 +173,7 @@ void multiply_gathered(const uint16_t* gradient, const uint16_t* tiles, int64_t 
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, kStride);
-  _tile_stored(1, sums + kHalf, kStride);
-  _tile_stored(2, sums + kLower, kStride);
-  _tile_stored(3, sums + kLower + kHalf, kStride);
+  store_sums(sums);
 }
 
 // Round kBlock sums of pack_pairs's two tiles and put the columns back in order.
@@ -177,10 +189,7 @@ __m512i rounded_columns(const float* sums) {
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
             uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch) {
   alignas(64) uint16_t tiles[kBlock * kDepth];
-  Configuration before;
-  _tile_storeconfig(&before);  // the library's products rely on theirs
-  const Configuration ours;
-  _tile_loadconfig(&ours);
+  const Tiles configured;
   const int64_t panel = width * kHalf, blocks = (n + kBlock - 1) / kBlock;
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t rows = end - v < kBlock ? end - v : kBlock;
@@ -203,16 +212,12 @@ void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_strid
     }
   }
   _mm_sfence();
-  _tile_loadconfig(&before);
 }
 
 void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t weight_stride, const int64_t* rows,
                       int64_t count, int64_t n, uint16_t* out, int64_t out_stride, int64_t begin, int64_t end,
                       float* sums, uint16_t* tiles) {
-  Configuration before;
-  _tile_storeconfig(&before);
-  const Configuration ours;
-  _tile_loadconfig(&ours);
+  const Tiles configured;
   const int64_t padded = (n + kBlock - 1) / kBlock * kBlock;
   for (int64_t band = begin; band < end; band += kGatheredColumns) {
     const int64_t columns = end - band < kGatheredColumns ? end - band : kGatheredColumns;
@@ -234,7 +239,6 @@ void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t 
       for (int64_t w = 0; w < columns; w += kBlock)
         _mm512_storeu_si512(out + row * out_stride + band + w, rounded_columns(sums + (w / kBlock * padded + row) * kBlock));
   }
-  _tile_loadconfig(&before);
 }
 
 }  // namespace vgs::amx
