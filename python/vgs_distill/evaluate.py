@@ -224,17 +224,21 @@ class _Evaluator:
     def _inputs(self, rows: Dataset, evidence: bool) -> Any:
         """What the processor makes of the rows, padded on the left."""
         modality = self.evidence_tokens.modality
-        seen = [evidence_of(row, modality, self.processor) if evidence else [] for row in rows]
-        if isinstance(rows[0]["prompt"], str) and modality is IMAGE:
+        examples = list(rows)  # each is decoded once
+        seen = [evidence_of(row, modality, self.processor) if evidence else [] for row in examples]
+        if isinstance(examples[0]["prompt"], str) and modality is IMAGE:
             return self.processor(
-                text=list(rows["prompt"]), images=seen if any(seen) else None, padding=True, return_tensors="pt"
+                text=[row["prompt"] for row in examples],
+                images=seen if any(seen) else None,
+                padding=True,
+                return_tensors="pt",
             )
         return self.processor.apply_chat_template(
             [
                 with_evidence(row, modality, self.processor)
                 if any_of_it
                 else prepare_multimodal_messages(without_evidence(row["prompt"]))
-                for row, any_of_it in zip(rows, map(bool, seen), strict=True)
+                for row, any_of_it in zip(examples, map(bool, seen), strict=True)
             ],
             add_generation_prompt=True,
             tokenize=True,

@@ -208,8 +208,8 @@ def _gradient_figures(log: RunLog, window: int) -> list[dict[str, Any]]:
         ),
         *_figure(
             "Signs of a runaway",
-            "KL to the teacher and weight ratio, each over its lowest level so far (logarithmic scale); the alarm is "
-            "raised where both double.",
+            "KL to the teacher and weight ratio, each over its lowest level so far (logarithmic scale); an alarm needs "
+            "both to double, or more completions that are cut off, or a KL of four times.",
             [
                 Series("KL", "ink", log.line("runaway/divergence_growth")),
                 Series("weight ratio", "vis", log.line("runaway/weight_growth"), dashed=True),
