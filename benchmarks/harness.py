@@ -44,11 +44,15 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "hardware": hardware(device),
         "versions": versions(),
-        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "commit": commit(),
         "modified": bool(_git("status", "--porcelain", "--", "vgs_kernels", "csrc", "benchmarks/*.py")),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_average_1min": round(os.getloadavg()[0], 2),
     }
+
+
+def commit() -> str:
+    return _git("rev-parse", "HEAD") or "unknown"
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:

@@ -5,7 +5,11 @@ For tests and the processes they start. Imports nothing heavy before a function 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vgs_distill.demo.recipes import DemoRecipe
 
 ON_CPU: dict[str, Any] = {
     "use_cpu": True,
@@ -26,3 +30,20 @@ def build_student(processor: Any, seed: int, width: int = 32) -> Any:
 
     torch.manual_seed(seed)
     return build_model(ModelSize(text_width=width, vision_width=32), processor)
+
+
+def small_recipe(recipe: DemoRecipe) -> DemoRecipe:
+    """A demo recipe of the same task that is through in seconds. Teacher and student start differ in their steps."""
+    from vgs_distill.demo.recipes import EvaluationRecipe, ModelSize
+
+    size = ModelSize(text_width=32, text_layers=1, vision_width=32, vision_layers=1, heads=2)
+    training = replace(recipe.teacher, steps=3, questions=20, captions=20, batch_size=8, warmup_steps=1)
+    return replace(
+        recipe,
+        teacher_size=size,
+        student_size=size,
+        teacher=training,
+        student_start=replace(training, steps=2),
+        distillation=replace(recipe.distillation, steps=2, prompts=8, batch_size=4, warmup_steps=1),
+        evaluation=EvaluationRecipe(examples=12, max_new_tokens=6),
+    )

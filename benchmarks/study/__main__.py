@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from vgs_distill.demo.progress import make_display
 
+from benchmarks.report import DOCS
 from benchmarks.study import report
 from benchmarks.study.plan import EXPERIMENTS, TASKS, Run
 from benchmarks.study.runs import RECORDS, StudyError, append_record, read_records, work
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--docs", type=Path, default=report.DOCS)
+    parser.add_argument("--docs", type=Path, default=DOCS)
     parser.add_argument("--list", action="store_true", help="print the runs that are left and stop")
     args = parser.parse_args(arguments)
     tasks = args.tasks.split(",")

@@ -29,16 +29,17 @@ GUARDED = (
     "teacher-prior-0.8-fallback",
     "bayes-0.8-fallback",
     "teacher-prior-0.8-plausibility-warn",
-    "teacher-prior-0.8-teacher-warn",
+    "teacher-prior-0.8-teacher-smoothing-warn",
 )
 SAFETY_GAMMAS = (0.5, 0.7, 0.9)
 
-# One exact step costs this many monolithic ones (one thread, demo models): what "equal compute" means for OPD.
+# What "equal compute" means for OPD: a little more than an exact step costs in monolithic ones, by the records of
+# `benchmarks.training_step` and by the times of the study's own runs.
 EXACT_STEP_COST = 1.25
 
 
 def _steered(decomposition: str, gamma: float | str, cap: float | None = None, **settings: Any) -> Method:
-    extra = "".join(f"-{value if isinstance(value, str) else key.split('_')[0]}" for key, value in settings.items())
+    extra = "".join(f"-{value if isinstance(value, str) else key.replace('_', '-')}" for key, value in settings.items())
     name = f"{decomposition.replace('_', '-')}-{gamma}" + ("" if cap is None else f"-cap{cap:g}") + extra
     words = [decomposition.replace("_", " "), f"γ {gamma}"]
     words += [] if cap is None else [f"ratio ≤ {cap:g}"]
@@ -136,6 +137,10 @@ class Run:
     def name(self) -> str:
         return f"{self.task}/{self.regime}/{self.method}/{self.learning_rate:g}/seed{self.seed}/{self.split}"
 
+    @property
+    def label(self) -> str:
+        return self.name
+
     def recipe(self) -> DemoRecipe:
         recipe = REGIMES[self.regime].change(demo_recipe(self.task))
         if self.method == "opd-compute":
@@ -231,7 +236,7 @@ def guards(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
 
 def variants(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
     """The default with token steering, and with adaptive gamma."""
-    return _tests(records, tasks, ["base"], ["matched-0.8-token", "matched-adaptive"], SEEDS[:4])
+    return _tests(records, tasks, ["base"], ["matched-0.8-token-steering", "matched-adaptive"], SEEDS[:4])
 
 
 def regimes(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vgs_distill.runaway import runaway_start
 
 from benchmarks import harness
+from benchmarks.report import NOT_MEASURED
 from benchmarks.study.plan import (
     EXACT_STEP_COST,
     LEARNING_RATES,
@@ -28,9 +29,7 @@ from benchmarks.study.plan import (
 )
 from benchmarks.study.statistics import Estimate, estimate, verdict
 
-DOCS = harness.REPOSITORY / "docs"
 PLOT = "study-cosine.svg"
-NOT_MEASURED = "not measured"
 DEFAULT = "matched-0.8"
 ORTHOGONAL = 0.1  # a mean cosine within this of 0 counts as "nearly orthogonal": 84 to 96 degrees
 IN_TIME = 20  # steps from the beginning of a runaway to the alarm
@@ -45,23 +44,28 @@ class Study:
 
     def __init__(self, records: Mapping[str, Record]) -> None:
         self.records = records
-        self._runs: dict[tuple[str, str, str, str], dict[int, Record]] = {}
+        self._runs: dict[tuple[str, str, str], dict[int, Record]] = {}
         for record in records.values():
             run = record["run"]
             rate = learning_rate(records, run["task"], run["method"])
             if run["split"] == "test" and run["learning_rate"] == rate:
-                key = (run["task"], run["regime"], run["method"], run["split"])
-                self._runs.setdefault(key, {})[run["seed"]] = record
+                self._runs.setdefault((run["task"], run["regime"], run["method"]), {})[run["seed"]] = record
+
+    def of_seeds(self, seeds: Collection[int]) -> Study:
+        """The same with the runs of these seeds only, for tables whose rows are to be compared."""
+        return Study(
+            {n: r for n, r in self.records.items() if r["run"]["split"] != "test" or r["run"]["seed"] in seeds}
+        )
 
     def runs(self, task: str, method: str, regime: str = "base") -> dict[int, Record]:
         """Judged on the test split, by seed."""
-        return self._runs.get((task, regime, method, "test"), {})
+        return self._runs.get((task, regime, method), {})
 
     def steered(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Record]]]:
         """Every group of steered runs: its task, regime and method, and its runs by seed."""
-        for task, regime, method, _ in sorted(self._runs):
-            if METHODS[method].steered:
-                yield (task, regime, method), self.runs(task, method, regime)
+        for key, runs in sorted(self._runs.items(), key=lambda group: group[0]):
+            if METHODS[key[2]].steered:
+                yield key, runs
 
     def values(self, read: Reading, task: str, method: str, regime: str = "base") -> list[float]:
         found = (read(record) for _, record in sorted(self.runs(task, method, regime).items()))
@@ -234,19 +238,23 @@ def _main(study: Study) -> str:
 
 
 def _safety(study: Study) -> str:
-    rows, runs, fallen = [], 0, 0
-    for gamma in sorted({*SAFETY_GAMMAS, 0.8}):
-        name = f"matched-{gamma}"
+    names = {gamma: f"matched-{gamma}" for gamma in sorted({*SAFETY_GAMMAS, 0.8})}
+    groups = [study.runs(task, name) for name in names.values() for task in TASKS]
+    runs = [record for group in groups for record in group.values()]
+    seeds = set[int].intersection(*(set(group) for group in groups))
+    shared = study.of_seeds(seeds)
+    rows = []
+    for gamma, name in names.items():
         cells = [f"{gamma:g}"]
         for task in TASKS:
-            found = study.runs(task, name)
-            runs, fallen = runs + len(found), fallen + sum(map(collapsed, found.values()))
-            cells += [spread(study.values(accuracy, task, name)), interval(study.gain(task, name)) if found else ""]
+            gain = shared.gain(task, name)
+            cells += [spread(shared.values(accuracy, task, name)), interval(gain) if gain else ""]
         rows.append(cells)
     header = ["γ of `matched`", *(text for task in TASKS for text in (task, f"{task}, over OPD"))]
     return (
-        f"Collapsed: {fallen} of {runs} runs of `matched` with γ from 0.5 to 0.9 (fewer than nine in ten completions "
-        "well formed at the end).\n\n" + harness.markdown_table(header, rows)
+        f"Collapsed: {sum(map(collapsed, runs))} of {len(runs)} runs of `matched` with γ from 0.5 to 0.9 (fewer than "
+        f"nine in ten completions well formed at the end). Accuracy over the {len(seeds)} seeds that every γ has:\n\n"
+        + harness.markdown_table(header, rows)
     )
 
 

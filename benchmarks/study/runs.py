@@ -21,7 +21,9 @@ from vgs_distill.demo.workers import (
     Progressed,
     Said,
     Worker,
+    WorkerEnded,
     progress_reporter,
+    receive,
     with_news,
 )
 
@@ -102,9 +104,9 @@ def work(next_run: Next, keep: Callable[[dict[str, Any]], None], display: Displa
 def _take(worker: Worker[Run], keep: Callable[[dict[str, Any]], None], display: Display) -> None:
     assert worker.job is not None
     try:
-        message = worker.connection.recv()
-    except (EOFError, ConnectionError):
-        raise StudyError(f"the process running {worker.job.name} ended without a word") from None
+        message = receive(worker)
+    except WorkerEnded as error:
+        raise StudyError(str(error)) from None
     if isinstance(message, Progressed):
         display.advance(message.job, message.done, message.total, message.note)
     elif isinstance(message, Said):
@@ -150,7 +152,7 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
         "without_image": blind["accuracy"],
         "alarm_step": _first_step(history, "runaway/alarm"),
         "seconds": round(seconds, 1),
-        "commit": harness.environment()["commit"],
+        "commit": harness.commit(),
         "series": {name: list(_series(history, key)) for name, key in SERIES.items() if history and key in history[-1]},
     }
 

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from vgs_distill.demo.recipes import DemoRecipe, EvaluationRecipe, ModelSize, demo_recipe
-from vgs_distill.runaway import runaway_start
+from vgs_distill.demo.recipes import demo_recipe
+from vgs_distill.runaway import RunawayMonitor, runaway_start
 
+from benchmarks.report import DOCS
 from benchmarks.study import __main__ as command
 from benchmarks.study import plan, report, runs
 from benchmarks.study.plan import EXPERIMENTS, LEARNING_RATES, METHODS, REGIMES, SEEDS, TASKS, TUNED, TUNING_SEEDS, Run
 from benchmarks.study.statistics import estimate, verdict
+from tests.small_run import small_recipe
 
 RUN = Run("digits", "base", "matched-0.8", 1e-3, 0, "test")
 
@@ -226,9 +228,41 @@ def test_the_page_judges_the_monitor_by_the_histories(tmp_path):
     assert "an alarm in 1 of 2 healthy runs" in page
 
 
+def test_the_monitor_as_it_is_meets_every_provoked_collapse_and_no_healthy_run_on_record():
+    """Replayed on what the lines hold: three digits of every step, the weight ratio one step late, as in training."""
+    collapses = healthy = 0
+    for record in runs.read_records(runs.RECORDS).values():
+        run, series = Run(**record["run"]), record["series"]
+        provoked = run.method in plan.PROVOKED and report.collapsed(record)
+        if not provoked and METHODS[run.method].decomposition != "matched":
+            continue
+        monitor = RunawayMonitor("warn")
+        ratios = [math.nan, *series["weight_ratio"]]
+        for step, readings in enumerate(zip(series["full"], ratios, series["clipped"], strict=False), 1):
+            monitor.observe(step, *readings)
+        if provoked:
+            collapses += 1
+            assert monitor.alarm_step is not None, run.name
+            assert monitor.alarm_step <= runaway_start(series["full"]) + report.IN_TIME, run.name
+        else:
+            healthy += 1
+            assert monitor.alarm_step is None, run.name
+    assert collapses >= 10
+    assert healthy >= 20
+
+
+def test_gammas_are_compared_over_the_seeds_that_all_have():
+    records = tuned_records()
+    for run in [*plan.main_comparison(records, TASKS), *plan.safety(records, TASKS)]:
+        records[run.name] = record_of(run, 0.5 if run.seed < 4 else 0.9)
+    page = report.build(records, None)
+    assert "Accuracy over the 4 seeds that every γ has" in page
+    assert "| 0.8 | 50.0 ± 0.0 | +0.0 [+0.0, +0.0] | 50.0 ± 0.0 | +0.0 [+0.0, +0.0] |" in page
+
+
 def test_the_page_in_docs_is_that_of_the_records():
     records = runs.read_records(runs.RECORDS)
-    assert (report.DOCS / "study.md").read_text() == report.build(records, report.PLOT)
+    assert (DOCS / "study.md").read_text() == report.build(records, report.PLOT)
 
 
 # ---------------------------------------------------------------------- a real run
@@ -236,22 +270,7 @@ def test_the_page_in_docs_is_that_of_the_records():
 
 @pytest.fixture
 def tiny_study(monkeypatch, tmp_path) -> None:
-    size = ModelSize(text_width=32, text_layers=1, vision_width=32, vision_layers=1, heads=2)
-
-    def tiny(task: str, *, steps: int | None = None) -> DemoRecipe:
-        recipe = demo_recipe(task)
-        training = replace(recipe.teacher, steps=2, questions=20, captions=20, batch_size=8, warmup_steps=1)
-        return replace(
-            recipe,
-            teacher_size=size,
-            student_size=size,
-            teacher=replace(training, steps=3),
-            student_start=training,
-            distillation=replace(recipe.distillation, steps=steps or 2, prompts=8, batch_size=4, warmup_steps=1),
-            evaluation=EvaluationRecipe(examples=12, max_new_tokens=6),
-        )
-
-    monkeypatch.setattr(plan, "demo_recipe", tiny)
+    monkeypatch.setattr(plan, "demo_recipe", lambda task: small_recipe(demo_recipe(task)))
     monkeypatch.setenv("VGS_CACHE_DIR", str(tmp_path / "cache"))
 
 

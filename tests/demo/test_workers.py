@@ -14,7 +14,7 @@ import torch
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 from vgs_distill.demo.methods import methods_for
 from vgs_distill.demo.models import build_model
-from vgs_distill.demo.recipes import DemoRecipe, EvaluationRecipe, demo_recipe
+from vgs_distill.demo.recipes import DemoRecipe, demo_recipe
 from vgs_distill.demo.workers import (
     DistillJob,
     Failed,
@@ -27,20 +27,12 @@ from vgs_distill.demo.workers import (
     run_job,
 )
 
+from tests.small_run import small_recipe
+
 
 @pytest.fixture
-def tiny_recipe(tiny_size) -> DemoRecipe:
-    recipe = demo_recipe("digits")
-    training = replace(recipe.teacher, steps=3, questions=20, captions=20, batch_size=8, warmup_steps=1)
-    return replace(
-        recipe,
-        teacher_size=tiny_size,
-        student_size=tiny_size,
-        teacher=training,
-        student_start=training,
-        distillation=replace(recipe.distillation, steps=2, prompts=8, batch_size=4, warmup_steps=1),
-        evaluation=EvaluationRecipe(examples=12, max_new_tokens=6),
-    )
+def tiny_recipe() -> DemoRecipe:
+    return small_recipe(demo_recipe("digits"))
 
 
 @pytest.fixture

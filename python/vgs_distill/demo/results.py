@@ -8,7 +8,7 @@ Schema (version 1); accuracies are in 0..1, times in seconds:
     quick           whether the short variant ran
     seeds           list of seeds
     recipe          every number of the demo (`recipes.DemoRecipe`), nested
-    methods         per method name: label, decomposition, gamma, max_weight_ratio
+    methods         per method name: label, decomposition, gamma, max_weight_ratio, steering, settings
     versions        per distribution name, and "python"
     machine         platform, processor count, worker processes
     teacher         with_image, without_image (accuracies), by_question_type, well_formed, cached

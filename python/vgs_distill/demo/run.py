@@ -37,6 +37,8 @@ from vgs_distill.demo.workers import (
     StartJob,
     TeacherJob,
     Worker,
+    WorkerEnded,
+    receive,
     run_job,
     with_news,
 )
@@ -211,7 +213,7 @@ def _work(request: DemoRequest, state: _State, display: Display) -> None:
                     assert worker.job is not None
                     display.begin(worker.job.name, worker.job.label)
             for worker in with_news(workers):
-                message = _receive(worker)
+                message = receive(worker)
                 if isinstance(message, Finished):
                     job, worker.job = worker.job, None
                     assert job is not None
@@ -220,21 +222,11 @@ def _work(request: DemoRequest, state: _State, display: Display) -> None:
                     remaining -= 1
                 else:
                     _show(request, message, display)
+    except WorkerEnded as error:
+        raise DemoError(str(error)) from None
     finally:
         for worker in workers:
             worker.stop()
-
-
-def _receive(worker: Worker[Job]) -> Message:
-    try:
-        return worker.connection.recv()
-    except (EOFError, ConnectionError):
-        worker.process.join(timeout=5)
-        label = worker.job.label if worker.job else "an idle worker"
-        raise DemoError(
-            f"The process running {label} ended without a word (exit code {worker.process.exitcode}); "
-            "a negative code is a signal, and -9 usually means that memory ran out."
-        ) from None
 
 
 def _show(request: DemoRequest, message: Message, display: Display) -> None:

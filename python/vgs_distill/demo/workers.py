@@ -99,14 +99,17 @@ class Failed:
 Message = Progressed | Said | Finished | Failed
 
 
-class Named(Protocol):
-    """What any job has: the name that its messages carry."""
+class NamedJob(Protocol):
+    """What any job has: the name that its messages carry, and what a person reads."""
 
     @property
     def name(self) -> str: ...
 
+    @property
+    def label(self) -> str: ...
 
-AnyJob = TypeVar("AnyJob", bound=Named)
+
+AnyJob = TypeVar("AnyJob", bound=NamedJob)
 RunJob = Callable[[AnyJob, Callable[[Message], None]], dict[str, Any]]
 
 
@@ -176,6 +179,23 @@ def with_news(workers: Sequence[Worker[AnyJob]]) -> list[Worker[AnyJob]]:
     """Wait; then the workers whose pipe has something to read, an unexpected end included."""
     ready = wait([worker.connection for worker in workers])
     return [worker for worker in workers if worker.connection in ready]
+
+
+class WorkerEnded(Exception):
+    """A worker process is gone: one sentence to show as it is."""
+
+
+def receive(worker: Worker[Any]) -> Message:
+    """The next message of a worker that has news; raises `WorkerEnded` if its end is the news."""
+    try:
+        return worker.connection.recv()
+    except (EOFError, ConnectionError):
+        worker.process.join(timeout=5)
+        label = worker.job.label if worker.job else "an idle worker"
+        raise WorkerEnded(
+            f"The process running {label} ended without a word (exit code {worker.process.exitcode}); "
+            "a negative code is a signal, and -9 usually means that memory ran out."
+        ) from None
 
 
 def _serve(connection: Connection, run: RunJob[Any]) -> None:
