@@ -15,6 +15,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
       "Tensor values, Tensor statistics, Tensor coefficients, Tensor? second_coefficients, "
       "int decomposition, int vocab_size, float temperature, float student_scale, float teacher_scale, "
       "float student_softcap, float teacher_softcap, int cpu_level, Tensor(a!) out_student, "
-      "Tensor(b!)? out_masked_student, Tensor(c!)? out_second, Tensor(d!)? row_gramian) -> ()");
+      "Tensor(b!)? out_masked_student, Tensor(c!)? out_second, Tensor(d!)? row_gramian, Tensor(e!)? column_squares) -> ()");
   m.def("cpu_level() -> int");
 }

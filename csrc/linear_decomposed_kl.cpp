@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vgs_kernels_native, m) {
   m.def("has_matrix_unit() -> bool");
   m.def("matrix_unit_logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
   m.def("matrix_unit_hidden_gradient(Tensor gradient, Tensor weight, Tensor columns, Tensor(a!) out) -> ()");
-  m.def(
-      "select_columns(Tensor gradient, float first, float second, int cpu_level, Tensor(a!) squares, Tensor(b!) columns) "
-      "-> (int, int)");
+  m.def("matrix_unit_head_gradient(Tensor gradient, Tensor hidden, Tensor columns, Tensor(a!) out) -> ()");
+  m.def("gather_columns(Tensor matrix, Tensor columns, Tensor(a!) out) -> ()");
+  m.def("select_columns(Tensor squares, float first, float second, Tensor(a!) columns) -> (int, int)");
 }

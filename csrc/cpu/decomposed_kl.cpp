@@ -27,7 +27,7 @@ struct Settings {
 struct Problem {
   Streams streams;
   Settings settings;
-  int64_t rows, segments;
+  int64_t rows;
   bool is_double;
 };
 
@@ -45,7 +45,6 @@ Problem make_problem(const Tensor& student, const Tensor& teacher, const Tensor&
   Problem problem{};
   problem.settings = settings;
   problem.rows = student.size(0);
-  problem.segments = (settings.vocab_size + kSegment - 1) / kSegment;
   problem.streams.element = element_of(student, "student");
   problem.is_double = problem.streams.element == kFloat64;
   const Tensor* tensors[kStreams] = {&student, &teacher, &masked_teacher,
@@ -154,29 +153,58 @@ void finish_row(const Problem& problem, const RowState& state, int64_t row, cons
   values.set(row, kMasked, has_masked ? divergence(kMasked) : 0.0);
 }
 
-// Run `segment(row, index, begin, end)` for all segments and then `finish(row)`, a thread to a group of rows where there
-// are enough of them, and to a group of segments where there are not. The arithmetic is the same either way.
-template <class Segment, class Finish>
-void for_rows(const Problem& problem, const Segment& segment, const Finish& finish) {
-  const int64_t segments = problem.segments, vocab = problem.settings.vocab_size;
-  const auto run = [&](int64_t row, int64_t index) {
-    segment(row, index, index * kSegment, std::min(vocab, (index + 1) * kSegment));
-  };
-  if (problem.rows >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()) || segments == 1) {
-    const int64_t grain = std::max<int64_t>(1, kSegment / vocab);
-    torch::stable::parallel_for(0, problem.rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t index = 0; index < segments; ++index) run(row, index);
-        finish(row);
-      }
-    });
-    return;
+// What one thread does without the others. The arithmetic of a row is that of its segments, whichever it is.
+enum Share {
+  kRows,  // rows, a segment after the other
+  kSegments,  // segments of rows, where there are too few rows for that
+  kColumns,  // segments, one row after the other, where sums over the rows are wanted as well
+};
+
+struct Walk {
+  Share share;
+  int64_t rows, vocab, segment, segments;
+
+  Walk(const Problem& problem, bool sums_columns)
+      : rows(problem.rows), vocab(problem.settings.vocab_size), segment(sums_columns ? kColumnSegment : kSegment),
+        segments((vocab + segment - 1) / segment) {
+    const bool few = rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads()) && segments > 1;
+    share = sums_columns ? kColumns : few ? kSegments : kRows;
   }
-  torch::stable::parallel_for(0, problem.rows * segments, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i / segments, i % segments);
-  });
-  for (int64_t row = 0; row < problem.rows; ++row) finish(row);
-}
+
+  // Partial results that exist at a time, where those of a row are not all of one thread.
+  int64_t parts() const { return share == kRows ? 0 : rows * segments; }
+  int64_t part(int64_t row, int64_t index) const { return row * segments + index; }
+
+  // Call `run(index, span)` for all segments of all rows, and then `finish(row)`.
+  template <class Run, class Finish>
+  void operator()(const Run& run, const Finish& finish) const {
+    const auto run_one = [&](int64_t row, int64_t index) {
+      const int64_t begin = index * segment, end = std::min(vocab, begin + segment);
+      if (share != kColumns) return run(index, Span{row, begin, end, row, end});
+      run(index, row + 1 < rows ? Span{row, begin, end, row + 1, begin} : Span{row, begin, end, 0, end});
+    };
+    if (share == kRows) {
+      torch::stable::parallel_for(0, rows, std::max<int64_t>(1, segment / vocab), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          for (int64_t index = 0; index < segments; ++index) run_one(row, index);
+          finish(row);
+        }
+      });
+      return;
+    }
+    if (share == kSegments) {
+      torch::stable::parallel_for(0, rows * segments, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run_one(i / segments, i % segments);
+      });
+    } else {
+      torch::stable::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index)
+          for (int64_t row = 0; row < rows; ++row) run_one(row, index);
+      });
+    }
+    for (int64_t row = 0; row < rows; ++row) finish(row);
+  }
+};
 
 void divergences(const Tensor& student, const Tensor& teacher, const Tensor& masked_teacher,
                  const std::optional<Tensor>& masked_student, const std::optional<Tensor>& token_weights,
@@ -193,9 +221,8 @@ void divergences(const Tensor& student, const Tensor& teacher, const Tensor& mas
   if (token_weights) weights.emplace(*token_weights, problem.rows, 1, problem.is_double, "token_weights");
   const auto is_skipped = [&](int64_t row) { return weights && weights->is_zero(row); };
 
-  // One partial result per segment of the rows in flight: of all rows where they are few, of one row a thread else.
-  const bool whole = problem.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
-  std::vector<RowState> parts(whole ? problem.rows * problem.segments : 0);
+  const Walk walk(problem, false);
+  std::vector<RowState> parts(walk.parts());
   const auto finish = [&](int64_t row, RowState& state) {
     finish_row(problem, state, row, out_values, out_statistics);
   };
@@ -204,22 +231,21 @@ void divergences(const Tensor& student, const Tensor& teacher, const Tensor& mas
     for (int s = 0; s < kStatistics; ++s) out_statistics.set(row, s, 0.0);
   };
   thread_local RowState total, part;
-  for_rows(
-      problem,
-      [&](int64_t row, int64_t index, int64_t begin, int64_t end) {
-        if (is_skipped(row)) return;
-        RowState& state = whole ? parts[row * problem.segments + index] : part;
+  walk(
+      [&](int64_t index, const Span& span) {
+        if (is_skipped(span.row)) return;
+        RowState& state = parts.empty() ? part : parts[walk.part(span.row, index)];
         state = empty_state();
-        kernels.divergences(problem.streams, problem.settings.decomposition, row, begin, end, state);
-        if (whole) return;
+        kernels.divergences(problem.streams, problem.settings.decomposition, span.row, span.begin, span.end, state);
+        if (!parts.empty()) return;
         if (index == 0) total = empty_state();
         merge(total, state);
       },
       [&](int64_t row) {
         if (is_skipped(row)) return skip(row);
-        if (whole) {
+        if (!parts.empty()) {
           total = empty_state();
-          for (int64_t index = 0; index < problem.segments; ++index) merge(total, parts[row * problem.segments + index]);
+          for (int64_t index = 0; index < walk.segments; ++index) merge(total, parts[walk.part(row, index)]);
         }
         finish(row, total);
       });
@@ -272,7 +298,7 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
                      int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
                      double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level,
                      Tensor out_student, std::optional<Tensor> out_masked_student, std::optional<Tensor> out_second,
-                     std::optional<Tensor> row_gramian) {
+                     std::optional<Tensor> row_gramian, std::optional<Tensor> column_squares) {
   const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
                                        {static_cast<Decomposition>(decomposition), vocab_size, temperature,
                                         student_scale, teacher_scale, student_softcap, teacher_softcap});
@@ -288,31 +314,42 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
   if (second_coefficients) in_second.emplace(*second_coefficients, problem.rows, kValues, is_double, "second_coefficients");
   if (row_gramian) gramian.emplace(*row_gramian, problem.rows, 3, is_double, "row_gramian");
   const Element element = element_of(out_student, "out_student");
-  const Output outputs[3] = {Output(out_student, problem, element, "out_student"),
-                             out_second ? Output(*out_second, problem, element, "out_second") : Output(),
-                             out_masked_student ? Output(*out_masked_student, problem, element, "out_masked_student")
-                                                : Output()};
+  const Output outputs[kOutputs] = {
+      Output(out_student, problem, element, "out_student"),
+      out_masked_student ? Output(*out_masked_student, problem, element, "out_masked_student") : Output(),
+      out_second ? Output(*out_second, problem, element, "out_second") : Output()};
+  GradientOutputs row_outputs{{}, {}, element};
+  if (column_squares) {
+    float* squares = static_cast<float*>(column_squares->data_ptr());
+    const int64_t vocab = problem.settings.vocab_size, given = 1 + out_masked_student.has_value() + out_second.has_value();
+    STD_TORCH_CHECK(column_squares->is_contiguous() && column_squares->numel() == given * vocab &&
+                        element_of(*column_squares, "column_squares") == kFloat32,
+                    "column_squares must be contiguous float32, with ", given, " rows of ", vocab, " entries");
+    std::fill_n(squares, given * vocab, 0.0f);
+    for (int i = 0; i < kOutputs; ++i)
+      if (outputs[i].data) row_outputs.squares[i] = squares, squares += vocab;
+  }
   const auto is_skipped = [&](int64_t row) {
     return in_coefficients.is_zero(row) && (!in_second || in_second->is_zero(row));
   };
 
   struct Gram { double sums[3]; };
-  const bool whole = problem.rows < 2 * static_cast<int64_t>(torch::stable::get_num_threads());
-  std::vector<Gram> parts(gramian && whole ? problem.rows * problem.segments : 0);
+  const Walk walk(problem, column_squares.has_value());
+  std::vector<Gram> parts(gramian ? walk.parts() : 0);
   thread_local Gram total;
-  for_rows(
-      problem,
-      [&](int64_t row, int64_t index, int64_t begin, int64_t end) {
-        if (is_skipped(row)) return;
+  walk(
+      [&](int64_t index, const Span& span) {
+        if (is_skipped(span.row)) return;
         Gram part{};
+        GradientOutputs out = row_outputs;
+        for (int i = 0; i < kOutputs; ++i) out.row[i] = outputs[i].row(span.row);
         kernels.gradients(
             problem.streams, problem.settings.decomposition,
-            make_gradient_row(in_values, in_statistics, in_coefficients, in_second, gramian.has_value(), row), row,
-            begin, end, {outputs[0].row(row), outputs[1].row(row), outputs[2].row(row), element},
-            gramian ? part.sums : nullptr);
+            make_gradient_row(in_values, in_statistics, in_coefficients, in_second, gramian.has_value(), span.row),
+            span, out, gramian ? part.sums : nullptr);
         if (!gramian) return;
-        if (whole) {
-          parts[row * problem.segments + index] = part;
+        if (!parts.empty()) {
+          parts[walk.part(span.row, index)] = part;
           return;
         }
         if (index == 0) total = Gram{};
@@ -322,10 +359,10 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
         const bool skipped = is_skipped(row);
         for (const Output& output : outputs) output.zero(row, skipped ? 0 : problem.settings.vocab_size);
         if (!gramian) return;
-        if (whole || skipped) total = Gram{};
-        if (whole && !skipped)
-          for (int64_t index = 0; index < problem.segments; ++index)
-            for (int i = 0; i < 3; ++i) total.sums[i] += parts[row * problem.segments + index].sums[i];
+        if (!parts.empty() || skipped) total = Gram{};
+        if (!parts.empty() && !skipped)
+          for (int64_t index = 0; index < walk.segments; ++index)
+            for (int i = 0; i < 3; ++i) total.sums[i] += parts[walk.part(row, index)].sums[i];
         for (int i = 0; i < 3; ++i) gramian->set(row, i, total.sums[i]);
       });
 }

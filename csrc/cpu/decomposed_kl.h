@@ -27,6 +27,9 @@ enum Decomposition { kTeacherPrior, kBayes, kMatched, kDecompositions };
 // Vocabulary entries of one partial result. Fixed, so that results do not depend on the number of threads.
 constexpr int64_t kSegment = 16384;
 
+// The same where all rows of a segment are walked before the next segment: sums over rows stay in the first-level cache.
+constexpr int64_t kColumnSegment = 2048;
+
 // One stream of logits x: z = x * scale, or z = softcap_out * tanh(x * softcap_in) where softcap_out != 0.
 struct Stream {
   const void* data;  // null where the decomposition has no such stream
@@ -63,22 +66,26 @@ struct GradientRow {
   bool absent[kValues];
 };
 
+// The outputs of a gradient.
+enum { kOutStudent, kOutMaskedStudent, kOutSecond, kOutputs };
+
 struct GradientOutputs {
-  void* student;  // start of the row, or null; all three may alias an input row
-  void* second;
-  void* masked_student;
+  void* row[kOutputs];  // start of the row, or null; all may alias an input row
+  float* squares[kOutputs];  // by vocabulary entry; the squares of what is written are added, unless null
   Element element;
+};
+
+// Entries [begin, end) of a row, and the position that is wanted after them, to be fetched meanwhile.
+struct Span {
+  int64_t row, begin, end, next_row, next_begin;
 };
 
 struct Kernels {
   // Add entries [begin, end) of a row to `state`.
   void (*divergences)(const Streams&, Decomposition, int64_t row, int64_t begin, int64_t end, RowState& state);
-  // Write the gradient of entries [begin, end); add <lang, lang>, <lang, vis>, <vis, vis> to `gramian` unless null.
-  void (*gradients)(const Streams&, Decomposition, const GradientRow&, int64_t row, int64_t begin, int64_t end,
-                    const GradientOutputs&, double* gramian);
-  // squares[i] += sum over rows of x[row, begin + i]^2, for the entries [begin, end).
-  void (*column_squares)(const void* data, Element, int64_t rows, int64_t row_stride, int64_t begin, int64_t end,
-                         float* squares);
+  // Write the gradient of a span; add <lang, lang>, <lang, vis>, <vis, vis> to `gramian` unless null.
+  void (*gradients)(const Streams&, Decomposition, const GradientRow&, const Span&, const GradientOutputs&,
+                    double* gramian);
 
   // Of linear_decomposed_kl_kernels.h: rows of the head gradient to give to one thread are a multiple of `tile_rows`;
   // panels hold n * (width rounded up to `panel_columns`) floats, the scratch of a thread n * tile_rows.

@@ -94,6 +94,17 @@ void store_block(void* row, Element element, int64_t begin, const T* from, int64
   }
 }
 
+template <class T>
+void add_squares(const T* from, int64_t n, float* squares) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float))
+    for (constexpr int64_t kLanes = Simd<float>::kLanes; i + kLanes <= n; i += kLanes) {
+      const FloatVec x = load<FloatVec>(from + i);
+      store(squares + i, load<FloatVec>(squares + i) + x * x);
+    }
+  for (; i < n; ++i) squares[i] += static_cast<float>(from[i] * from[i]);
+}
+
 // Where the next block of each stream begins, to be fetched while this one is computed.
 struct Prefetch {
   const char* from[kStreams];
@@ -227,8 +238,8 @@ void divergences(const Streams& streams, Decomposition decomposition, int64_t ro
 // and the difference is that of RowState. Every stream of a position is
 // read before anything is written to it, which is what makes the outputs safe over the inputs.
 template <class T, bool kUsesPrior, bool kUsesMasked, bool kSecond, bool kGramian>
-void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, int64_t begin, int64_t end,
-                   const GradientOutputs& out, double* gramian) {
+void row_gradients(const Streams& streams, const GradientRow& g, const Span& span, const GradientOutputs& out,
+                   double* gramian) {
   using Vec = typename Simd<T>::Vec;
   constexpr int64_t kLanes = Simd<T>::kLanes;
   constexpr bool kUsesShift = kUsesPrior && kUsesMasked;
@@ -259,11 +270,12 @@ void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, in
     return slope - slope * (ratio * ratio);
   };
 
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t n = end - start < kBlock ? end - start : kBlock;
+  for (int64_t start = span.begin; start < span.end; start += kBlock) {
+    const bool last = span.end - start <= kBlock;
+    const int64_t n = last ? span.end - start : kBlock;
     for (int s = 0; s < kStreams; ++s)
-      if (streams.stream[s].data) load_block<T>(streams, s, row, start, n, block.z[s]);
-    const Prefetch next(streams, row, start + kBlock);
+      if (streams.stream[s].data) load_block<T>(streams, s, span.row, start, n, block.z[s]);
+    const Prefetch next(streams, last ? span.next_row : span.row, last ? span.next_begin : start + kBlock);
     Vec lang_lang = none, lang_vis = none, vis_vis = none;
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec z = load<Vec>(block.z[kP] + i);
@@ -310,9 +322,13 @@ void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, in
         if constexpr (kGramian) lang_lang += lang * lang;
       }
     }
-    if (out.student) store_block(out.student, out.element, start, block.z[kP], n);
-    if (kSecond) store_block(out.second, out.element, start, block.z[kR], n);
-    if (kUsesMasked && out.masked_student) store_block(out.masked_student, out.element, start, block.z[kP0], n);
+    const auto write = [&](int output, const T* values) {
+      if (out.row[output]) store_block(out.row[output], out.element, start, values, n);
+      if (out.squares[output]) add_squares(values, n, out.squares[output] + start);
+    };
+    write(kOutStudent, block.z[kP]);
+    if constexpr (kSecond) write(kOutSecond, block.z[kR]);
+    if constexpr (kUsesMasked) write(kOutMaskedStudent, block.z[kP0]);
     if constexpr (kGramian) {
       gramian[0] += sum_lanes<T>(lang_lang);
       gramian[1] += sum_lanes<T>(lang_vis);
@@ -322,71 +338,38 @@ void row_gradients(const Streams& streams, const GradientRow& g, int64_t row, in
 }
 
 template <class T, bool kUsesPrior, bool kUsesMasked>
-void gradients_of(const Streams& streams, const GradientRow& g, int64_t row, int64_t begin, int64_t end,
-                  const GradientOutputs& out, double* gramian) {
-  if (out.second) {
-    if (gramian) row_gradients<T, kUsesPrior, kUsesMasked, true, true>(streams, g, row, begin, end, out, gramian);
-    else row_gradients<T, kUsesPrior, kUsesMasked, true, false>(streams, g, row, begin, end, out, gramian);
+void gradients_of(const Streams& streams, const GradientRow& g, const Span& span, const GradientOutputs& out,
+                  double* gramian) {
+  if (out.row[kOutSecond]) {
+    if (gramian) row_gradients<T, kUsesPrior, kUsesMasked, true, true>(streams, g, span, out, gramian);
+    else row_gradients<T, kUsesPrior, kUsesMasked, true, false>(streams, g, span, out, gramian);
   } else {
-    if (gramian) row_gradients<T, kUsesPrior, kUsesMasked, false, true>(streams, g, row, begin, end, out, gramian);
-    else row_gradients<T, kUsesPrior, kUsesMasked, false, false>(streams, g, row, begin, end, out, gramian);
+    if (gramian) row_gradients<T, kUsesPrior, kUsesMasked, false, true>(streams, g, span, out, gramian);
+    else row_gradients<T, kUsesPrior, kUsesMasked, false, false>(streams, g, span, out, gramian);
   }
 }
 
 template <class T>
-void gradients_of(const Streams& streams, Decomposition decomposition, const GradientRow& g, int64_t row, int64_t begin,
-                  int64_t end, const GradientOutputs& out, double* gramian) {
+void gradients_of(const Streams& streams, Decomposition decomposition, const GradientRow& g, const Span& span,
+                  const GradientOutputs& out, double* gramian) {
   switch (decomposition) {
-    case kTeacherPrior: return gradients_of<T, true, false>(streams, g, row, begin, end, out, gramian);
-    case kBayes: return gradients_of<T, true, true>(streams, g, row, begin, end, out, gramian);
-    default: return gradients_of<T, false, true>(streams, g, row, begin, end, out, gramian);
+    case kTeacherPrior: return gradients_of<T, true, false>(streams, g, span, out, gramian);
+    case kBayes: return gradients_of<T, true, true>(streams, g, span, out, gramian);
+    default: return gradients_of<T, false, true>(streams, g, span, out, gramian);
   }
 }
 
-void gradients(const Streams& streams, Decomposition decomposition, const GradientRow& g, int64_t row, int64_t begin,
-               int64_t end, const GradientOutputs& out, double* gramian) {
+void gradients(const Streams& streams, Decomposition decomposition, const GradientRow& g, const Span& span,
+               const GradientOutputs& out, double* gramian) {
   if (streams.element == kFloat64)
-    return gradients_of<double>(streams, decomposition, g, row, begin, end, out, gramian);
-  gradients_of<float>(streams, decomposition, g, row, begin, end, out, gramian);
-}
-
-template <class In>
-void add_column_squares(const In* from, int64_t rows, int64_t row_stride, int64_t n, float* squares) {
-  constexpr int64_t kLanes = Simd<float>::kLanes;
-  for (int64_t row = 0; row < rows; ++row, from += row_stride) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      const FloatVec x = widen(from + i);
-      store(squares + i, load<FloatVec>(squares + i) + x * x);
-    }
-    if (i < n) {
-      In padded[kLanes] = {};
-      memcpy(padded, from + i, (n - i) * sizeof(In));
-      const FloatVec x = widen(padded);
-      for (int64_t lane = 0; i + lane < n; ++lane) squares[i + lane] += x[lane] * x[lane];
-    }
-  }
-}
-
-void column_squares(const void* data, Element element, int64_t rows, int64_t row_stride, int64_t begin, int64_t end,
-                    float* squares) {
-  const int64_t n = end - begin;
-  switch (element) {
-    case kBFloat16: return add_column_squares(static_cast<const BFloat16*>(data) + begin, rows, row_stride, n, squares);
-    case kFloat16: return add_column_squares(static_cast<const Float16*>(data) + begin, rows, row_stride, n, squares);
-    case kFloat32: return add_column_squares(static_cast<const float*>(data) + begin, rows, row_stride, n, squares);
-    case kFloat64: {
-      const double* from = static_cast<const double*>(data) + begin;
-      for (int64_t row = 0; row < rows; ++row, from += row_stride)
-        for (int64_t i = 0; i < n; ++i) squares[i] += static_cast<float>(from[i] * from[i]);
-    }
-  }
+    return gradients_of<double>(streams, decomposition, g, span, out, gramian);
+  gradients_of<float>(streams, decomposition, g, span, out, gramian);
 }
 
 }  // namespace
 
 namespace vgs::VGS_LEVEL {
 extern const Kernels kernels;
-const Kernels kernels = {divergences, gradients, column_squares, kTile, kColumns, pack_hidden, head_gradient,
+const Kernels kernels = {divergences, gradients, kTile, kColumns, pack_hidden, head_gradient,
                          kGroup,      kLogitBand, logits,         kBand, hidden_gradient};
 }  // namespace vgs::VGS_LEVEL

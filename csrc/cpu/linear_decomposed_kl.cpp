@@ -1,10 +1,12 @@
 // CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -199,78 +201,128 @@ void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) 
 #endif
 }
 
+// The entries of `indices`, each of which must be at least 0 and less than `size`.
+const int64_t* checked_indices(const Tensor& indices, int64_t size) {
+  STD_TORCH_CHECK(indices.is_contiguous() && indices.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "columns must be contiguous int64");
+  const auto* index = static_cast<const int64_t*>(indices.data_ptr());
+  for (int64_t k = 0; k < indices.numel(); ++k)
+    STD_TORCH_CHECK(index[k] >= 0 && index[k] < size, "columns holds ", index[k], ", the vocabulary ", size);
+  return index;
+}
+
 template <class T>
 std::unique_ptr<T[], decltype(&std::free)> cache_lines(int64_t size) {
   return {static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64))), std::free};
 }
 
-// out (n, w) = gradient[:, columns] weight[columns], bfloat16, on the matrix unit. The gathered rows of the weight never
-// exist as a whole. Threads share the width; every entry is one sum over the columns in order.
+// out (n, w) = gradient (n, k) weight[columns], bfloat16, on the matrix unit. The gathered rows of the weight never exist as
+// a whole. Threads share the width; every entry is one sum over the columns in order.
 void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& columns, Tensor out) {
-  const int64_t n = gradient.size(0), vocab = gradient.size(1), width = weight.size(1), count = columns.numel();
+  const int64_t n = gradient.size(0), width = weight.size(1), count = columns.numel();
   check_bfloat16({&gradient, &weight, &out});
-  STD_TORCH_CHECK(weight.size(0) == vocab && out.size(0) == n && out.size(1) == width && width % amx::kBlock == 0,
+  STD_TORCH_CHECK(gradient.size(1) == count && out.size(0) == n && out.size(1) == width && width % amx::kBlock == 0,
                   "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
-  STD_TORCH_CHECK(columns.is_contiguous() && columns.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "columns must be contiguous int64");
+  const int64_t* const column = checked_indices(columns, weight.size(0));
 #if defined(VGS_HAVE_AMX)
-  const auto* column = static_cast<const int64_t*>(columns.data_ptr());
-  for (int64_t k = 0; k < count; ++k)
-    STD_TORCH_CHECK(column[k] >= 0 && column[k] < vocab, "columns holds ", column[k], ", the vocabulary ", vocab);
   const int64_t padded = round_up(n, amx::kBlock), bands = round_up(count, amx::kGathered) / amx::kGathered;
-  constexpr int64_t kAhead = 128;  // entries whose cache lines are fetched before they are read
-  const auto kept = cache_lines<uint16_t>(bands * padded * amx::kGathered);
+  const auto left = cache_lines<uint16_t>(bands * padded * amx::kGathered);
   torch::stable::parallel_for(0, padded, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const uint16_t* const from = static_cast<const uint16_t*>(gradient.data_ptr()) + row * gradient.stride(0);
+    for (int64_t row = begin; row < end; ++row)
       for (int64_t band = 0; band < bands; ++band) {
-        uint16_t* const to = kept.get() + (band * padded + row) * amx::kGathered;
+        uint16_t* const to = left.get() + (band * padded + row) * amx::kGathered;
         const int64_t first = band * amx::kGathered, here = row < n ? std::min(count - first, amx::kGathered) : 0;
-        for (int64_t k = 0; k < here; ++k) {
-          __builtin_prefetch(from + column[std::min(first + k + kAhead, count - 1)]);
-          to[k] = from[column[first + k]];
-        }
+        std::copy_n(static_cast<const uint16_t*>(gradient.data_ptr()) + row * gradient.stride(0) + first, here, to);
         std::fill(to + here, to + amx::kGathered, 0);
       }
-    }
   });
   torch::stable::parallel_for(0, width / amx::kBlock, 4, [&](int64_t begin, int64_t end) {
     const auto sums = cache_lines<float>(amx::gathered_sums(padded));
     const auto tiles = cache_lines<uint16_t>(amx::gathered_tiles());
-    amx::gathered_product(kept.get(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), column, count, n,
-                          static_cast<uint16_t*>(out.data_ptr()), out.stride(0), begin * amx::kBlock, end * amx::kBlock,
-                          sums.get(), tiles.get());
+    amx::gathered_product(left.get(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), column, count, n,
+                          static_cast<uint16_t*>(out.data_ptr()), out.stride(0), nullptr, begin * amx::kBlock,
+                          end * amx::kBlock, sums.get(), tiles.get());
   });
 #endif
 }
 
+// out[columns] += gradient (n, k)^T hidden (n, w), bfloat16, on the matrix unit: added before it is rounded. No column may
+// be there twice. Threads share the width; every entry is one sum over n in order.
+void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, const Tensor& columns, Tensor out) {
+  const int64_t n = gradient.size(0), width = hidden.size(1), count = columns.numel();
+  check_bfloat16({&gradient, &hidden, &out});
+  STD_TORCH_CHECK(gradient.size(1) == count && hidden.size(0) == n && out.size(1) == width && width % amx::kBlock == 0,
+                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
+  const int64_t* const column = checked_indices(columns, out.size(0));
+#if defined(VGS_HAVE_AMX)
+  if (n == 0) return;
+  constexpr int64_t kRows = 256;  // of out, at a time: their sums are half of a second-level cache
+  const int64_t bands = round_up(n, amx::kGathered) / amx::kGathered;
+  std::vector<int64_t> tokens(n);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  const auto left = cache_lines<uint16_t>(bands * kRows * amx::kGathered);
+  for (int64_t first = 0; first < count; first += kRows) {
+    std::fill_n(left.get(), bands * kRows * amx::kGathered, 0);
+    const int64_t rows = std::min(count - first, kRows), padded = round_up(rows, amx::kBlock);
+    for (int64_t band = 0; band < bands; ++band)
+      transpose_matrix(static_cast<const uint16_t*>(gradient.data_ptr()) + band * amx::kGathered * gradient.stride(0) + first,
+                       gradient.stride(0), left.get() + band * padded * amx::kGathered, amx::kGathered,
+                       std::min(n - band * amx::kGathered, amx::kGathered), rows);
+    torch::stable::parallel_for(0, width / amx::kBlock, 4, [&](int64_t begin, int64_t end) {
+      const auto sums = cache_lines<float>(amx::gathered_sums(kRows));
+      const auto tiles = cache_lines<uint16_t>(amx::gathered_tiles());
+      amx::gathered_product(left.get(), static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), tokens.data(), n,
+                            rows, static_cast<uint16_t*>(out.data_ptr()), out.stride(0), column + first,
+                            begin * amx::kBlock, end * amx::kBlock, sums.get(), tiles.get());
+    });
+  }
+#endif
+}
+
+// out (n, k) = matrix[:, columns]. Few columns in a row, each a cache line of its own: they are fetched ahead.
+template <class T>
+void gather_entries(const Tensor& matrix, const int64_t* column, int64_t count, Tensor& out) {
+  constexpr int64_t kAhead = 128;
+  torch::stable::parallel_for(0, matrix.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* const from = static_cast<const T*>(matrix.data_ptr()) + row * matrix.stride(0);
+      T* const to = static_cast<T*>(out.data_ptr()) + row * out.stride(0);
+      for (int64_t k = 0; k < count; ++k) {
+        __builtin_prefetch(from + column[std::min(k + kAhead, count - 1)]);
+        to[k] = from[column[k]];
+      }
+    }
+  });
+}
+
+void gather_columns(const Tensor& matrix, const Tensor& columns, Tensor out) {
+  const int64_t count = columns.numel();
+  STD_TORCH_CHECK(matrix.dim() == 2 && out.dim() == 2 && out.size(0) == matrix.size(0) && out.size(1) == count,
+                  "out must have a row for each of matrix, and a column for each of columns");
+  STD_TORCH_CHECK((matrix.stride(1) == 1 || matrix.size(1) == 1) && (out.stride(1) == 1 || count <= 1),
+                  "matrix and out must have unit stride in the last dimension");
+  STD_TORCH_CHECK(matrix.scalar_type() == out.scalar_type(), "out must have the dtype of matrix");
+  const int64_t* const column = checked_indices(columns, matrix.size(1));
+  switch (element_size(element_of(matrix, "matrix"))) {
+    case 2: return gather_entries<uint16_t>(matrix, column, count, out);
+    case 4: return gather_entries<uint32_t>(matrix, column, count, out);
+    default: return gather_entries<uint64_t>(matrix, column, count, out);
+  }
+}
+
 // The columns of a matrix that carry all but `first` of its Frobenius norm, ascending, and in a second row of `columns`
-// those that carry all but `second`. The smallest columns are dropped: with a histogram of the squared norms by their
-// leading bits (an eighth of an octave a bin) everything below the largest bin edge whose sum is still at most
-// tolerance^2 of the total. Returns how many were kept for each.
-std::tuple<int64_t, int64_t> select_columns(const Tensor& gradient, double first, double second, int64_t cpu_level,
-                                            Tensor squares, Tensor columns) {
-  const int64_t rows = gradient.size(0), width = gradient.size(1);
-  STD_TORCH_CHECK(gradient.dim() == 2 && (gradient.stride(1) == 1 || width == 1),
-                  "gradient must be a matrix with unit stride along the vocabulary");
-  STD_TORCH_CHECK(squares.is_contiguous() && squares.numel() >= width && element_of(squares, "squares") == kFloat32,
-                  "squares must be a contiguous float32 buffer of at least the vocabulary");
+// those that carry all but `second`, from the squares of their norms. The smallest columns are dropped: with a histogram
+// of the squares by their leading bits (an eighth of an octave a bin) everything below the largest bin edge whose sum is
+// still at most tolerance^2 of the total. Returns how many were kept for each.
+std::tuple<int64_t, int64_t> select_columns(const Tensor& squares, double first, double second, Tensor columns) {
+  const int64_t width = squares.numel();
+  STD_TORCH_CHECK(squares.is_contiguous() && element_of(squares, "squares") == kFloat32,
+                  "squares must be contiguous float32");
   STD_TORCH_CHECK(columns.is_contiguous() && columns.numel() >= 2 * width &&
                       columns.scalar_type() == torch::headeronly::ScalarType::Long,
                   "columns must be a contiguous int64 buffer of at least two rows of the vocabulary");
-  const Kernels& kernels = kernels_of_level(cpu_level);
-  const Element element = element_of(gradient, "gradient");
-  float* const square = static_cast<float*>(squares.data_ptr());
+  const float* const square = static_cast<const float*>(squares.data_ptr());
   int64_t* const column = static_cast<int64_t*>(columns.data_ptr());
-
-  constexpr int64_t kBand = 8192;
-  torch::stable::parallel_for(0, (width + kBand - 1) / kBand, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t band = begin; band < end; ++band) {
-      const int64_t from = band * kBand, to = std::min(width, from + kBand);
-      std::fill(square + from, square + to, 0.0f);
-      kernels.column_squares(gradient.data_ptr(), element, rows, gradient.stride(0), from, to, square + from);
-    }
-  });
 
   constexpr int kShift = 20;  // the sign, 8 exponent and 3 mantissa bits of a float remain
   const auto bin_of = [&](float x) {
@@ -285,16 +337,20 @@ std::tuple<int64_t, int64_t> select_columns(const Tensor& gradient, double first
     total += square[v];
   }
   const auto select = [&](double tolerance, int64_t* kept) {
-    // NaN and inf have the largest bins: they are kept.
+    // Beside NaN and inf nothing is small.
+    const double most = std::isfinite(total) ? tolerance * tolerance * total : -1.0;
     uint32_t from = 0;
     double dropped = 0.0;
-    while (from < sums.size() && dropped + sums[from] <= tolerance * tolerance * total) dropped += sums[from++];
+    while (from < sums.size() && dropped + sums[from] <= most) dropped += sums[from++];
     int64_t count = 0;
-    for (int64_t v = 0; v < width; ++v)
-      if (bin_of(square[v]) >= from) kept[count++] = v;
+    for (int64_t v = 0; v < width; ++v) {
+      kept[count] = v;
+      count += bin_of(square[v]) >= from;
+    }
     return count;
   };
-  return {select(first, column), select(second, column + width)};
+  const int64_t kept = select(first, column);
+  return {kept, select(second, column + width)};
 }
 
 }  // namespace
@@ -307,6 +363,8 @@ STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("logits", TORCH_BOX(&vgs::logits));
   m.impl("matrix_unit_logits", TORCH_BOX(&vgs::matrix_unit_logits));
   m.impl("matrix_unit_hidden_gradient", TORCH_BOX(&vgs::matrix_unit_hidden_gradient));
+  m.impl("matrix_unit_head_gradient", TORCH_BOX(&vgs::matrix_unit_head_gradient));
+  m.impl("gather_columns", TORCH_BOX(&vgs::gather_columns));
   m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
 }
 

@@ -144,44 +144,62 @@ void write(const float* sums, int64_t rows, int64_t columns, uint16_t* out, int6
   }
 }
 
-// Pairs of rows of the weight side by side, kBlock rows by kBlock columns, as two tiles of 16 pairs. An unpack works on
+// Pairs of rows side by side, kBlock rows by kBlock columns, as two tiles of 16 pairs. An unpack works on
 // quarters of a register, so the first tile holds the columns 0-3, 8-11, 16-19 and 24-27, the second one the others.
 // Rows from `count` on are 0. Meanwhile the same columns of the rows `next` are fetched, `ahead` of them.
-void pack_pairs(const uint16_t* weight, int64_t stride, const int64_t* rows, int64_t count, const int64_t* next,
+void pack_pairs(const uint16_t* right, int64_t stride, const int64_t* rows, int64_t count, const int64_t* next,
                 int64_t ahead, uint16_t* tiles) {
-  for (int64_t i = 0; i < ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(weight + next[i] * stride), _MM_HINT_T1);
+  for (int64_t i = 0; i < ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(right + next[i] * stride), _MM_HINT_T1);
   for (int64_t i = 0; i < kBlock; i += 2) {
-    const __m512i even = i < count ? _mm512_loadu_si512(weight + rows[i] * stride) : _mm512_setzero_si512();
-    const __m512i odd = i + 1 < count ? _mm512_loadu_si512(weight + rows[i + 1] * stride) : _mm512_setzero_si512();
+    const __m512i even = i < count ? _mm512_loadu_si512(right + rows[i] * stride) : _mm512_setzero_si512();
+    const __m512i odd = i + 1 < count ? _mm512_loadu_si512(right + rows[i + 1] * stride) : _mm512_setzero_si512();
     _mm512_store_si512(tiles + i * kHalf, _mm512_unpacklo_epi16(even, odd));
     _mm512_store_si512(tiles + kBlock * kHalf + i * kHalf, _mm512_unpackhi_epi16(even, odd));
   }
 }
 
-// sums (kBlock of the chunk, kBlock of the width) = or += kBlock rows of the gradient times tiles, over `blocks` blocks of
-// gathered rows.
-void multiply_gathered(const uint16_t* gradient, const uint16_t* tiles, int64_t blocks, bool accumulate, float* sums) {
+// sums (kBlock, kBlock) = or += kBlock rows of `left` times tiles, over `blocks` blocks of gathered rows.
+void multiply_gathered(const uint16_t* left, const uint16_t* tiles, int64_t blocks, bool accumulate, float* sums) {
   constexpr int64_t kRow = kGathered * sizeof(uint16_t);
   load_sums(accumulate, sums);
   for (int64_t block = 0; block < blocks; ++block) {
-    _tile_loadd(4, gradient + block * kBlock, kRow);
+    _tile_loadd(4, left + block * kBlock, kRow);
     _tile_loadd(6, tiles + block * kBlock * kBlock, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, tiles + block * kBlock * kBlock + kBlock * kHalf, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, gradient + kHalf * kGathered + block * kBlock, kRow);
+    _tile_loadd(5, left + kHalf * kGathered + block * kBlock, kRow);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
   store_sums(sums);
 }
 
-// Round kBlock sums of pack_pairs's two tiles and put the columns back in order.
-__m512i rounded_columns(const float* sums) {
-  alignas(64) static const uint16_t kOrder[kBlock] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
-                                                      8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
-  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + kHalf), _mm512_loadu_ps(sums));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), reinterpret_cast<__m512i>(both));
+// Half a block of bfloat16 as float32.
+inline __m512 widened(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Put kBlock sums of pack_pairs's two tiles back in order, add what is there if `adds`, round and write them.
+inline void write_columns(const float* sums, bool adds, uint16_t* to) {
+  const __m512 first = _mm512_loadu_ps(sums), second = _mm512_loadu_ps(sums + kHalf);
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+  __m512 left = _mm512_permutex2var_ps(first, low, second), right = _mm512_permutex2var_ps(first, high, second);
+  if (adds) {
+    left = _mm512_add_ps(left, widened(to));
+    right = _mm512_add_ps(right, widened(to + kHalf));
+  }
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left)));
+}
+
+// A page that was never written is the system's page of zeros once it is read, and replaced when it is written. Asked for
+// with a write, here of nothing, it comes in one step.
+inline void touch(uint16_t* row, int64_t columns) {
+  constexpr int64_t kPage = 4096 / sizeof(uint16_t);
+  for (int64_t i = 0; i < columns; i += kPage) __atomic_fetch_or(row + i, 0, __ATOMIC_RELAXED);
+  __atomic_fetch_or(row + columns - 1, 0, __ATOMIC_RELAXED);
 }
 
 }  // namespace
@@ -214,9 +232,9 @@ void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_strid
   _mm_sfence();
 }
 
-void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t weight_stride, const int64_t* rows,
-                      int64_t count, int64_t n, uint16_t* out, int64_t out_stride, int64_t begin, int64_t end,
-                      float* sums, uint16_t* tiles) {
+void gathered_product(const uint16_t* left, const uint16_t* right, int64_t right_stride, const int64_t* rows,
+                      int64_t count, int64_t n, uint16_t* out, int64_t out_stride, const int64_t* into, int64_t begin,
+                      int64_t end, float* sums, uint16_t* tiles) {
   const Tiles configured;
   const int64_t padded = (n + kBlock - 1) / kBlock * kBlock;
   for (int64_t band = begin; band < end; band += kGatheredColumns) {
@@ -225,19 +243,22 @@ void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t 
       const int64_t depth = count - start < kGathered ? count - start : kGathered;
       const int64_t blocks = (depth + kBlock - 1) / kBlock;
       for (int64_t k = 0; k < depth; k += kBlock) {
-        const int64_t left = count - start - k, ahead = left < 2 * kBlock ? (left < kBlock ? 0 : left - kBlock) : kBlock;
+        const int64_t rest = count - start - k, ahead = rest < 2 * kBlock ? (rest < kBlock ? 0 : rest - kBlock) : kBlock;
         for (int64_t w = 0; w < columns; w += kBlock)
-          pack_pairs(weight + band + w, weight_stride, rows + start + k, left, rows + start + k + kBlock, ahead,
+          pack_pairs(right + band + w, right_stride, rows + start + k, rest, rows + start + k + kBlock, ahead,
                      tiles + w * kGathered + k * kBlock);
       }
       for (int64_t w = 0; w < columns; w += kBlock)
         for (int64_t row = 0; row < padded; row += kBlock)
-          multiply_gathered(gradient + (start / kGathered * padded * kGathered) + row * kGathered, tiles + w * kGathered,
+          multiply_gathered(left + (start / kGathered * padded * kGathered) + row * kGathered, tiles + w * kGathered,
                             blocks, start > 0, sums + (w / kBlock * padded + row) * kBlock);
     }
-    for (int64_t row = 0; row < n; ++row)
+    for (int64_t row = 0; row < n; ++row) {
+      uint16_t* const to = out + (into ? into[row] : row) * out_stride + band;
+      if (into) touch(to, columns);
       for (int64_t w = 0; w < columns; w += kBlock)
-        _mm512_storeu_si512(out + row * out_stride + band + w, rounded_columns(sums + (w / kBlock * padded + row) * kBlock));
+        write_columns(sums + (w / kBlock * padded + row) * kBlock, into, to + w);
+    }
   }
 }
 

@@ -24,10 +24,11 @@ constexpr int64_t kGathered = 512, kGatheredColumns = 1024;
 constexpr int64_t gathered_sums(int64_t n) { return n * kGatheredColumns; }
 constexpr int64_t gathered_tiles() { return kGathered * kGatheredColumns; }
 
-// out[n, w] = sum over k of gradient[n, k] * weight[rows[k], w] for the columns [begin, end) of out, multiples of kBlock,
-// and `count` rows. `gradient` is padded with zeros: [count / kGathered][n rounded up to kBlock][kGathered].
-void gathered_product(const uint16_t* gradient, const uint16_t* weight, int64_t weight_stride, const int64_t* rows,
-                      int64_t count, int64_t n, uint16_t* out, int64_t out_stride, int64_t begin, int64_t end,
-                      float* sums, uint16_t* tiles);
+// out[n, w] = sum over k of left[n, k] * right[rows[k], w] for the columns [begin, end) of out, multiples of kBlock, and
+// `count` rows. `left` is padded with zeros: [count / kGathered][n rounded up to kBlock][kGathered]. With `into` the
+// result is added to row into[n] of out instead.
+void gathered_product(const uint16_t* left, const uint16_t* right, int64_t right_stride, const int64_t* rows,
+                      int64_t count, int64_t n, uint16_t* out, int64_t out_stride, const int64_t* into, int64_t begin,
+                      int64_t end, float* sums, uint16_t* tiles);
 
 }  // namespace vgs::amx

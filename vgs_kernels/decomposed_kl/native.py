@@ -68,6 +68,7 @@ def logit_gradients(
     second_coefficients: Tensor | None = None,  # (tokens, 5)
     out_second: Tensor | None = None,  # (tokens, >= vocab)
     row_gramian: Tensor | None = None,  # (tokens, 3)
+    column_squares: Tensor | None = None,  # (outputs, vocab), float32
 ) -> None:
     """Write the logit gradients into the outputs, as `reference.logit_gradients` does."""
     gramian = None if row_gramian is None else row_gramian.new_empty(row_gramian.shape)
@@ -85,6 +86,7 @@ def logit_gradients(
         out_masked_student,
         out_second,
         gramian,
+        column_squares,
     )
     if row_gramian is not None and gramian is not None:
         row_gramian.copy_(gramian)

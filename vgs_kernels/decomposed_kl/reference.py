@@ -144,6 +144,7 @@ def logit_gradients(
     second_coefficients: Tensor | None = None,  # (tokens, 5): of a second objective of the student's logits
     out_second: Tensor | None = None,  # (tokens, >= vocab)
     row_gramian: Tensor | None = None,  # (tokens, 3)
+    column_squares: Tensor | None = None,  # (outputs, vocab), float32
 ) -> None:
     """Write d objective / d student logits into `out_student`, d / d masked student logits into `out_masked_student`.
 
@@ -155,6 +156,7 @@ def logit_gradients(
     `second_coefficients` and `out_second` form the gradient of a second objective of the student's logits in the same
     look (the two components of teacher_prior). `row_gramian` receives, per token, <lang, lang>, <lang, vis> and
     <vis, vis> of the unweighted logit gradients of the two components; rows with coefficients all 0 get 0.
+    `column_squares` receives, per output in the order of the arguments, the sum over the tokens of every entry's square.
     """
     teacher_form = transform.teacher_scale, transform.teacher_softcap, transform
     student_form = transform.student_scale, transform.student_softcap, transform
@@ -223,6 +225,9 @@ def logit_gradients(
             g_lang, g_vis = masked_gradient(lang), student_gradient(vis)
             cross = torch.zeros_like(values[:, 0])
         row_gramian.copy_(torch.stack([g_lang.square().sum(-1), cross, g_vis.square().sum(-1)], -1))
+    if column_squares is not None:
+        for squares, (_, gradient) in zip(column_squares, results, strict=True):
+            squares.copy_(gradient.square().sum(0))
     for out, gradient in results:
         out[:, : transform.vocab_size] = gradient
         out[:, transform.vocab_size :] = 0

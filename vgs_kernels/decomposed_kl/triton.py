@@ -763,6 +763,7 @@ def logit_gradients(
     second_coefficients: Tensor | None = None,  # (tokens, 5): of a second objective of the student's logits
     out_second: Tensor | None = None,  # (tokens, >= vocab)
     row_gramian: Tensor | None = None,  # (tokens, 3)
+    column_squares: Tensor | None = None,  # (outputs, vocab), float32
 ) -> None:
     """`logit_gradients` of `decomposed_kl/reference.py`: writes the outputs, each of which may be an input.
 
@@ -774,6 +775,8 @@ def logit_gradients(
     _check((*streams, *outputs))
     tokens, vocab = student.shape[0], transform.vocab_size
     if tokens == 0:
+        if column_squares is not None:
+            column_squares.zero_()
         return
     if second_coefficients is not None:
         second_coefficients = second_coefficients.contiguous()
@@ -807,3 +810,8 @@ def logit_gradients(
         key = ("gradients", tokens, width, vocab, student.dtype, out_student.dtype, out_second is None,
                row_gramian is None, *constants.values())  # fmt: skip
         launch(_warps(trial, key, student.device))
+    if column_squares is not None:
+        # Read once more: a program has a part of a row, and columns would need atomics, whose order varies.
+        written = [out[:, :vocab] for out in outputs if out is not None]
+        for squares, out in zip(column_squares, written, strict=True):
+            squares.copy_(torch.linalg.vector_norm(out, dim=0, dtype=torch.float32).square_())

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import accumulation_dtype
-
 # A row of the logit gradient sums to 0, so the hidden gradient, a sum over its columns, cancels and feels a drop more
 # than in proportion. A row of the head gradient has one column to itself.
 HEAD_MULTIPLE = 6
@@ -22,25 +20,19 @@ class ColumnFilter:
     def __init__(self, tolerance: float, native: bool) -> None:
         self.tolerances = tolerance, HEAD_MULTIPLE * tolerance
         self.native = native
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._columns: Tensor | None = None
 
-    def columns(self, gradient: Tensor) -> tuple[Tensor, Tensor]:  # (n, vocab) -> (columns,), (fewer columns,)
-        """Indices of the columns that are kept for the hidden gradient, and for the head gradient, ascending. Valid
-        until the next call."""
+    def columns(self, squares: Tensor) -> tuple[Tensor, Tensor]:  # (vocab,) -> (columns,), (fewer columns,)
+        """Indices of the columns that are kept for the hidden gradient, and those among them that are kept for the head
+        gradient, ascending, by the squares of the norms of G's columns. Valid until the next call."""
         if self.native:
-            if self._buffers is None:
-                vocab = gradient.shape[1]
-                self._buffers = (
-                    gradient.new_empty(vocab, dtype=torch.float32),
-                    gradient.new_empty((2, vocab), dtype=torch.int64),
-                )
-            squares, columns = self._buffers
-            kept = torch.ops.vgs_kernels_native.select_columns(gradient, *self.tolerances, -1, squares, columns)
-            return columns[0, : kept[0]], columns[1, : kept[1]]
-        wide = gradient.to(accumulation_dtype(gradient.dtype))
-        squares = wide.square().sum(0)
-        ordered, order = squares.sort()
-        sums, total = ordered.cumsum(0), squares.sum()
-        # How many are kept is known to the device only: the host waits for it.
-        hidden, head = (order[~(sums <= tolerance**2 * total)].sort().values for tolerance in self.tolerances)
+            if self._columns is None:
+                self._columns = squares.new_empty((2, squares.shape[0]), dtype=torch.int64)
+            kept = torch.ops.vgs_kernels_native.select_columns(squares, *self.tolerances, self._columns)
+            return self._columns[0, : kept[0]], self._columns[1, : kept[1]]
+        ordered, order = squares.double().sort()
+        sums, total = ordered.cumsum(0), ordered.sum()
+        # Beside NaN and inf nothing is small. How many are kept is known to the device only: the host waits for it.
+        small = [(sums <= tolerance**2 * total) & total.isfinite() for tolerance in self.tolerances]
+        hidden, head = (order[~dropped].sort().values for dropped in small)
         return hidden, head

@@ -223,6 +223,7 @@ class _Gradients:
         self.has_masked_student = has_masked_student
         self.products = products or Products(student_hidden.device, student_hidden.dtype, native=False)
         self.filter = ColumnFilter(gradient_filter, self.products.native) if gradient_filter else None
+        self._squares: Tensor | None = None  # of the columns of a chunk's logit gradients, with a filter
         self.student_weight, self.student_bias = student_weight, student_bias
         nothing = student_weight.new_empty(0)
         lang_hidden = needs_hidden and (has_masked_student or not combined)
@@ -282,6 +283,7 @@ class _Gradients:
         if steering_weights is not None:
             pair = steering_weights.to(lang.dtype)
             lang, vis = lang * pair[0], vis * pair[1]
+        squares = self._column_squares(1 if chunk.masked_student is None and self.combined else 2, transform.vocab_size)
         # Gradients go to the dtype of the hidden states, in place over the logits when that is their dtype too.
         reuse = chunk.student.dtype == student_rows.dtype
         streams = (chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, values, statistics)
@@ -292,18 +294,24 @@ class _Gradients:
             assert both is not None
             kernels.logit_gradients(
                 *streams, lang + vis, transform,
-                out_student=both[:n], out_masked_student=both[n:], row_gramian=row_gramian,
+                out_student=both[:n], out_masked_student=both[n:], row_gramian=row_gramian, column_squares=squares,
             )  # fmt: skip
             if self.combined:
-                hidden = self._add(1, both, student_rows)
+                hidden = self._add(1, both, student_rows, None if squares is None else squares.sum(0))
             else:
-                hidden = torch.cat([self._add(1, both[:n], student_rows[:n]), self._add(0, both[n:], student_rows[n:])])
+                of_student, of_masked = (None, None) if squares is None else squares
+                hidden = torch.cat([
+                    self._add(1, both[:n], student_rows[:n], of_student),
+                    self._add(0, both[n:], student_rows[n:], of_masked),
+                ])  # fmt: skip
             self._write_hidden(1, rows, hidden[:n])
             self._write_hidden(0, rows, hidden[n:])
         elif self.combined:
             out = chunk.student if reuse else torch.empty_like(chunk.student, dtype=student_rows.dtype)
-            kernels.logit_gradients(*streams, lang + vis, transform, out_student=out, row_gramian=row_gramian)
-            self._write_hidden(1, rows, self._add(1, out, student_rows))
+            kernels.logit_gradients(
+                *streams, lang + vis, transform, out_student=out, row_gramian=row_gramian, column_squares=squares
+            )
+            self._write_hidden(1, rows, self._add(1, out, student_rows, None if squares is None else squares[0]))
         else:
             both = chunk.masked_teacher_and_student if reuse else None
             if both is None:
@@ -311,30 +319,48 @@ class _Gradients:
             kernels.logit_gradients(
                 *streams, vis, transform,
                 out_student=both[n:], second_coefficients=lang, out_second=both[:n], row_gramian=row_gramian,
+                column_squares=squares,
             )  # fmt: skip
-            if self.filter is None:
+            if squares is None:
                 self._add_head(0, both[:n], student_rows)
                 self._add_head(1, both[n:], student_rows)
                 hidden = self._hidden_product(both)
             else:
-                hidden = torch.cat([self._add(0, both[:n], student_rows), self._add(1, both[n:], student_rows)])
+                hidden = torch.cat([
+                    self._add(0, both[:n], student_rows, squares[1]), self._add(1, both[n:], student_rows, squares[0])
+                ])  # fmt: skip
             self._write_hidden(0, rows, hidden[:n])
             self._write_hidden(1, rows, hidden[n:])
         self._accumulates = True
         return row_gramian
 
-    def _add(self, component: int, logit_gradient: Tensor, hidden: Tensor) -> Tensor:
-        """Add to the head gradients; return the hidden gradient, (rows, width), empty rows where it is not wanted."""
+    def _column_squares(self, outputs: int, vocab: int) -> Tensor | None:
+        """Where the kernels write the squares of the columns, (outputs, vocab); None without a filter."""
         if self.filter is None:
+            return None
+        if self._squares is None:
+            self._squares = self.student_weight.new_empty((outputs, vocab), dtype=torch.float32)
+        return self._squares
+
+    def _add(self, component: int, logit_gradient: Tensor, hidden: Tensor, squares: Tensor | None) -> Tensor:
+        """Add to the head gradients; return the hidden gradient, (rows, width), empty rows where it is not wanted."""
+        if self.filter is None or squares is None:
             self._add_head(component, logit_gradient, hidden)
             return self._hidden_product(logit_gradient)
-        for_hidden, for_head = self.filter.columns(logit_gradient)
+        for_hidden, for_head = self.filter.columns(squares)
         worth_gathering = _WORTH_GATHERING * logit_gradient.shape[1]
-        if for_head.shape[0] > worth_gathering:
+        if for_head.shape[0] > worth_gathering:  # and so has for_hidden
             self._add_head(component, logit_gradient, hidden)
-        else:
-            self._add_head_columns(component, logit_gradient, hidden, for_head)
-        return self._hidden_product(logit_gradient, None if for_hidden.shape[0] > worth_gathering else for_hidden)
+            return self._hidden_product(logit_gradient)
+        if not self.hidden[1].numel() or for_hidden.shape[0] > worth_gathering:
+            self._add_head_columns(component, self.products.gather(logit_gradient, for_head), hidden, for_head)
+            return self._hidden_product(logit_gradient)
+        kept = self.products.gather(logit_gradient, for_hidden)
+        among_them = torch.searchsorted(for_hidden, for_head)
+        self._add_head_columns(component, kept.index_select(1, among_them), hidden, for_head)
+        out = kept.new_empty(kept.shape[0], self.student_weight.shape[1])
+        self.products.gathered_hidden_gradient(kept, self.student_weight, for_hidden, out)
+        return out
 
     def _add_head(self, component: int, logit_gradient: Tensor, hidden: Tensor) -> None:
         weight, bias = self.into_weight[component], self.into_bias[component]
@@ -343,26 +369,19 @@ class _Gradients:
         if bias.numel():
             bias.add_(logit_gradient.sum(0, dtype=bias.dtype))
 
-    def _add_head_columns(self, component: int, logit_gradient: Tensor, hidden: Tensor, columns: Tensor) -> None:
+    def _add_head_columns(self, component: int, kept: Tensor, hidden: Tensor, columns: Tensor) -> None:
+        """`kept` (rows, columns): those columns of the logit gradient."""
         weight, bias = self.into_weight[component], self.into_bias[component]
-        kept = logit_gradient.index_select(1, columns)  # (rows, columns)
         if weight.numel():
-            if weight.dtype == hidden.dtype:
-                # Added before it is rounded, as without a filter.
-                weight.index_copy_(0, columns, weight.index_select(0, columns).addmm_(kept.t(), hidden))
-            else:
-                weight.index_add_(0, columns, (kept.t() @ hidden).to(weight.dtype))
+            self.products.gathered_head_gradient(kept, hidden, columns, weight)
         if bias.numel():
             bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))
 
-    def _hidden_product(self, logit_gradient: Tensor, columns: Tensor | None = None) -> Tensor:
+    def _hidden_product(self, logit_gradient: Tensor) -> Tensor:
         if not self.hidden[1].numel():
             return logit_gradient.new_empty(logit_gradient.shape[0], 0)
         out = logit_gradient.new_empty(logit_gradient.shape[0], self.student_weight.shape[1])
-        if columns is None:
-            self.products.hidden_gradient(logit_gradient, self.student_weight, out)
-        else:
-            self.products.gathered_hidden_gradient(logit_gradient, self.student_weight, columns, out)
+        self.products.hidden_gradient(logit_gradient, self.student_weight, out)
         return out
 
     def _write_hidden(self, component: int, rows: Rows, gradient: Tensor) -> None:

@@ -40,6 +40,7 @@ class Products:
         self._streamed = self.native and dtype == torch.float32 and torch.ops.vgs_kernels_native.cpu_level() == 2
         self._has_matrix_unit = self._transposed and torch.ops.vgs_kernels_native.has_matrix_unit()
         self._scratch: Tensor | None = None
+        self._gathered: Tensor | None = None
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, v) = hidden (n, w) @ weight (v, w).T + bias (v,)."""
@@ -66,16 +67,37 @@ class Products:
         else:
             torch.mm(logit_gradient, weight, out=out)
 
-    def gathered_hidden_gradient(self, logit_gradient: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> None:
-        """out (n, w) = logit_gradient[:, columns] @ weight[columns]."""
+    def gather(self, logit_gradient: Tensor, columns: Tensor) -> Tensor:  # (n, v), (k,) -> (n, k)
+        """logit_gradient[:, columns], valid until the next call."""
+        if not self.native:
+            return logit_gradient.index_select(1, columns)
+        rows, count = logit_gradient.shape[0], columns.shape[0]
+        if self._gathered is None or self._gathered.numel() < rows * count:
+            self._gathered = logit_gradient.new_empty(rows * count)
+        kept = self._gathered[: rows * count].view(rows, count)
+        torch.ops.vgs_kernels_native.gather_columns(logit_gradient, columns, kept)
+        return kept
+
+    def gathered_hidden_gradient(self, kept: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> None:
+        """out (n, w) = kept (n, k) @ weight[columns]."""
         if self._suits_matrix_unit(weight):
-            torch.ops.vgs_kernels_native.matrix_unit_hidden_gradient(logit_gradient, weight, columns, out)
+            torch.ops.vgs_kernels_native.matrix_unit_hidden_gradient(kept, weight, columns, out)
         elif out.dtype in HALF_DTYPES:  # to be rounded once
-            torch.mm(logit_gradient.index_select(1, columns), weight.index_select(0, columns), out=out)
+            torch.mm(kept, weight.index_select(0, columns), out=out)
         else:
             out.zero_()
-            for part in columns.split(VOCAB_SLICE):  # fresh memory for all of them costs more than the copy
-                out.addmm_(logit_gradient.index_select(1, part), weight.index_select(0, part))
+            for start in range(0, columns.shape[0], VOCAB_SLICE):  # fresh memory for all costs more than the copy
+                part = slice(start, start + VOCAB_SLICE)
+                out.addmm_(kept[:, part], weight.index_select(0, columns[part]))
+
+    def gathered_head_gradient(self, kept: Tensor, hidden: Tensor, columns: Tensor, out: Tensor) -> None:
+        """out[columns] += kept (n, k).T @ hidden (n, w), added before it is rounded."""
+        if self._suits_matrix_unit(hidden) and self._suits_matrix_unit(out):
+            torch.ops.vgs_kernels_native.matrix_unit_head_gradient(kept, hidden, columns, out)
+        elif out.dtype == hidden.dtype:
+            out.index_copy_(0, columns, out.index_select(0, columns).addmm_(kept.t(), hidden))
+        else:
+            out.index_add_(0, columns, (kept.t() @ hidden).to(out.dtype))
 
     def head_gradient(self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w)."""
@@ -103,8 +125,9 @@ class Products:
                 product = gradient @ hidden
                 out[part].add_(product) if accumulate else out[part].copy_(product)
 
-    def _suits_matrix_unit(self, weight: Tensor) -> bool:
-        return self._has_matrix_unit and weight.stride(1) == 1 and weight.shape[1] % 32 == 0
+    def _suits_matrix_unit(self, matrix: Tensor) -> bool:
+        bf16 = matrix.dtype == torch.bfloat16
+        return self._has_matrix_unit and bf16 and matrix.stride(1) == 1 and matrix.shape[1] % 32 == 0
 
     def _slice(self, part: slice, hidden: Tensor) -> Tensor:
         """Scratch of shape (slice, n)."""
