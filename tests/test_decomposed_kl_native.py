@@ -55,6 +55,7 @@ def run(
     weights: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     in_place: bool = False,
+    squares: bool = False,
 ) -> dict[str, Tensor]:
     """Values and every gradient output, into NaN-filled buffers (or over the inputs)."""
     logits = [None if t is None else t.clone() for t in logits] if in_place else logits
@@ -72,16 +73,20 @@ def run(
     fresh = [torch.full(t.shape, math.nan, dtype=out_dtype or t.dtype) for t in (student,) * 3]
     outs = [student, masked, logits[2]] if in_place else fresh
     gramian = torch.full((rows, 3), math.nan, dtype=values.dtype)
+    column_squares = torch.full((2 if masked is not None or second is not None else 1, transform.vocab_size), math.nan)
     kernels.logit_gradients(
         *logits, values, statistics, coefficients, transform,
         out_student=outs[0], out_masked_student=None if masked is None else outs[1], second_coefficients=second,
         out_second=None if second is None else outs[2], row_gramian=gramian,
+        column_squares=column_squares if squares else None,
     )  # fmt: skip
     found = {"values": values, "gramian": gramian, "student": outs[0]}
     if masked is not None:
         found["masked"] = outs[1]
     if second is not None:
         found["second"] = outs[2]
+    if squares:
+        found["squares"] = column_squares
     return found
 
 
@@ -302,6 +307,42 @@ def test_errors_of_the_launcher_say_what_is_wrong() -> None:
         native.divergences(student.int(), teacher.int(), masked_teacher.int(), None, transform)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_column_squares(decomposition: str, dtype: torch.dtype, level: int) -> None:
+    """They are those of the gradients, which are what they are without them, on any number of threads."""
+    for rows, vocab in ((0, 5), (1, 1), (5, 2048), (9, 5003), (67, 2049)):
+        logits = make_streams(decomposition, rows, vocab + 3, dtype, 3.0, vocab)
+        weights = torch.rand(rows, generator=torch.Generator().manual_seed(rows)).to(accumulation_dtype(dtype))
+        weights[1::3] = 0
+        transform = LogitTransform(decomposition, vocab, **PLAIN)
+        whole = run(native, logits, transform, weights=weights)
+        before, found = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found.append(run(native, logits, transform, weights=weights, squares=True))
+        finally:
+            torch.set_num_threads(before)
+        for squared in found:
+            squares = squared["squares"]
+            assert torch.equal(squares, found[0]["squares"])
+            torch.testing.assert_close(squared["gramian"], whole["gramian"])
+            gradients = {name: t for name, t in whole.items() if name in ("student", "masked", "second")}
+            assert squares.shape == (len(gradients), vocab)
+            for row, (name, gradient) in zip(squares, gradients.items(), strict=True):
+                assert torch.equal(squared[name], gradient)
+                exact = gradient[:, :vocab].double().square().sum(0)  # of what was rounded to the output's dtype
+                torch.testing.assert_close(
+                    row.double(), exact, rtol=8 * torch.finfo(dtype).eps + 1e-5, atol=torch.finfo(dtype).tiny
+                )
+    values, statistics = native.divergences(*logits, transform)
+    with pytest.raises(RuntimeError, match="column_squares must be contiguous float32, with"):
+        native.logit_gradients(
+            *logits, values, statistics, values, transform, out_student=logits[0], column_squares=torch.empty(3, vocab)
+        )
+
+
 def test_unknown_level_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cpu_level", 7)
     logits = make_streams("teacher_prior", 2, 9, torch.float32, 1.0, 15)
@@ -324,7 +365,7 @@ def test_opcheck(decomposition: str) -> None:
     outs = [torch.empty_like(logits[0]), None if logits[3] is None else torch.empty_like(logits[0])]
     torch.library.opcheck(
         operators.logit_gradients.default,
-        (*logits, values, statistics, coefficients, None, *settings, *outs, None, torch.empty(3, 3)),
+        (*logits, values, statistics, coefficients, None, *settings, *outs, None, torch.empty(3, 3), None),
     )
 
 

@@ -267,6 +267,29 @@ def test_skipped_rows_are_not_read(decomposition: str) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("module", [kernels, reference])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_column_squares(decomposition: str, module: Any) -> None:
+    for tokens in (0, 3):
+        settings = transform(decomposition, 1031)
+        streams = logits(decomposition, tokens, 1034, torch.float32)
+        values, statistics = module.divergences(*streams, settings)
+        coefficients = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        outs = [torch.empty_like(streams[0]) for _ in range(2)]
+        other = (
+            {"second_coefficients": coefficients.flip(0), "out_second": outs[1]}
+            if streams[3] is None
+            else {"out_masked_student": outs[1]}
+        )
+        squares = torch.full((2, 1031), math.nan, device=DEVICE)
+        module.logit_gradients(
+            *streams, values, statistics, coefficients, settings, out_student=outs[0], **other, column_squares=squares
+        )
+        for row, out in zip(squares, outs, strict=True):
+            torch.testing.assert_close(row, out[:, :1031].square().sum(0))
+
+
+@runs_kernels
 def test_a_stream_without_coefficient_is_not_read() -> None:
     """The language part alone leaves the teacher that sees the image unread: it may hold anything."""
     settings = transform("teacher_prior", 1029)

@@ -371,15 +371,28 @@ def test_gradient_filter_keeps_its_bound(chosen: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_hidden_gradient_of_gathered_columns(dtype: torch.dtype, chosen: str) -> None:
-    gradient, weight = torch.randn(5, 9001).to(dtype), torch.randn(9001, 64).to(dtype)
+@pytest.mark.parametrize("width", [64, 33])
+def test_products_of_gathered_columns(width: int, dtype: torch.dtype, chosen: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    gradient = torch.randn(5, 9001, generator=generator).to(dtype)
+    weight = torch.randn(9001, width, generator=generator).to(dtype)
+    hidden = torch.randn(5, width, generator=generator).to(dtype)
     products = Products(gradient.device, dtype, chosen == "native")
     limit = torch.finfo(dtype).eps * (0.5 if dtype == torch.bfloat16 else 16)  # in bf16, rounded once
     for columns in (torch.arange(0), torch.arange(1, 9001, 3), torch.arange(0, 9001, 2)):
-        out = torch.full((5, 64), math.nan, dtype=dtype)
-        products.gathered_hidden_gradient(gradient, weight, columns, out)
+        kept = products.gather(gradient, columns)
+        assert torch.equal(kept, gradient[:, columns])
+        out = torch.full((5, width), math.nan, dtype=dtype)
+        products.gathered_hidden_gradient(kept, weight, columns, out)
         exact = gradient.double()[:, columns] @ weight.double()[columns]
         assert (out.double() - exact).norm() <= limit * exact.norm()
+        head = weight.clone()
+        products.gathered_head_gradient(kept, hidden, columns, head)
+        exact = weight.double()
+        exact[columns] += gradient.double()[:, columns].t() @ hidden.double()
+        assert (head.double() - exact).norm() <= limit * exact.norm()
+        untouched = torch.ones(9001, dtype=torch.bool).index_fill_(0, columns, False)
+        assert torch.equal(head[untouched], weight[untouched])
 
 
 def test_gradient_filter_adds_to_existing_gradients(chosen: str) -> None:

@@ -59,8 +59,9 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.float32, torch.b
 
 # Every op of the extension that Python calls: an editable install can be left with yesterday's.
 _NATIVE_OPS = (
-    "combine", "cpu_level", "divergences", "head_gradient", "hidden_gradient", "inner_products", "logit_gradients",
-    "logits", "matrix_unit_head_gradient", "matrix_unit_hidden_gradient", "gather_columns", "select_columns", "transpose",
+    "combine", "cpu_level", "divergences", "gather_columns", "has_matrix_unit", "head_gradient", "hidden_gradient",
+    "inner_products", "logit_gradients", "logits", "matrix_unit_head_gradient", "matrix_unit_hidden_gradient",
+    "matrix_unit_logits", "select_columns", "transpose",
 )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from ..pages import use_huge_pages
 from ..types import LogitTransform, accumulation_dtype
 from .reference import STATISTICS, VALUES
 
@@ -70,8 +69,6 @@ def divergences_backward(
     grad_masked = student.new_empty(0)
     if masked_student is not None:
         grad_masked = torch.empty_like(masked_student, memory_format=torch.contiguous_format)
-    use_huge_pages(grad_student)
-    use_huge_pages(grad_masked)
     backends.load("decomposed_kl", backend).logit_gradients(
         student,
         teacher,

@@ -156,7 +156,7 @@ def logit_gradients(
     `second_coefficients` and `out_second` form the gradient of a second objective of the student's logits in the same
     look (the two components of teacher_prior). `row_gramian` receives, per token, <lang, lang>, <lang, vis> and
     <vis, vis> of the unweighted logit gradients of the two components; rows with coefficients all 0 get 0.
-    `column_squares` receives, per output in the order of the arguments, the sum over the tokens of every entry's square.
+    `column_squares` receives, per output in the order of the arguments, the sums over the tokens of the squares.
     """
     teacher_form = transform.teacher_scale, transform.teacher_softcap, transform
     student_form = transform.student_scale, transform.student_softcap, transform
