@@ -271,7 +271,7 @@ void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, con
     torch::stable::parallel_for(0, width / amx::kBlock, 4, [&](int64_t begin, int64_t end) {
       const auto sums = cache_lines<float>(amx::gathered_sums(kRows));
       const auto tiles = cache_lines<uint16_t>(amx::gathered_tiles());
-      amx::gathered_product(left.get(), static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), tokens.data(), n,
+        amx::gathered_product(left.get(), static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), tokens.data(), n,
                             rows, static_cast<uint16_t*>(out.data_ptr()), out.stride(0), column + first,
                             begin * amx::kBlock, end * amx::kBlock, sums.get(), tiles.get());
     });

@@ -146,10 +146,8 @@ void write(const float* sums, int64_t rows, int64_t columns, uint16_t* out, int6
 
 // Pairs of rows side by side, kBlock rows by kBlock columns, as two tiles of 16 pairs. An unpack works on
 // quarters of a register, so the first tile holds the columns 0-3, 8-11, 16-19 and 24-27, the second one the others.
-// Rows from `count` on are 0. Meanwhile the same columns of the rows `next` are fetched, `ahead` of them.
-void pack_pairs(const uint16_t* right, int64_t stride, const int64_t* rows, int64_t count, const int64_t* next,
-                int64_t ahead, uint16_t* tiles) {
-  for (int64_t i = 0; i < ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(right + next[i] * stride), _MM_HINT_T1);
+// Rows from `count` on are 0.
+void pack_pairs(const uint16_t* right, int64_t stride, const int64_t* rows, int64_t count, uint16_t* tiles) {
   for (int64_t i = 0; i < kBlock; i += 2) {
     const __m512i even = i < count ? _mm512_loadu_si512(right + rows[i] * stride) : _mm512_setzero_si512();
     const __m512i odd = i + 1 < count ? _mm512_loadu_si512(right + rows[i + 1] * stride) : _mm512_setzero_si512();
@@ -239,25 +237,29 @@ void gathered_product(const uint16_t* left, const uint16_t* right, int64_t right
   const int64_t padded = (n + kBlock - 1) / kBlock * kBlock;
   for (int64_t band = begin; band < end; band += kGatheredColumns) {
     const int64_t columns = end - band < kGatheredColumns ? end - band : kGatheredColumns;
+    const auto fetch = [&](int64_t from, int64_t to) {
+      for (int64_t k = from; k < to; ++k)
+        for (int64_t w = 0; w < columns; w += kBlock)
+          _mm_prefetch(reinterpret_cast<const char*>(right + rows[k] * right_stride + band + w), _MM_HINT_T1);
+    };
+    fetch(0, count < kGathered ? count : kGathered);
     for (int64_t start = 0; start == 0 || start < count; start += kGathered) {  // without rows, sums of 0
       const int64_t depth = count - start < kGathered ? count - start : kGathered;
-      const int64_t blocks = (depth + kBlock - 1) / kBlock;
-      for (int64_t k = 0; k < depth; k += kBlock) {
-        const int64_t rest = count - start - k, ahead = rest < 2 * kBlock ? (rest < kBlock ? 0 : rest - kBlock) : kBlock;
+      const int64_t blocks = (depth + kBlock - 1) / kBlock, left_over = count - start - depth;
+      const int64_t next = left_over < kGathered ? left_over : kGathered;  // rows, fetched meanwhile
+      for (int64_t k = 0; k < depth; k += kBlock)
         for (int64_t w = 0; w < columns; w += kBlock)
-          pack_pairs(right + band + w, right_stride, rows + start + k, rest, rows + start + k + kBlock, ahead,
-                     tiles + w * kGathered + k * kBlock);
-      }
-      for (int64_t w = 0; w < columns; w += kBlock)
+          pack_pairs(right + band + w, right_stride, rows + start + k, depth - k, tiles + w * kGathered + k * kBlock);
+      for (int64_t w = 0; w < columns; w += kBlock) {
+        fetch(start + depth + next * w / columns, start + depth + next * (w + kBlock) / columns);
         for (int64_t row = 0; row < padded; row += kBlock)
-          multiply_gathered(left + (start / kGathered * padded * kGathered) + row * kGathered, tiles + w * kGathered,
-                            blocks, start > 0, sums + (w / kBlock * padded + row) * kBlock);
+          multiply_gathered(left + start * padded + row * kGathered, tiles + w * kGathered, blocks, start > 0, sums + w * padded + row * kBlock);
+      }
     }
     for (int64_t row = 0; row < n; ++row) {
       uint16_t* const to = out + (into ? into[row] : row) * out_stride + band;
       if (into) touch(to, columns);
-      for (int64_t w = 0; w < columns; w += kBlock)
-        write_columns(sums + (w / kBlock * padded + row) * kBlock, into, to + w);
+      for (int64_t w = 0; w < columns; w += kBlock) write_columns(sums + w * padded + row * kBlock, into, to + w);
     }
   }
 }

@@ -17,8 +17,9 @@ constexpr int64_t scratch_size(int64_t n) { return (n + kBlock - 1) / kBlock * k
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
             uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch);
 
-// Rows of the weight that are gathered at a time, and the columns of them: in all half of a second-level cache.
-constexpr int64_t kGathered = 512, kGatheredColumns = 1024;
+// Rows that are gathered at a time, and the columns of them: with the rows after them and the sums of 128 rows they stay in
+// the second-level cache, and one block of columns in the first.
+constexpr int64_t kGathered = 256, kGatheredColumns = 1024;
 
 // Floats and tile entries of scratch that a thread needs for n rows, n a multiple of kBlock; aligned to 64 bytes.
 constexpr int64_t gathered_sums(int64_t n) { return n * kGatheredColumns; }
