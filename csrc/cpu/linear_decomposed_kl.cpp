@@ -89,6 +89,12 @@ void transpose(const Tensor& input, Tensor out) {
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Memory from a cache line on: a vector or tile that lies across two takes both.
+template <class T>
+std::unique_ptr<T[], decltype(&std::free)> cache_lines(int64_t size) {
+  return {static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64))), std::free};
+}
+
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
 
 void check_product(std::initializer_list<const Tensor*> matrices, bool fit) {
@@ -185,18 +191,13 @@ void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) 
   STD_TORCH_CHECK(weight.size(1) == width && out.size(0) == n && out.size(1) == vocab && width % amx::kBlock == 0,
                   "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
 #if defined(VGS_HAVE_AMX)
-  constexpr int64_t kHalf = amx::kBlock / 2;
-  std::vector<uint16_t> panels(round_up(n, amx::kBlock) * width, 0);
-  const auto* from = static_cast<const uint16_t*>(hidden.data_ptr());
-  for (int64_t row = 0; row < n; ++row) {
-    uint16_t* const to = panels.data() + row / kHalf * kHalf * width + row % kHalf * 2;
-    for (int64_t k = 0; k < width; k += 2) std::memcpy(to + k * kHalf, from + row * hidden.stride(0) + k, 4);
-  }
+  const auto panels = cache_lines<uint16_t>(round_up(n, amx::kBlock) * width);
+  amx::pack_hidden(static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), n, width, panels.get());
   torch::stable::parallel_for(0, round_up(vocab, amx::kBlock) / amx::kBlock, 8, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(amx::scratch_size(n));
-    amx::logits(panels.data(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), n, width,
+    const auto scratch = cache_lines<float>(amx::scratch_size(n));
+    amx::logits(panels.get(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), n, width,
                 static_cast<uint16_t*>(out.data_ptr()), out.stride(0), begin * amx::kBlock,
-                std::min(vocab, end * amx::kBlock), scratch.data());
+                std::min(vocab, end * amx::kBlock), scratch.get());
   });
 #endif
 }
@@ -209,11 +210,6 @@ const int64_t* checked_indices(const Tensor& indices, int64_t size) {
   for (int64_t k = 0; k < indices.numel(); ++k)
     STD_TORCH_CHECK(index[k] >= 0 && index[k] < size, "columns holds ", index[k], ", the vocabulary ", size);
   return index;
-}
-
-template <class T>
-std::unique_ptr<T[], decltype(&std::free)> cache_lines(int64_t size) {
-  return {static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64))), std::free};
 }
 
 // out (n, w) = gradient (n, k) weight[columns], bfloat16, on the matrix unit. The gathered rows of the weight never exist as
@@ -247,7 +243,7 @@ void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, c
 }
 
 // out[columns] += gradient (n, k)^T hidden (n, w), bfloat16, on the matrix unit: added before it is rounded. No column may
-// be there twice. Threads share the width; every entry is one sum over n in order.
+// be there twice. Threads share the columns; every entry is one sum over n in order.
 void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, const Tensor& columns, Tensor out) {
   const int64_t n = gradient.size(0), width = hidden.size(1), count = columns.numel();
   check_bfloat16({&gradient, &hidden, &out});
@@ -255,27 +251,29 @@ void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, con
                   "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
   const int64_t* const column = checked_indices(columns, out.size(0));
 #if defined(VGS_HAVE_AMX)
-  if (n == 0) return;
-  constexpr int64_t kRows = 256;  // of out, at a time: their sums are half of a second-level cache
+  if (n == 0 || count == 0) return;
+  constexpr int64_t kMostRows = 256;  // of out, at a time: their sums are half of a second-level cache
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = std::min(kMostRows, round_up((count + threads - 1) / threads, amx::kBlock));
   const int64_t bands = round_up(n, amx::kGathered) / amx::kGathered;
   std::vector<int64_t> tokens(n);
   std::iota(tokens.begin(), tokens.end(), 0);
-  const auto left = cache_lines<uint16_t>(bands * kRows * amx::kGathered);
-  for (int64_t first = 0; first < count; first += kRows) {
-    std::fill_n(left.get(), bands * kRows * amx::kGathered, 0);
-    const int64_t rows = std::min(count - first, kRows), padded = round_up(rows, amx::kBlock);
-    for (int64_t band = 0; band < bands; ++band)
-      transpose_matrix(static_cast<const uint16_t*>(gradient.data_ptr()) + band * amx::kGathered * gradient.stride(0) + first,
-                       gradient.stride(0), left.get() + band * padded * amx::kGathered, amx::kGathered,
-                       std::min(n - band * amx::kGathered, amx::kGathered), rows);
-    torch::stable::parallel_for(0, width / amx::kBlock, 4, [&](int64_t begin, int64_t end) {
-      const auto sums = cache_lines<float>(amx::gathered_sums(kRows));
-      const auto tiles = cache_lines<uint16_t>(amx::gathered_tiles());
-        amx::gathered_product(left.get(), static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), tokens.data(), n,
-                            rows, static_cast<uint16_t*>(out.data_ptr()), out.stride(0), column + first,
-                            begin * amx::kBlock, end * amx::kBlock, sums.get(), tiles.get());
-    });
-  }
+  torch::stable::parallel_for(0, (count + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
+    const auto left = cache_lines<uint16_t>(bands * most * amx::kGathered);
+    const auto sums = cache_lines<float>(amx::gathered_sums(most));
+    const auto tiles = cache_lines<uint16_t>(amx::gathered_tiles());
+    for (int64_t first = begin * most; first < std::min(count, end * most); first += most) {
+      const int64_t rows = std::min(count - first, most), padded = round_up(rows, amx::kBlock);
+      std::fill_n(left.get(), bands * padded * amx::kGathered, 0);
+      for (int64_t band = 0; band < bands; ++band)
+        transpose_matrix(static_cast<const uint16_t*>(gradient.data_ptr()) + band * amx::kGathered * gradient.stride(0) + first,
+                         gradient.stride(0), left.get() + band * padded * amx::kGathered, amx::kGathered,
+                         std::min(n - band * amx::kGathered, amx::kGathered), rows);
+      amx::gathered_product(left.get(), static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), tokens.data(), n,
+                            rows, static_cast<uint16_t*>(out.data_ptr()), out.stride(0), column + first, 0, width,
+                            sums.get(), tiles.get());
+    }
+  });
 #endif
 }
 
@@ -310,10 +308,10 @@ void gather_columns(const Tensor& matrix, const Tensor& columns, Tensor out) {
   }
 }
 
-// The columns of a matrix that carry all but `first` of its Frobenius norm, ascending, and in a second row of `columns`
-// those that carry all but `second`, from the squares of their norms. The smallest columns are dropped: with a histogram
-// of the squares by their leading bits (an eighth of an octave a bin) everything below the largest bin edge whose sum is
-// still at most tolerance^2 of the total. Returns how many were kept for each.
+// The columns of a matrix that carry all but `first` of its Frobenius norm, from the squares of their norms, and in a
+// second row of `columns` which among them carry all but `second`, a larger part; ascending. The smallest columns are
+// dropped: with a histogram of the squares by their leading bits (an eighth of an octave a bin) everything below the
+// largest bin edge whose sum is still at most tolerance^2 of the total. Returns how many were kept for each.
 std::tuple<int64_t, int64_t> select_columns(const Tensor& squares, double first, double second, Tensor columns) {
   const int64_t width = squares.numel();
   STD_TORCH_CHECK(squares.is_contiguous() && element_of(squares, "squares") == kFloat32,
@@ -330,27 +328,31 @@ std::tuple<int64_t, int64_t> select_columns(const Tensor& squares, double first,
     std::memcpy(&bits, &x, 4);
     return bits >> kShift;
   };
-  std::vector<double> sums(size_t{1} << (32 - kShift), 0.0);
+  constexpr size_t kBins = size_t{1} << (32 - kShift);
+  std::vector<double> sums(2 * kBins, 0.0);  // of even and of odd columns: sums of one bin would wait for each other
+  for (int64_t v = 0; v < width; ++v) sums[v % 2 * kBins + bin_of(square[v])] += square[v];
   double total = 0.0;
-  for (int64_t v = 0; v < width; ++v) {
-    sums[bin_of(square[v])] += square[v];
-    total += square[v];
-  }
-  const auto select = [&](double tolerance, int64_t* kept) {
+  for (size_t bin = 0; bin < kBins; ++bin) total += sums[bin] += sums[kBins + bin];
+  const auto lowest_bin = [&](double tolerance) {
     // Beside NaN and inf nothing is small.
     const double most = std::isfinite(total) ? tolerance * tolerance * total : -1.0;
-    uint32_t from = 0;
+    uint32_t bin = 0;
     double dropped = 0.0;
-    while (from < sums.size() && dropped + sums[from] <= most) dropped += sums[from++];
-    int64_t count = 0;
-    for (int64_t v = 0; v < width; ++v) {
-      kept[count] = v;
-      count += bin_of(square[v]) >= from;
-    }
-    return count;
+    while (bin < kBins && dropped + sums[bin] <= most) dropped += sums[bin++];
+    return bin;
   };
-  const int64_t kept = select(first, column);
-  return {kept, select(second, column + width)};
+  const uint32_t lowest_of_first = lowest_bin(first), lowest_of_second = lowest_bin(second);
+  int64_t* const among_them = column + width;
+  int64_t count = 0, fewer = 0;
+  for (int64_t v = 0; v < width; ++v) {
+    column[count] = v;
+    count += bin_of(square[v]) >= lowest_of_first;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    among_them[fewer] = i;
+    fewer += bin_of(square[column[i]]) >= lowest_of_second;
+  }
+  return {count, fewer};
 }
 
 }  // namespace

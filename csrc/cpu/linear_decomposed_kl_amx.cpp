@@ -68,20 +68,20 @@ void pack_weight(const uint16_t* weight, int64_t stride, int64_t rows, int64_t d
                          row < rows ? _mm512_loadu_si512(weight + row * stride + k) : _mm512_setzero_si512());
 }
 
-// sums (kBlock of the vocabulary, kBlock of the chunk) = or += tiles times two panels, over `depth` columns. Meanwhile
-// the next columns of the weight are fetched, `count` lines from `line` on.
-void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t panel_size, int64_t depth, bool accumulate,
-              const uint16_t* next, int64_t next_stride, int64_t line, int64_t count, float* sums) {
+// sums (kBlock of the vocabulary, kBlock of the chunk) = or += tiles times a panel, over `depth` columns. Meanwhile the
+// next columns of the weight are fetched, `count` lines from `line` on.
+void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t depth, bool accumulate, const uint16_t* next,
+              int64_t next_stride, int64_t line, int64_t count, float* sums) {
   constexpr int64_t kLines = kDepth / kBlock;  // of a row of the next columns
   load_sums(accumulate, sums);
   const int64_t last = line + count, step = count * kBlock / depth + 1;
   for (int64_t k = 0; k < depth; k += kBlock) {
     _tile_loadd(4, tiles + k * kBlock, 64);
-    _tile_loadd(6, panel + k * kHalf, 64);
+    _tile_loadd(6, panel + k * kBlock, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, tiles + k * kBlock + kLower, 64);
     _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(7, panel + panel_size + k * kHalf, 64);
+    _tile_loadd(7, panel + k * kBlock + kLower, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
     for (int64_t i = 0; i < step && line < last; ++i, ++line)
@@ -202,11 +202,25 @@ inline void touch(uint16_t* row, int64_t columns) {
 
 }  // namespace
 
+void pack_hidden(const uint16_t* hidden, int64_t stride, int64_t n, int64_t width, uint16_t* panels) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  for (int64_t start = 0; start < width; start += kDepth) {
+    const int64_t depth = width - start < kDepth ? width - start : kDepth;
+    for (int64_t row = 0; row < blocks * kBlock; ++row) {
+      // Tiles of 16 pairs of columns by 16 rows of the chunk, two of them for a block.
+      uint16_t* const to = panels + (start * blocks + row / kBlock * depth) * kBlock + row % kBlock / kHalf * kLower + row % kHalf * 2;
+      for (int64_t k = 0; k < depth; k += 2)
+        for (int64_t i = 0; i < 2; ++i)
+          to[k / kBlock * kBlock * kBlock + k % kBlock * kHalf + i] = row < n ? hidden[row * stride + start + k + i] : 0;
+    }
+  }
+}
+
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
             uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch) {
   alignas(64) uint16_t tiles[kBlock * kDepth];
   const Tiles configured;
-  const int64_t panel = width * kHalf, blocks = (n + kBlock - 1) / kBlock;
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t rows = end - v < kBlock ? end - v : kBlock;
     for (int64_t start = 0; start < width; start += kDepth) {
@@ -219,7 +233,7 @@ void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_strid
       const int64_t lines = fetches ? (kDepth + blocks - 1) / blocks : 0;
       for (int64_t block = 0; block < blocks; ++block) {
         float* sums = scratch + block * kBlock * kBlock;
-        multiply(tiles, panels + 2 * block * panel + start * kHalf, panel, depth, start > 0, next, weight_stride,
+        multiply(tiles, panels + (start * blocks + block * depth) * kBlock, depth, start > 0, next, weight_stride,
                  block * lines, block * lines + lines > kDepth ? 0 : lines, sums);
         if (last)
           write(sums, n - block * kBlock < kBlock ? n - block * kBlock : kBlock, rows,

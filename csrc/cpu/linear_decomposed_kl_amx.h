@@ -12,8 +12,12 @@ constexpr int64_t kBlock = 32;
 // Floats of scratch that a thread needs for n rows.
 constexpr int64_t scratch_size(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock * kBlock; }
 
+// Arrange the rows of a chunk, padded with zeros to whole blocks, as the tiles of `logits`, in the order in which it reads
+// them: n rounded up to kBlock times `width` entries, from a cache line on.
+void pack_hidden(const uint16_t* hidden, int64_t stride, int64_t n, int64_t width, uint16_t* panels);
+
 // out[n, v] = sum over w of hidden[n, w] * weight[v, w] for the vocabulary [begin, end), begin and `width` multiples of
-// kBlock. `panels` is hidden, padded with zeros to whole blocks: [block][half of a block][width / 2][kBlock / 2][2].
+// kBlock. `panels` is hidden, as pack_hidden arranges it; `scratch` begins a cache line too.
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
             uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch);
 

@@ -22,9 +22,9 @@ class ColumnFilter:
         self.native = native
         self._columns: Tensor | None = None
 
-    def columns(self, squares: Tensor) -> tuple[Tensor, Tensor]:  # (vocab,) -> (columns,), (fewer columns,)
-        """Indices of the columns that are kept for the hidden gradient, and those among them that are kept for the head
-        gradient, ascending, by the squares of the norms of G's columns. Valid until the next call."""
+    def columns(self, squares: Tensor) -> tuple[Tensor, Tensor]:  # (vocab,) -> (columns,), (fewer,)
+        """Indices of the columns that are kept for the hidden gradient, by the squares of the norms of G's columns, and
+        positions among them of those that are kept for the head gradient too; ascending. Valid until the next call."""
         if self.native:
             if self._columns is None:
                 self._columns = squares.new_empty((2, squares.shape[0]), dtype=torch.int64)
@@ -35,4 +35,4 @@ class ColumnFilter:
         # Beside NaN and inf nothing is small. How many are kept is known to the device only: the host waits for it.
         small = [(sums <= tolerance**2 * total) & total.isfinite() for tolerance in self.tolerances]
         hidden, head = (order[~dropped].sort().values for dropped in small)
-        return hidden, head
+        return hidden, torch.searchsorted(hidden, head)

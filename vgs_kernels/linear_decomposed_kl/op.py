@@ -347,7 +347,8 @@ class _Gradients:
         if self.filter is None or squares is None:
             self._add_head(component, logit_gradient, hidden)
             return self._hidden_product(logit_gradient)
-        for_hidden, for_head = self.filter.columns(squares)
+        for_hidden, among_them = self.filter.columns(squares)
+        for_head = for_hidden[among_them]
         worth_gathering = _WORTH_GATHERING * logit_gradient.shape[1]
         if for_head.shape[0] > worth_gathering:  # and so has for_hidden
             self._add_head(component, logit_gradient, hidden)
@@ -356,8 +357,7 @@ class _Gradients:
             self._add_head_columns(component, self.products.gather(logit_gradient, for_head), hidden, for_head)
             return self._hidden_product(logit_gradient)
         kept = self.products.gather(logit_gradient, for_hidden)
-        among_them = torch.searchsorted(for_hidden, for_head)
-        self._add_head_columns(component, kept.index_select(1, among_them), hidden, for_head)
+        self._add_head_columns(component, self.products.gather(kept, among_them), hidden, for_head)
         out = kept.new_empty(kept.shape[0], self.student_weight.shape[1])
         self.products.gathered_hidden_gradient(kept, self.student_weight, for_hidden, out)
         return out

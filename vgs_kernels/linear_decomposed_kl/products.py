@@ -40,7 +40,6 @@ class Products:
         self._streamed = self.native and dtype == torch.float32 and torch.ops.vgs_kernels_native.cpu_level() == 2
         self._has_matrix_unit = self._transposed and torch.ops.vgs_kernels_native.has_matrix_unit()
         self._scratch: Tensor | None = None
-        self._gathered: Tensor | None = None
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, v) = hidden (n, w) @ weight (v, w).T + bias (v,)."""
@@ -67,15 +66,12 @@ class Products:
         else:
             torch.mm(logit_gradient, weight, out=out)
 
-    def gather(self, logit_gradient: Tensor, columns: Tensor) -> Tensor:  # (n, v), (k,) -> (n, k)
-        """logit_gradient[:, columns], valid until the next call."""
+    def gather(self, matrix: Tensor, columns: Tensor) -> Tensor:  # (n, v), (k,) -> (n, k)
+        """matrix[:, columns]."""
         if not self.native:
-            return logit_gradient.index_select(1, columns)
-        rows, count = logit_gradient.shape[0], columns.shape[0]
-        if self._gathered is None or self._gathered.numel() < rows * count:
-            self._gathered = logit_gradient.new_empty(rows * count)
-        kept = self._gathered[: rows * count].view(rows, count)
-        torch.ops.vgs_kernels_native.gather_columns(logit_gradient, columns, kept)
+            return matrix.index_select(1, columns)
+        kept = matrix.new_empty(matrix.shape[0], columns.shape[0])
+        torch.ops.vgs_kernels_native.gather_columns(matrix, columns, kept)
         return kept
 
     def gathered_hidden_gradient(self, kept: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> None:
