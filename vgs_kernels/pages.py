@@ -1,7 +1,8 @@
 """Large new tensors of a CPU: how the system puts memory under them.
 
-A page is zeroed at its first touch, and huge pages are touched less often. On a virtual machine whose host takes free
-memory back they can cost more than small ones, for memory that is not used again at once.
+A page is zeroed at its first touch, and huge pages are touched less often. That pays for scratch that is written again
+and again, not for a result: on a virtual machine whose host takes free memory back, a huge page that is new to the
+guest costs more than the small ones in its place.
 
 Layer: tensors in, tensors out. Called by the operators (`op.py`) only.
 """

@@ -284,6 +284,7 @@ class _Gradients:
             pair = steering_weights.to(lang.dtype)
             lang, vis = lang * pair[0], vis * pair[1]
         squares = self._column_squares(1 if chunk.masked_student is None and self.combined else 2, transform.vocab_size)
+        column_squares = None if self.filter is None else squares
         # Gradients go to the dtype of the hidden states, in place over the logits when that is their dtype too.
         reuse = chunk.student.dtype == student_rows.dtype
         streams = (chunk.student, chunk.teacher, chunk.masked_teacher, chunk.masked_student, values, statistics)
@@ -294,24 +295,24 @@ class _Gradients:
             assert both is not None
             kernels.logit_gradients(
                 *streams, lang + vis, transform,
-                out_student=both[:n], out_masked_student=both[n:], row_gramian=row_gramian, column_squares=squares,
+                out_student=both[:n], out_masked_student=both[n:], row_gramian=row_gramian,
+                column_squares=column_squares,
             )  # fmt: skip
             if self.combined:
-                hidden = self._add(1, both, student_rows, None if squares is None else squares.sum(0))
+                hidden = self._add(1, both, student_rows, squares.sum(0))
             else:
-                of_student, of_masked = (None, None) if squares is None else squares
                 hidden = torch.cat([
-                    self._add(1, both[:n], student_rows[:n], of_student),
-                    self._add(0, both[n:], student_rows[n:], of_masked),
+                    self._add(1, both[:n], student_rows[:n], squares[0]),
+                    self._add(0, both[n:], student_rows[n:], squares[1]),
                 ])  # fmt: skip
             self._write_hidden(1, rows, hidden[:n])
             self._write_hidden(0, rows, hidden[n:])
         elif self.combined:
             out = chunk.student if reuse else torch.empty_like(chunk.student, dtype=student_rows.dtype)
             kernels.logit_gradients(
-                *streams, lang + vis, transform, out_student=out, row_gramian=row_gramian, column_squares=squares
+                *streams, lang + vis, transform, out_student=out, row_gramian=row_gramian, column_squares=column_squares
             )
-            self._write_hidden(1, rows, self._add(1, out, student_rows, None if squares is None else squares[0]))
+            self._write_hidden(1, rows, self._add(1, out, student_rows, squares[0]))
         else:
             both = chunk.masked_teacher_and_student if reuse else None
             if both is None:
@@ -319,9 +320,9 @@ class _Gradients:
             kernels.logit_gradients(
                 *streams, vis, transform,
                 out_student=both[n:], second_coefficients=lang, out_second=both[:n], row_gramian=row_gramian,
-                column_squares=squares,
+                column_squares=column_squares,
             )  # fmt: skip
-            if squares is None:
+            if self.filter is None:
                 self._add_head(0, both[:n], student_rows)
                 self._add_head(1, both[n:], student_rows)
                 hidden = self._hidden_product(both)
@@ -334,17 +335,16 @@ class _Gradients:
         self._accumulates = True
         return row_gramian
 
-    def _column_squares(self, outputs: int, vocab: int) -> Tensor | None:
-        """Where the kernels write the squares of the columns, (outputs, vocab); None without a filter."""
-        if self.filter is None:
-            return None
+    def _column_squares(self, outputs: int, vocab: int) -> Tensor:
+        """Where the kernels write the squares of the columns, (outputs, vocab); without a filter (outputs, 0)."""
         if self._squares is None:
-            self._squares = self.student_weight.new_empty((outputs, vocab), dtype=torch.float32)
+            columns = 0 if self.filter is None else vocab
+            self._squares = self.student_weight.new_empty((outputs, columns), dtype=torch.float32)
         return self._squares
 
-    def _add(self, component: int, logit_gradient: Tensor, hidden: Tensor, squares: Tensor | None) -> Tensor:
+    def _add(self, component: int, logit_gradient: Tensor, hidden: Tensor, squares: Tensor) -> Tensor:
         """Add to the head gradients; return the hidden gradient, (rows, width), empty rows where it is not wanted."""
-        if self.filter is None or squares is None:
+        if self.filter is None:
             self._add_head(component, logit_gradient, hidden)
             return self._hidden_product(logit_gradient)
         for_hidden, among_them = self.filter.columns(squares)
