@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -92,7 +93,9 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 // Memory from a cache line on: a vector or tile that lies across two takes both.
 template <class T>
 std::unique_ptr<T[], decltype(&std::free)> cache_lines(int64_t size) {
-  return {static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64))), std::free};
+  void* const memory = std::aligned_alloc(64, round_up(std::max<int64_t>(size, 1) * sizeof(T), 64));
+  if (!memory) throw std::bad_alloc();
+  return {static_cast<T*>(memory), std::free};
 }
 
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
@@ -112,14 +115,14 @@ void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = gradient.size(1);
   check_product({&gradient, &hidden, &out}, gradient.size(0) == n && out.size(0) == vocab && out.size(1) == width);
   const Kernels& kernels = kernels_of_level(cpu_level);
-  std::vector<float> panels(n * round_up(width, kernels.panel_columns));
-  kernels.pack_hidden(floats(hidden), hidden.stride(0), n, width, panels.data());
+  const auto panels = cache_lines<float>(n * round_up(width, kernels.panel_columns));
+  kernels.pack_hidden(floats(hidden), hidden.stride(0), n, width, panels.get());
   const int64_t bands = (vocab + kernels.tile_rows - 1) / kernels.tile_rows;
   torch::stable::parallel_for(0, bands, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(n * kernels.tile_rows);
-    kernels.head_gradient(floats(gradient), gradient.stride(0), panels.data(), n, width,
+    const auto scratch = cache_lines<float>(n * kernels.tile_rows);
+    kernels.head_gradient(floats(gradient), gradient.stride(0), panels.get(), n, width,
                           static_cast<float*>(out.data_ptr()), out.stride(0), begin * kernels.tile_rows,
-                          std::min(vocab, end * kernels.tile_rows), accumulate, scratch.data());
+                          std::min(vocab, end * kernels.tile_rows), accumulate, scratch.get());
   });
 }
 
@@ -132,10 +135,10 @@ void hidden_gradient(const Tensor& gradient, const Tensor& weight, int64_t cpu_l
   const int64_t panels = round_up(width, kernels.panel_columns) / kernels.panel_columns;
   const int64_t scratch_rows = n + kernels.tile_rows + kernels.panel_columns;
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(scratch_rows * kernels.band + kernels.tile_rows * kernels.panel_columns);
+    const auto scratch = cache_lines<float>(scratch_rows * kernels.band + kernels.tile_rows * kernels.panel_columns);
     kernels.hidden_gradient(floats(gradient), gradient.stride(0), floats(weight), weight.stride(0), n, vocab,
                             static_cast<float*>(out.data_ptr()), out.stride(0), begin * kernels.panel_columns,
-                            std::min(width, end * kernels.panel_columns), scratch.data());
+                            std::min(width, end * kernels.panel_columns), scratch.get());
   });
 }
 
@@ -144,17 +147,19 @@ void logits(const Tensor& hidden, const Tensor& weight, int64_t cpu_level, Tenso
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
   check_product({&hidden, &weight, &out}, weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
   const Kernels& kernels = kernels_of_level(cpu_level);
-  std::vector<float> panels(round_up(n, kernels.group) * width, 0.0f);
+  const int64_t padded = round_up(n, kernels.group) * width;
+  const auto panels = cache_lines<float>(padded);
+  std::fill_n(panels.get(), padded, 0.0f);
   for (int64_t row = 0; row < n; ++row)
     for (int64_t k = 0; k < width; ++k)
       panels[(row / kernels.group * width + k) * kernels.group + row % kernels.group] =
           floats(hidden)[row * hidden.stride(0) + k];
   const int64_t bands = round_up(vocab, kernels.logit_band) / kernels.logit_band;
   torch::stable::parallel_for(0, bands, 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(kernels.logit_band * kernels.group);
-    kernels.logits(panels.data(), floats(weight), weight.stride(0), n, width, static_cast<float*>(out.data_ptr()),
+    const auto scratch = cache_lines<float>(kernels.logit_band * kernels.group);
+    kernels.logits(panels.get(), floats(weight), weight.stride(0), n, width, static_cast<float*>(out.data_ptr()),
                    out.stride(0), begin * kernels.logit_band, std::min(vocab, end * kernels.logit_band),
-                   scratch.data());
+                   scratch.get());
   });
 }
 
