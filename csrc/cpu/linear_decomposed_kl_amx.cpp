@@ -68,24 +68,38 @@ void pack_weight(const uint16_t* weight, int64_t stride, int64_t rows, int64_t d
                          row < rows ? _mm512_loadu_si512(weight + row * stride + k) : _mm512_setzero_si512());
 }
 
-// sums (kBlock of the vocabulary, kBlock of the chunk) = or += tiles times a panel, over `depth` columns. Meanwhile the
-// next columns of the weight are fetched, `count` lines from `line` on.
-void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t depth, bool accumulate, const uint16_t* next,
-              int64_t next_stride, int64_t line, int64_t count, float* sums) {
-  constexpr int64_t kLines = kDepth / kBlock;  // of a row of the next columns
+// Rows that are fetched into the second-level cache while others are multiplied, a cache line after the other.
+struct Ahead {
+  const uint16_t* row;
+  int64_t stride, width, lines, column = 0;
+
+  void fetch(int64_t count) {
+    for (; count > 0 && lines > 0; --count, --lines) {
+      _mm_prefetch(reinterpret_cast<const char*>(row + column), _MM_HINT_T1);
+      column += kBlock;
+      if (column == width) column = 0, row += stride;
+    }
+  }
+};
+
+// sums (kBlock of the vocabulary, kBlock of the chunk) = or += tiles times a panel, over `depth` columns. Meanwhile lines
+// are fetched, `lines` of them every kBlock columns; not in one go, which would hold up the loads of the next tiles.
+void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t depth, bool accumulate, Ahead& ahead, int64_t lines,
+              float* sums) {
   load_sums(accumulate, sums);
-  const int64_t last = line + count, step = count * kBlock / depth + 1;
   for (int64_t k = 0; k < depth; k += kBlock) {
     _tile_loadd(4, tiles + k * kBlock, 64);
     _tile_loadd(6, panel + k * kBlock, 64);
+    ahead.fetch((lines + 3) / 4);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, tiles + k * kBlock + kLower, 64);
+    ahead.fetch((lines + 2) / 4);
     _tile_dpbf16ps(2, 5, 6);
     _tile_loadd(7, panel + k * kBlock + kLower, 64);
+    ahead.fetch((lines + 1) / 4);
     _tile_dpbf16ps(1, 4, 7);
+    ahead.fetch(lines / 4);
     _tile_dpbf16ps(3, 5, 7);
-    for (int64_t i = 0; i < step && line < last; ++i, ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(next + line / kLines * next_stride + line % kLines * kBlock), _MM_HINT_T1);
   }
   store_sums(sums);
 }
@@ -223,19 +237,16 @@ void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_strid
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t rows = end - v < kBlock ? end - v : kBlock;
+    const int64_t rows_after = end - v - rows < kBlock ? end - v - rows : kBlock;
+    Ahead ahead{weight + (v + rows) * weight_stride, weight_stride, width, rows_after * width / kBlock};
+    const int64_t lines = (kBlock + blocks - 1) / blocks;  // of kBlock rows, for each of the blocks
     for (int64_t start = 0; start < width; start += kDepth) {
       const int64_t depth = width - start < kDepth ? width - start : kDepth;
-      const uint16_t* columns = weight + v * weight_stride + start;
-      pack_weight(columns, weight_stride, rows, depth, tiles);
-      const bool last = start + kDepth >= width;
-      const uint16_t* next = last ? weight + (v + kBlock) * weight_stride : columns + kDepth;
-      const bool fetches = last ? v + 2 * kBlock <= end && width >= kDepth : rows == kBlock && start + 2 * kDepth <= width;
-      const int64_t lines = fetches ? (kDepth + blocks - 1) / blocks : 0;
+      pack_weight(weight + v * weight_stride + start, weight_stride, rows, depth, tiles);
       for (int64_t block = 0; block < blocks; ++block) {
         float* sums = scratch + block * kBlock * kBlock;
-        multiply(tiles, panels + (start * blocks + block * depth) * kBlock, depth, start > 0, next, weight_stride,
-                 block * lines, block * lines + lines > kDepth ? 0 : lines, sums);
-        if (last)
+        multiply(tiles, panels + (start * blocks + block * depth) * kBlock, depth, start > 0, ahead, lines, sums);
+        if (start + depth == width)
           write(sums, n - block * kBlock < kBlock ? n - block * kBlock : kBlock, rows,
                 out + block * kBlock * out_stride + v, out_stride);
       }
