@@ -7,8 +7,8 @@ Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width
 On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then
 packs only the small one: logits as (v, w) @ (w, n), head gradient as (v, n) @ (n, w). So a slice of the vocabulary is
 multiplied that way round, and transposed while it is in the cache. Where the CPU has a matrix unit (AMX), the logits
-come from a compiled kernel that does the same in registers, `csrc/cpu/linear_decomposed_kl_amx.cpp`. So does the hidden
-gradient of few columns, whose rows of the head are gathered on the way into the unit.
+come from a compiled kernel that does the same in registers, `csrc/cpu/linear_decomposed_kl_amx.cpp`. So do gradients of
+few columns: rows of the head are gathered on the way into the unit, and added to on the way out.
 
 In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. There all
 three are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves.
