@@ -1,8 +1,8 @@
 """Large new tensors of a CPU: how the system puts memory under them.
 
-A page is zeroed at its first touch, and huge pages are touched less often. That pays for scratch that is written again
-and again, not for a result: on a virtual machine whose host takes free memory back, a huge page that is new to the
-guest costs more than the small ones in its place.
+A page is zeroed at its first touch, and huge pages are touched less often. They are for scratch that is written again
+and again, not for results: on a virtual machine whose host takes free memory back, the host has to find a whole huge
+page at its first touch.
 
 Layer: tensors in, tensors out. Called by the operators (`op.py`) only.
 """

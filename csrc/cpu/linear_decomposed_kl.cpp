@@ -1,4 +1,5 @@
-// CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one.
+// CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one. The schemas and who calls them
+// are in ../linear_decomposed_kl.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -181,20 +182,22 @@ bool has_matrix_unit() {
 #endif
 }
 
-void check_bfloat16(std::initializer_list<const Tensor*> matrices) {
+// Operands of the matrix unit, whose tiles want a `width` of the head in whole blocks.
+void check_bfloat16(std::initializer_list<const Tensor*> matrices, int64_t width, bool fit) {
   for (const Tensor* matrix : matrices)
     STD_TORCH_CHECK(matrix->dim() == 2 && matrix->scalar_type() == torch::headeronly::ScalarType::BFloat16 &&
                         (matrix->stride(1) == 1 || matrix->size(1) == 1),
                     "operands must be bfloat16 matrices with unit stride in the last dimension");
   STD_TORCH_CHECK(has_matrix_unit(), "this CPU, system or build has no matrix unit for bfloat16");
+  STD_TORCH_CHECK(fit && width % amx::kBlock == 0,
+                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
 }
 
 // out (n, v) = hidden (n, w) weight (v, w)^T, bfloat16, on the matrix unit. Threads share the vocabulary.
 void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
-  check_bfloat16({&hidden, &weight, &out});
-  STD_TORCH_CHECK(weight.size(1) == width && out.size(0) == n && out.size(1) == vocab && width % amx::kBlock == 0,
-                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
+  check_bfloat16({&hidden, &weight, &out}, width,
+                 weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
 #if defined(VGS_HAVE_AMX)
   const auto panels = cache_lines<uint16_t>(round_up(n, amx::kBlock) * width);
   amx::pack_hidden(static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), n, width, panels.get());
@@ -221,9 +224,8 @@ const int64_t* checked_indices(const Tensor& indices, int64_t size) {
 // a whole. Threads share the width; every entry is one sum over the columns in order.
 void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& columns, Tensor out) {
   const int64_t n = gradient.size(0), width = weight.size(1), count = columns.numel();
-  check_bfloat16({&gradient, &weight, &out});
-  STD_TORCH_CHECK(gradient.size(1) == count && out.size(0) == n && out.size(1) == width && width % amx::kBlock == 0,
-                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
+  check_bfloat16({&gradient, &weight, &out}, width,
+                 gradient.size(1) == count && out.size(0) == n && out.size(1) == width);
   const int64_t* const column = checked_indices(columns, weight.size(0));
 #if defined(VGS_HAVE_AMX)
   const int64_t padded = round_up(n, amx::kBlock), bands = round_up(count, amx::kGathered) / amx::kGathered;
@@ -251,9 +253,8 @@ void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, c
 // be there twice. Threads share the columns; every entry is one sum over n in order.
 void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, const Tensor& columns, Tensor out) {
   const int64_t n = gradient.size(0), width = hidden.size(1), count = columns.numel();
-  check_bfloat16({&gradient, &hidden, &out});
-  STD_TORCH_CHECK(gradient.size(1) == count && hidden.size(0) == n && out.size(1) == width && width % amx::kBlock == 0,
-                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
+  check_bfloat16({&gradient, &hidden, &out}, width,
+                 gradient.size(1) == count && hidden.size(0) == n && out.size(1) == width);
   const int64_t* const column = checked_indices(columns, out.size(0));
 #if defined(VGS_HAVE_AMX)
   if (n == 0 || count == 0) return;

@@ -2,8 +2,10 @@
 // product of 16 rows of the weight, as they lie, and 16 rows of the chunk, of which it wants pairs of entries side by side.
 // Four tiles of sums share two of each operand, so that every operand fetched is used twice.
 //
-// The sums have the vocabulary in their rows and the logits have it in their columns: they are transposed while they are
+// Logits: the sums have the vocabulary in their rows and the logits have it in their columns: they are transposed while they are
 // rounded, and leave in whole cache lines past the caches, since a chunk of logits does not fit in any.
+//
+// Gathered products: the gathered rows are those of which pairs are wanted, interleaved once for all rows of the result.
 #include "linear_decomposed_kl_amx.h"
 
 #include <immintrin.h>
