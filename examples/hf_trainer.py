@@ -14,7 +14,7 @@ from typing import Any
 from own_loop import steered_parts
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
-from vgs_distill.data import load_rows
+from vgs_distill import load_rows
 
 from vgs_kernels import VisualGradientSteering
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import prepare_multimodal_messages
-from vgs_distill.data import load_rows
-from vgs_distill.families import EvidenceTokens
+from vgs_distill import EvidenceTokens, load_rows
 
 from vgs_kernels import LMHead, VisualGradientSteering, combine_gradients, gradient_gramian, linear_decomposed_kl
 

@@ -14,7 +14,7 @@ from typing import Any
 import datasets  # noqa: F401 - its log keeps the stderr of its first import, which must outlive one command
 import pytest
 from typer.testing import CliRunner
-from vgs_distill.cli import app
+from vgs_distill.commands.cli import app
 from vgs_distill.errors import InputError
 
 from tests.conftest import Workspace
@@ -271,7 +271,7 @@ def test_a_flag_without_its_value() -> None:
 
 
 def test_liger_asked_for_and_absent(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vgs_distill.models.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("vgs_distill.models.sources.is_liger_kernel_available", lambda: False)
     config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(tmp_path / "run"), use_liger_kernel=True)
     assert "pip install liger-kernel" in refused("train", "--config", config)
 

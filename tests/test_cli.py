@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
-from vgs_distill.cli import app
+from vgs_distill.commands.cli import app
 
 from vgs_kernels import backend, selftest
 from vgs_kernels.selftest import self_test

@@ -133,7 +133,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, desk: Path) -> 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")])
 def test_the_settings_of_a_page_are_read_by_the_parser(page: str, desk: Path) -> None:
-    from vgs_distill.arguments import train_parser
+    from vgs_distill.commands.arguments import train_parser
 
     for block in blocks(page, "yaml"):
         (desk / "block.yaml").write_text(block.code)
@@ -153,8 +153,8 @@ def understand(command: list[str]) -> None:
     """Fails unless the program that the command names takes its arguments."""
     import typer
     from accelerate.commands.launch import launch_command_parser
-    from vgs_distill.arguments import eval_parser, train_parser
-    from vgs_distill.cli import app
+    from vgs_distill.commands.arguments import eval_parser, train_parser
+    from vgs_distill.commands.cli import app
 
     match command:
         case ["vgs", ("train" | "eval") as name, *arguments]:
@@ -180,7 +180,7 @@ def understand(command: list[str]) -> None:
 def test_the_quick_start_runs(desk: Path, workspace: Workspace) -> None:
     """Its commands as they stand, but for the size of the run."""
     from typer.testing import CliRunner
-    from vgs_distill.cli import app
+    from vgs_distill.commands.cli import app
 
     for block in blocks("index.md", "yaml"):
         (desk / block.title).write_text(block.code)

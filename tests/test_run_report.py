@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
-from vgs_distill.cli import app
+from vgs_distill.commands.cli import app
 from vgs_distill.report.charts import Series, line_chart, number
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, read_run
 from vgs_distill.report.page import strength, visible

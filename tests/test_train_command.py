@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from typer.testing import CliRunner
-from vgs_distill.cli import app
+from vgs_distill.commands.cli import app
 
 from tests.conftest import Workspace
 
@@ -44,7 +44,7 @@ def test_help_reads_from_steering_to_transformers() -> None:
 def test_a_run_leaves_a_model_a_processor_and_what_repeats_it(workspace: Workspace, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from vgs_distill.arguments import train_parser
+    from vgs_distill.commands.arguments import train_parser
 
     run = train(workspace, tmp_path, "--gamma", "0.6", gamma=0.9, save_strategy="steps", save_steps=1)
     assert [row["steering/gamma"] for row in history(run) if "steering/gamma" in row] == [0.6, 0.6]
@@ -68,7 +68,7 @@ def test_a_run_leaves_a_model_a_processor_and_what_repeats_it(workspace: Workspa
 
 
 def test_the_environment_of_a_run_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vgs_distill.arguments import train_parser
+    from vgs_distill.commands.arguments import train_parser
 
     monkeypatch.setenv("VGS_TEST_ONLY", "before")
     (tmp_path / "run.yaml").write_text("env: {VGS_TEST_ONLY: 7}\nuse_cpu: true")
@@ -80,7 +80,7 @@ def test_the_environment_of_a_run_is_part_of_it(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["saved", "rows.parquet", "pictures"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_kind_of_dataset_gives_the_same_rows(name: str, streaming: bool, workspace: Workspace) -> None:
-    from vgs_distill.data import load_rows
+    from vgs_distill.inputs.data import load_rows
 
     expected = list(load_rows(str(workspace.root / "rows.jsonl"), split="train"))
     found = list(load_rows(str(workspace.root / name), split="train", streaming=streaming))
@@ -96,7 +96,7 @@ def test_a_streamed_file_trains(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def test_several_images_per_row_are_read_from_paths(workspace: Workspace, tmp_path: Path) -> None:
-    from vgs_distill.data import load_rows
+    from vgs_distill.inputs.data import load_rows
 
     pictures = [str(workspace.root / "pictures" / "0.png"), str(workspace.root / "pictures" / "1.png")]
     rows = [{"prompt": "compare", "images": pictures}, {"prompt": "tell", "images": []}]
@@ -154,7 +154,7 @@ def test_a_model_is_its_own_perfect_teacher(workspace: Workspace, tmp_path: Path
 def test_the_matching_rule() -> None:
     import re
 
-    from vgs_distill.evaluate import normalise, read_answer
+    from vgs_distill.commands.evaluate import normalise, read_answer
 
     assert normalise("  The  Cat. ") == normalise("the cat")
     assert normalise("cats") != normalise("cat")

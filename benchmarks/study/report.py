@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vgs_distill.runaway import runaway_start
+from vgs_distill.resilience.runaway import runaway_start
 
 from benchmarks import harness
 from benchmarks.report import NOT_MEASURED
@@ -304,10 +304,10 @@ def _runaways(study: Study) -> str:
                 rows.append([*cells, number(accuracy(record)), number(100 * record["well_formed"])])
     header = ["method", "task", "regime", "seed", "runaway from step", "alarm at step", "accuracy", "well formed"]
     return (
-        "A runaway begins where the history of KL(student ‖ teacher) says so in hindsight (`vgs_distill.runaway."
-        "runaway_start`); the monitor sees only what came before. Where it only warned, it did so within "
-        f"{IN_TIME} steps of the beginning in {sum(collapses)} of {len(collapses)} runs that collapsed, and in "
-        f"{sum(runaways)} of {len(runaways)} that ran away, collapse or not. It raised an alarm in "
+        "A runaway begins where the history of KL(student ‖ teacher) says so in hindsight "
+        "(`vgs_distill.resilience.runaway.runaway_start`); the monitor sees only what came before. Where it only "
+        f"warned, it did so within {IN_TIME} steps of the beginning in {sum(collapses)} of {len(collapses)} runs that "
+        f"collapsed, and in {sum(runaways)} of {len(runaways)} that ran away, collapse or not. It raised an alarm in "
         f"{len(quiet) - sum(quiet)} of {len(quiet)} healthy runs of `matched`. {missed} other runs collapsed without "
         "one: the monitor sees a run get worse than it was, not one that starts badly and stays bad. Every run with a "
         "runaway, an alarm or a collapse is listed; where the label says nothing of a runaway action, the alarm made "

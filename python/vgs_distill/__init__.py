@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .compatibility import check_trl
@@ -10,19 +11,24 @@ check_trl()
 
 if TYPE_CHECKING:
     from .config import VGSConfig
+    from .inputs.data import load_rows
+    from .inputs.families import EvidenceTokens
+    from .masking import without_evidence
     from .trainer import VGSTrainer
 
-__all__ = ["VGSConfig", "VGSTrainer"]
+__all__ = ["EvidenceTokens", "VGSConfig", "VGSTrainer", "load_rows", "without_evidence"]
+
+# On first use: torch, transformers and trl take seconds that `vgs --help` and the display of the demo do not need.
+_MODULES = {
+    "EvidenceTokens": ".inputs.families",
+    "VGSConfig": ".config",
+    "VGSTrainer": ".trainer",
+    "load_rows": ".inputs.data",
+    "without_evidence": ".masking",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: torch, transformers and trl take seconds that `vgs --help` and the display of the demo do not need.
-    if name == "VGSConfig":
-        from .config import VGSConfig
-
-        return VGSConfig
-    if name == "VGSTrainer":
-        from .trainer import VGSTrainer
-
-        return VGSTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)

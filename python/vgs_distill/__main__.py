@@ -1,5 +1,5 @@
 """`python -m vgs_distill` is the `vgs` command, for launchers that take modules: `accelerate launch -m vgs_distill`."""
 
-from vgs_distill.cli import main
+from vgs_distill.commands.cli import main
 
 main()

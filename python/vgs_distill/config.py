@@ -15,7 +15,7 @@ from trl import DistillationConfig
 from vgs_kernels.steering import SCALES
 from vgs_kernels.types import DECOMPOSITIONS
 
-from .modalities import MODALITIES
+from .inputs.modalities import MODALITIES
 
 STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
@@ -38,7 +38,7 @@ class VGSConfig(DistillationConfig):
         decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
             (equations: `vgs_kernels.decomposed_kl`).
         gamma: Share of the visual direction in [0, 1]; the value a schedule ends at. ``"adaptive"`` gives the part of
-            the loss that has made less progress the larger share (`vgs_distill.adaptive_gamma`).
+            the loss that has made less progress the larger share (`vgs_distill.steering.adaptive_gamma`).
         gamma_min, gamma_max: Bounds of an adaptive gamma; it starts in their middle.
         gamma_schedule: ``"constant"``, or ``"linear"`` / ``"cosine"`` from `gamma_start` at the first step to `gamma`
             at the last.
@@ -69,9 +69,9 @@ class VGSConfig(DistillationConfig):
         max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
             training stops.
         runaway_action: What happens, with steering, when the student runs away from its teacher
-            (`vgs_distill.runaway`): ``"fallback"`` warns and lowers gamma to at most 0.5 and the weight ratio to at
-            most 1 for the rest of the run; ``"warn"`` warns only; ``"stop"`` saves a checkpoint and ends training in
-            `TrainingStopped`; ``"none"`` does not watch.
+            (`vgs_distill.resilience.runaway`): ``"fallback"`` warns and lowers gamma to at most 0.5 and the weight
+            ratio to at most 1 for the rest of the run; ``"warn"`` warns only; ``"stop"`` saves a checkpoint and ends
+            training in `TrainingStopped`; ``"none"`` does not watch.
         teacher_device: Where the teacher runs: None for beside the student, a device such as ``"cuda:1"`` or ``"cpu"``,
             or ``"offload"`` to keep its weights in CPU memory and bring them to the student's device layer by layer.
         pack_teacher: Run both views of the teacher in one batch. None decides: yes where it wastes no padding (masks

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from vgs_kernels import DecomposedKL, LinearDecomposedKL, linear_decomposed_kl
 
 from .config import VGSConfig
-from .families import EvidenceTokens, Family
-from .heads import language_head
+from .inputs.families import EvidenceTokens, Family
 from .masking import Batch, masked_view, rows_with_evidence, stack_views
-from .proxy import GradientProxy
+from .models.heads import language_head
+from .steering.proxy import GradientProxy
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
 RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from .errors import InputError
-from .families import EvidenceTokens, Family
-from .heads import backbone
-from .modalities import IMAGE, MODALITIES, Modality, evidence_of
+from .inputs.families import EvidenceTokens, Family
+from .inputs.modalities import IMAGE, MODALITIES, Modality, evidence_of
+from .models.heads import backbone
 
 # Far below any real pixel, and not 0 in any dtype that models run in.
 _NOT_ZERO = torch.finfo(torch.float16).tiny

@@ -41,12 +41,11 @@ from trl.trainer.utils import pad
 
 from vgs_kernels import VisualGradientSteering
 
-from .adaptive_gamma import AdaptiveGamma
-from .checkpoints import AtomicCheckpoints
 from .config import ADAPTIVE, OFFLOAD, VGSConfig
 from .distributed import allow_fsdp_on_cpu, is_replicated, sum_over_processes, two_backward_passes
 from .errors import InputError
-from .families import (
+from .inputs.dataset_checks import check_dataset
+from .inputs.families import (
     EvidenceTokens,
     check_image_mask,
     check_modality,
@@ -54,20 +53,22 @@ from .families import (
     family_of,
     placeholder_ids,
 )
-from .heads import backbone, compile_backbone, without_compile_wrapper
-from .interruption import Interruption
+from .inputs.modalities import IMAGE, MODALITIES, Modality
 from .loss import MicroBatchLoss, decomposed_loss
 from .masking import Batch, with_evidence, without_evidence
-from .modalities import IMAGE, MODALITIES, Modality
-from .modules import parameters_by_module
-from .nonfinite import SkippedUpdates, describe_rows, describe_step
-from .output_dir import check_output_dir
-from .proxy import GradientProxy
-from .recording import RunRecorder
-from .runaway import RunawayMonitor
-from .sampler import EpochOrder
-from .schedule import gamma_at
-from .steering import (
+from .models.heads import backbone, compile_backbone, without_compile_wrapper
+from .models.modules import parameters_by_module
+from .models.teacher import load_student, load_teacher, place_teacher, shared_vocabulary, student_config
+from .report.recording import RunRecorder
+from .report.timing import StepTimer
+from .resilience.checkpoints import AtomicCheckpoints
+from .resilience.interruption import Interruption
+from .resilience.nonfinite import SkippedUpdates, describe_rows, describe_step
+from .resilience.output_dir import check_output_dir
+from .resilience.runaway import RunawayMonitor
+from .resilience.sampler import EpochOrder
+from .steering.adaptive_gamma import AdaptiveGamma
+from .steering.gradient_pair import (
     GradientPair,
     GramianPredictor,
     SteeringRecord,
@@ -75,10 +76,9 @@ from .steering import (
     no_gradient,
     weight_ratio,
 )
-from .teacher import load_student, load_teacher, place_teacher, shared_vocabulary, student_config
-from .timing import StepTimer
-from .token_weights import VisualTokenWeights
-from .validation import check_dataset
+from .steering.proxy import GradientProxy
+from .steering.schedule import gamma_at
+from .steering.token_weights import VisualTokenWeights
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from vgs_distill.demo.recipes import demo_recipe
-from vgs_distill.runaway import RunawayMonitor, runaway_start
+from vgs_distill.resilience.runaway import RunawayMonitor, runaway_start
 
 from benchmarks.report import DOCS
 from benchmarks.study import __main__ as command

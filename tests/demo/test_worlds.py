@@ -7,17 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from vgs_distill.demo.digits import CORNERS, PREFERRED_DIGIT, handwriting
 from vgs_distill.demo.evaluate import read_answer
-from vgs_distill.demo.shapes import PREFERRED_COLOR
-from vgs_distill.demo.worlds import (
-    CAPTION,
-    IMAGE_SIZE,
-    NUMBER_WORDS,
-    cell_slice,
-    make_world,
-    to_prompt_dataset,
-)
+from vgs_distill.demo.worlds import CAPTION, IMAGE_SIZE, make_world, to_prompt_dataset
+from vgs_distill.demo.worlds.digits import CORNERS, PREFERRED_DIGIT, handwriting
+from vgs_distill.demo.worlds.shapes import PREFERRED_COLOR
+from vgs_distill.demo.worlds.world import NUMBER_WORDS, cell_slice
 
 
 def answer_of_digits(example) -> str:

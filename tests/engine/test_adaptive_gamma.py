@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.adaptive_gamma import AdaptiveGamma
+from vgs_distill.steering.adaptive_gamma import AdaptiveGamma
 
 STEERINGS = [{"steering": "exact"}, {"steering": "amortized", "refresh_every": 3}]
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path, settings: dict[str, Any]
 
 @pytest.mark.parametrize("written", ["adaptive", "0.6"])
 def test_file_and_flag_take_a_number_or_the_word(tmp_path: Path, written: str) -> None:
-    from vgs_distill.arguments import train_parser
+    from vgs_distill.commands.arguments import train_parser
 
     file = tmp_path / "run.yaml"
     file.write_text(f"gamma: {written}\n")

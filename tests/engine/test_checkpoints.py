@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 from vgs_distill import VGSTrainer
-from vgs_distill.checkpoints import STAGING, STATE_FILE, check_space, last_checkpoint
 from vgs_distill.errors import TrainingStopped
+from vgs_distill.resilience.checkpoints import STAGING, STATE_FILE, check_space, last_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 

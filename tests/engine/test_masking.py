@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from transformers import Qwen2Config
-from vgs_distill.families import EvidenceTokens
+from vgs_distill.inputs.families import EvidenceTokens
 from vgs_distill.masking import without_evidence
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from vgs_distill import VGSTrainer
-from vgs_distill.proxy import GradientProxy
-from vgs_distill.steering import GramianPredictor
+from vgs_distill.steering.gradient_pair import GramianPredictor
+from vgs_distill.steering.proxy import GradientProxy
 
 from tests.engine.test_trainer import with_images_removed
 from vgs_kernels import LMHead, linear_decomposed_kl

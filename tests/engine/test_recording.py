@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
 from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.masking import drop_evidence
-from vgs_distill.modules import parameters_by_module
-from vgs_distill.recording import COMPLETIONS_PER_RECORD, RunRecorder, token_texts
+from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, RunLog, read_run
+from vgs_distill.report.recording import COMPLETIONS_PER_RECORD, RunRecorder, token_texts
 from vgs_distill.report.run import render_run
 from vgs_distill.trainer import _batch_of
 
@@ -208,7 +208,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
     (tmp_path / "run" / LOG_FILE).symlink_to("/dev/full")
     trainer = make_trainer()
     warnings: list[logging.LogRecord] = []
-    monkeypatch.setattr(logging.getLogger("vgs_distill.recording"), "handle", warnings.append)
+    monkeypatch.setattr(logging.getLogger("vgs_distill.report.recording"), "handle", warnings.append)
     trainer.train()
     assert trainer.state.global_step == 2
     (warning,) = warnings

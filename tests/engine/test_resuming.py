@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from vgs_distill.checkpoints import STAGING, last_checkpoint
 from vgs_distill.config import VGSConfig
+from vgs_distill.resilience.checkpoints import STAGING, last_checkpoint
 
 from tests.small_run import ON_CPU, build_student
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.checkpoints import read_state
 from vgs_distill.errors import TrainingStopped
-from vgs_distill.runaway import RunawayMonitor, runaway_start
+from vgs_distill.resilience.checkpoints import read_state
+from vgs_distill.resilience.runaway import RunawayMonitor, runaway_start
 
 RUNAWAY: dict[str, Any] = {
     "decomposition": "teacher_prior",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from vgs_distill import VGSConfig
-from vgs_distill.schedule import gamma_at
+from vgs_distill.steering.schedule import gamma_at
 
 
 @pytest.mark.parametrize(

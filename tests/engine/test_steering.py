@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.checkpoints import STATE_FILE
-from vgs_distill.steering import (
+from vgs_distill.resilience.checkpoints import STATE_FILE
+from vgs_distill.steering.gradient_pair import (
     GradientPair,
     GramianPredictor,
     RunningAverage,

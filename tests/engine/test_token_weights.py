@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from vgs_distill import VGSTrainer, loss
-from vgs_distill.token_weights import VisualTokenWeights
+from vgs_distill.steering.token_weights import VisualTokenWeights
 
 from tests.engine.test_trainer import step_logs, with_images_removed
 from vgs_kernels import linear_decomposed_kl

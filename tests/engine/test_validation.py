@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from vgs_distill.compatibility import check_trl
-from vgs_distill.output_dir import check_output_dir
-from vgs_distill.validation import check_dataset
+from vgs_distill.inputs.dataset_checks import check_dataset
+from vgs_distill.resilience.output_dir import check_output_dir
 
 PROMPT = [{"role": "user", "content": "what is this ?"}]
 

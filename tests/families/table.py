@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 import trl
-from vgs_distill.modalities import MODALITIES
+from vgs_distill.inputs.modalities import MODALITIES
 
 from tests.families.models import SMALL_FAMILIES
 from tests.families.training import make_trainer, processor_of, step_logs

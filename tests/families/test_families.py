@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 from vgs_distill import VGSTrainer, families
-from vgs_distill.families import check_teacher_reads_the_same
+from vgs_distill.inputs.families import check_teacher_reads_the_same
+from vgs_distill.inputs.modalities import AUDIO, MODALITIES, Modality
 from vgs_distill.masking import Batch, masked_view, stack_views
-from vgs_distill.modalities import AUDIO, MODALITIES, Modality
-from vgs_distill.modules import parameters_by_module
+from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES

@@ -16,14 +16,14 @@ import torch
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value, Video
 from torch import Tensor
 from typer.testing import CliRunner
-from vgs_distill.cli import app
+from vgs_distill.commands.cli import app
 from vgs_distill.errors import InputError
-from vgs_distill.families import EvidenceTokens, check_modality, check_teacher_reads_the_same, placeholder_ids
+from vgs_distill.inputs.dataset_checks import check_dataset
+from vgs_distill.inputs.families import EvidenceTokens, check_modality, check_teacher_reads_the_same, placeholder_ids
+from vgs_distill.inputs.modalities import AUDIO, VIDEO, evidence_of
 from vgs_distill.masking import masked_view, with_evidence
-from vgs_distill.modalities import AUDIO, VIDEO, evidence_of
 from vgs_distill.report.log import LOG_FILE
 from vgs_distill.trainer import _batch_of
-from vgs_distill.validation import check_dataset
 
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
 from tests.families.training import make_trainer, picture, processor_of, questions, sound, step_logs, video
@@ -250,7 +250,7 @@ def test_a_wrong_video(kind: str) -> None:
 
 
 def test_files_that_nothing_here_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vgs_distill.validation.find_spec", lambda name: None)
+    monkeypatch.setattr("vgs_distill.inputs.dataset_checks.find_spec", lambda name: None)
     prompt = List({"role": Value("string"), "content": Value("string")})
     for feature, column, modality, sentence in (
         (

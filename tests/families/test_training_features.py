@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vgs_distill import VGSTrainer
-from vgs_distill.heads import backbone
+from vgs_distill.models.heads import backbone
 from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH

@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import ProcessorMixin
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.modalities import MODALITIES
+from vgs_distill.inputs.modalities import MODALITIES
 
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
 from tests.small_run import ON_CPU

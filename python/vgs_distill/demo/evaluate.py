@@ -82,8 +82,7 @@ def generate_greedy(
             inputs["mm_token_type_ids"] = (input_ids == processor.image_token_id).int()
             pictures = list(pictures_tensor(examples[chunk]))
             inputs.update(processor.image_processor(images=pictures, return_tensors="pt"))
-        # mypy cannot match the self type that transformers declares for `generate`.
-        written = model.generate(**inputs, generation_config=config)[:, input_ids.size(1) :]  # type: ignore[misc]
+        written = model.generate(**inputs, generation_config=config)[:, input_ids.size(1) :]
         completions[chunk, : written.size(1)] = written
     return completions
 

@@ -4,8 +4,7 @@ Arguments are checked before any time is spent. Jobs go to worker processes as s
 student starts train while the teacher is evaluated, and a seed's methods race from the same start. Whatever has
 finished stays on disk if the demo ends early.
 
-Layer: the top of the demo; `vgs_distill.cli` calls `run_demo` and nothing below it. Imports no torch: the parent
-process only schedules and draws.
+Imports no torch: the parent process only schedules and draws.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from vgs_distill.demo.workers import (
 )
 from vgs_distill.demo.worlds import make_world, world_names
 from vgs_distill.errors import InputError
-from vgs_distill.output_dir import check_output_dir
+from vgs_distill.resilience.output_dir import check_output_dir
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"

@@ -1,1 +1,1 @@
-"""The HTML report of a run, from what `vgs_distill.recording` wrote. Knows files, not the engine; needs no torch."""
+"""What a run records, and the page of `vgs report` about it. All but `recording.py` and `timing.py` know files only."""

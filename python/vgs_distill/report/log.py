@@ -1,4 +1,4 @@
-"""Reads the recording of a run, finished or being written. The records are described in `vgs_distill/recording.py`."""
+"""Reads the recording of a run, finished or being written. `recording.py` describes the records."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modalities import AUDIO, IMAGE, Modality
+from ..inputs.modalities import AUDIO, IMAGE, Modality
 
 _DECODER_LAYER = re.compile(r"layers\.(\d+)\.")
 

@@ -29,17 +29,17 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from ..config import VGSConfig
+from ..errors import InputError, one_sentence
+from ..inputs.data import load_rows
+from ..inputs.families import EvidenceTokens, Family, check_modality, family_of
+from ..inputs.modalities import IMAGE, MODALITIES, evidence_of
+from ..loss import MicroBatchLoss, decomposed_loss
+from ..masking import Batch, with_evidence, without_evidence
+from ..models.heads import backbone
+from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
+from ..resilience.output_dir import check_output_dir
 from .arguments import EvalArguments, eval_parser, require
-from .config import VGSConfig
-from .data import load_rows
-from .errors import InputError, one_sentence
-from .families import EvidenceTokens, Family, check_modality, family_of
-from .heads import backbone
-from .loss import MicroBatchLoss, decomposed_loss
-from .masking import Batch, with_evidence, without_evidence
-from .modalities import IMAGE, MODALITIES, evidence_of
-from .models import check_installed, check_tokenizers, student_source, teacher_source
-from .output_dir import check_output_dir
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from datasets import Sequence as SequenceFeature
 from datasets import Video as VideoFeature
 from PIL import Image, UnidentifiedImageError
 
-from .errors import InputError
+from ..errors import InputError
 from .modalities import AUDIO, IMAGE, Modality, evidence_of
 
 

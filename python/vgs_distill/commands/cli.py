@@ -45,7 +45,7 @@ def _vgs(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, a
 def train(arguments: _Rest = None) -> None:
     """Distil a teacher into a student of your own, from a YAML file and flags. --help lists every field."""
     with _one_sentence():
-        from vgs_distill.train import train as run
+        from vgs_distill.commands.train import train as run
 
         run(arguments or [])
 
@@ -54,7 +54,7 @@ def train(arguments: _Rest = None) -> None:
 def evaluate(arguments: _Rest = None) -> None:
     """Measure a model with and without its images: accuracy, and the divergence from a teacher. --help lists all."""
     with _one_sentence():
-        from vgs_distill.evaluate import evaluate as run
+        from vgs_distill.commands.evaluate import evaluate as run
 
         run(arguments or [])
 
@@ -146,7 +146,7 @@ def doctor() -> None:
     """Say which backend runs every kernel here and why nothing faster does; test all, with exit code 1 if one errs."""
     from rich.console import Console
 
-    from vgs_distill.doctor import doctor as run
+    from vgs_distill.commands.doctor import doctor as run
 
     if not run(Console()):
         raise typer.Exit(1)

@@ -16,8 +16,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
-from .config import OFFLOAD, VGSConfig
-from .errors import InputError
+from ..config import OFFLOAD, VGSConfig
+from ..errors import InputError
 from .heads import backbone, without_compile_wrapper
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .errors import InputError
+from ..errors import InputError
 from .modalities import IMAGE, Modality
 
-THIS_FILE = "python/vgs_distill/families.py"
+THIS_FILE = "python/vgs_distill/inputs/families.py"
 
 
 @dataclass(frozen=True)

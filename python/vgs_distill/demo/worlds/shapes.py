@@ -2,8 +2,6 @@
 
 A second world whose pictures are drawn (Pillow) rather than scanned, with a stronger prior: each shape has a usual
 colour and a usual size, so a student that does not look still answers a third of the balanced test by habit.
-
-Layer: a `World`; see `worlds.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vgs_distill.demo.worlds import (
+from .world import (
     ANSWER_MARK,
     CAPTION,
     CELL,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .distributed import sum_over_processes
+from ..distributed import sum_over_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

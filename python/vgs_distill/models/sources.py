@@ -18,9 +18,9 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from .errors import InputError, one_sentence
-from .families import placeholder_ids
-from .modalities import IMAGE, Modality
+from ..errors import InputError, one_sentence
+from ..inputs.families import placeholder_ids
+from ..inputs.modalities import IMAGE, Modality
 
 _PROBE = "What is in the picture? 1 + 1 = 2, naïve façade"
 

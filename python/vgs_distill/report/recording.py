@@ -41,8 +41,8 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from .config import VGSConfig
-from .report.log import IMAGE_FOLDER, LOG_FILE
+from ..config import VGSConfig
+from .log import IMAGE_FOLDER, LOG_FILE
 
 logger = logging.get_logger(__name__)
 

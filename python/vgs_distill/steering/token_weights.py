@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import sum_over_processes
-from .steering import RunningAverage
+from ..distributed import sum_over_processes
+from .gradient_pair import RunningAverage
 
 
 class VisualTokenWeights:

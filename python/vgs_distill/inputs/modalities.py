@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,7 @@ A world exists so that the demo can say, on a laptop and in minutes, whether a s
 its training questions carry a language prior (an answer that is usually right without looking), its test
 questions carry none. `digits.py` and `shapes.py` each implement one; the rest of the demo knows only this page.
 
-Layer: pictures and words only. No torch here, so that the process which draws the progress bars and the report
-starts at once. Called by `supervised`, `evaluate`, `run` and `report`.
+No torch here, so that the process which draws the progress bars and the report starts at once.
 """
 
 from __future__ import annotations
@@ -130,25 +129,6 @@ class World(ABC):
 
     def _generator(self, stream: str, seed: int) -> np.random.Generator:
         return np.random.default_rng([_STREAMS[stream], seed])
-
-
-def world_names() -> tuple[str, ...]:
-    """The tasks `make_world` knows."""
-    return ("digits", "shapes")
-
-
-def make_world(name: str) -> World:
-    """The world called `name`; raises `ValueError` naming the known ones."""
-    # Imported here because each world pulls in its own library (scikit-learn for the handwriting).
-    if name == "digits":
-        from vgs_distill.demo.digits import DigitsWorld
-
-        return DigitsWorld()
-    if name == "shapes":
-        from vgs_distill.demo.shapes import ShapesWorld
-
-        return ShapesWorld()
-    raise ValueError(f"There is no task called {name!r}; choose one of: {', '.join(world_names())}.")
 
 
 def messages(question: str) -> list[dict[str, str]]:

@@ -24,8 +24,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from .config import VGSConfig
-from .errors import InputError, TrainingStopped
+from ..config import VGSConfig
+from ..errors import InputError, TrainingStopped
 
 logger = logging.get_logger(__name__)
 

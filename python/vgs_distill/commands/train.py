@@ -15,17 +15,17 @@ from typing import Any
 import yaml
 from trl import ModelConfig, get_peft_config
 
+from ..config import VGSConfig
+from ..errors import InputError, one_sentence
+from ..inputs.data import load_rows
+from ..inputs.dataset_checks import check_dataset
+from ..inputs.families import check_image_mask, check_modality, check_teacher_reads_the_same
+from ..inputs.modalities import MODALITIES
+from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
+from ..resilience.checkpoints import find_checkpoint
+from ..resilience.output_dir import check_output_dir
+from ..trainer import VGSTrainer
 from .arguments import DataArguments, require, train_parser
-from .checkpoints import find_checkpoint
-from .config import VGSConfig
-from .data import load_rows
-from .errors import InputError, one_sentence
-from .families import check_image_mask, check_modality, check_teacher_reads_the_same
-from .modalities import MODALITIES
-from .models import check_installed, check_tokenizers, student_source, teacher_source
-from .output_dir import check_output_dir
-from .trainer import VGSTrainer
-from .validation import check_dataset
 
 RUN_FILE = "run.yaml"  # every argument of the run, in its output folder
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .errors import TrainingStopped
+from ..errors import TrainingStopped
 
 logger = logging.get_logger(__name__)
 

@@ -21,8 +21,8 @@ import yaml
 from transformers import TrainingArguments
 from trl import DistillationConfig, ModelConfig, TrlParser
 
-from .config import VGSConfig
-from .errors import InputError, nearest, one_sentence
+from ..config import VGSConfig
+from ..errors import InputError, nearest, one_sentence
 
 
 @dataclass

@@ -3,8 +3,6 @@
 Handwritten digits of scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, shipped with the library, so nothing
 is downloaded). The scans are split once, by a fixed permutation: test pictures are built from handwriting that no
 training or distillation picture contains.
-
-Layer: a `World`; see `worlds.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from vgs_distill.demo.worlds import (
+from .world import (
     ANSWER_MARK,
     CAPTION,
     CELL,

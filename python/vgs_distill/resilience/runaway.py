@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .errors import TrainingStopped
+from ..errors import TrainingStopped
 
 logger = logging.get_logger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import VGSConfig
+from ..config import VGSConfig
 
 
 def gamma_at(config: VGSConfig, step: int, total_steps: int) -> float:

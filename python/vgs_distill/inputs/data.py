@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 
-from .errors import InputError, one_sentence
+from ..errors import InputError, one_sentence
 from .modalities import IMAGE, Modality
 
 _FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

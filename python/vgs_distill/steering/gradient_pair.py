@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vgs_kernels import combine_gradients, gradient_gramian
 
-from .distributed import average_gradients, shard_group
+from ..distributed import average_gradients, shard_group
 
 Policy = Callable[[Tensor], Tensor]
 _NO_MODULES: Mapping[str, Sequence[int]] = MappingProxyType({})

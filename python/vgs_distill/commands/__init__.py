@@ -1,0 +1,1 @@
+"""The `vgs` command: its flags, and what each subcommand does."""

@@ -1,0 +1,1 @@
+"""Models as a run needs them: where they come from, their parts, and the teacher's place."""

@@ -1,0 +1,1 @@
+"""What keeps a run whole: checkpoints, interruptions, and steps that go wrong."""

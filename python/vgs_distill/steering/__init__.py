@@ -1,0 +1,1 @@
+"""From the two parts of a loss to one gradient."""
