@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -55,6 +57,23 @@ def test_a_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         assert backend.resolve("decomposed_kl", CPU) == "reference"
         assert backend.resolve("decomposed_kl", CPU) == "reference"
     assert caplog.text.count("no compiler when it was installed") == 1
+
+
+def test_importing_the_package_leaves_the_compiler_alone() -> None:
+    seen = "import sys, vgs_kernels; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_choice_is_a_constant_to_the_compiler() -> None:
+    def same(value: int) -> int:
+        return value
+
+    torch.compiler.assume_constant_result(same)
+    marks = vars(same)
+    assert marks
+    for function in (backend._problem, backend._automatic):
+        assert marks.items() <= vars(function).items()
 
 
 def test_status_names_what_runs_every_op() -> None:

@@ -14,9 +14,11 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +26,8 @@ logger = logging.getLogger("vgs_kernels")
 
 ENVIRONMENT_VARIABLE = "VGS_KERNELS_BACKEND"
 BACKENDS = ("native", "triton", "foreach", "reference")
+
+_Function = TypeVar("_Function", bound=Callable)
 
 # op -> backend -> module. One op, one folder.
 _MODULES: dict[str, dict[str, str]] = {
@@ -108,7 +112,14 @@ def _triton_problem(device_type: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile does not trace imports
+def _constant(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, so that torch.compile does not trace imports. That one imports
+    `torch._dynamo`, which takes longer than the rest of this package, to set this attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot run `op` on `device_type`, for inputs of `dtype` where it is given; None when it can."""
     if backend not in _MODULES[op]:
@@ -126,7 +137,7 @@ def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None 
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 @cache
 def _automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     preference = _PREFERENCE[op].get(device_type, ("reference",))
