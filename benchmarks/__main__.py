@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import harness, report
+from benchmarks import report
+from benchmarks.harness.machine import REPOSITORY
+from benchmarks.harness.records import RECORDS
 
 # In the order of the run. `takes` are the options that the benchmark understands.
 BENCHMARKS = {
@@ -31,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--force", action="store_true", help="measure again what is on record")
-    parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--docs", type=Path, default=report.DOCS)
     args = parser.parse_args(arguments)
     if unknown := sorted(set(args.names) - set(present)):
         parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(present)}")
-    if args.quick and args.records == harness.RECORDS:
+    if args.quick and args.records == RECORDS:
         # Figures of small shapes have no place among the real ones.
-        args.records, args.docs = (harness.REPOSITORY / "runs" / "bench-quick" / name for name in ("records", "docs"))
+        args.records, args.docs = (REPOSITORY / "runs" / "bench-quick" / name for name in ("records", "docs"))
     options = {
         "device": [] if args.device == "cpu" else [f"--device={args.device}"],
         "quick": ["--quick"] if args.quick else [],
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         command = [sys.executable, "-m", f"benchmarks.{name}", *(o for key in BENCHMARKS[name] for o in options[key])]
         print(f"\n# {name}", flush=True)
-        status = subprocess.run(command, cwd=harness.REPOSITORY, check=False).returncode or status
+        status = subprocess.run(command, cwd=REPOSITORY, check=False).returncode or status
     report.main([f"--records={args.records}", f"--docs={args.docs}"])
     return status
 

@@ -6,7 +6,7 @@
 The loss reads three streams, the gradient reads them again and writes one: 7 times the logits. That traffic over the
 time is compared with the bandwidth of a copy of as many bytes, measured in the same turns.
 
-Layer: benchmarks. A copy has its destination ready: the kernels, writing into a gradient tensor that exists, are what
+A copy has its destination ready: the kernels, writing into a gradient tensor that exists, are what
 is held against it. The public function returns a new tensor, and the system hands out its pages one by one; a copy into
 a new tensor shows what that costs.
 """
@@ -23,13 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers
-from benchmarks.harness import Check, Gate, Record, Row, Threshold
+from benchmarks import peers
+from benchmarks.harness.cases import DTYPES, case_of, case_parser, drive
+from benchmarks.harness.gates import Check, Gate, accumulation_dtype, relative_error
+from benchmarks.harness.lineup import Lineup
+from benchmarks.harness.machine import environment, source_digest
+from benchmarks.harness.memory import MEMORY_METHOD
+from benchmarks.harness.records import Record, Target
 from vgs_kernels import backend, decomposed_kl
 from vgs_kernels.types import LogitTransform
 
 NAME = "decomposed_kl"
-ISSUE_SHAPE = {"tokens": 512, "vocab": 151936}
+TARGET_SHAPE = {"tokens": 512, "vocab": 151936}
 GATE_TOKENS = 16
 READS_AND_WRITES = 7
 STEERING_WEIGHTS = (0.3, 1.7)
@@ -54,7 +59,7 @@ def our_parts(student: Tensor, teacher: Tensor, masked_teacher: Tensor) -> tuple
 
 def plain_parts(student: Tensor, teacher: Tensor, masked_teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Plain torch, softmax in fp32 for 16-bit logits."""
-    dtype = harness.accumulation_dtype(student.dtype)
+    dtype = accumulation_dtype(student.dtype)
     return peers.plain_parts("teacher_prior", student.to(dtype), teacher.to(dtype), masked_teacher.to(dtype))
 
 
@@ -69,15 +74,15 @@ def loss_and_gradient(parts: Parts, streams: Sequence[Tensor]) -> tuple[Tensor, 
 def run_gate(vocab: int, dtype: str, device: str, parts: Parts = our_parts) -> Gate:
     """Values and gradients on spread-out and on peaked logits against fp64. `parts`: tests plant errors there."""
     checks = []
-    torch_dtype = harness.DTYPES[dtype]
+    torch_dtype = DTYPES[dtype]
     for kind, spread in (("random", 2.0), ("peaked", 30.0)):
         streams = logits(GATE_TOKENS, vocab, torch_dtype, device, spread)
         exact = loss_and_gradient(plain_parts, [stream.double() for stream in streams])
         results, plains = loss_and_gradient(parts, streams), loss_and_gradient(plain_parts, streams)
         largest = max(stream.abs().max().item() for stream in streams)
-        floor = 4 * torch.finfo(harness.accumulation_dtype(torch_dtype)).eps * largest  # see linear_decomposed_kl
+        floor = 4 * torch.finfo(accumulation_dtype(torch_dtype)).eps * largest  # see linear_decomposed_kl
         for name, result, plain, truth in zip(("lang", "vis", "gradient"), results, plains, exact, strict=True):
-            errors = harness.relative_error(result, truth), harness.relative_error(plain, truth)
+            errors = relative_error(result, truth), relative_error(plain, truth)
             own = torch.finfo(result.dtype).eps / 8
             checks.append(Check(f"{kind} {name}", *errors, floor + own))
     return Gate(tuple(checks))
@@ -88,7 +93,7 @@ def kernel_calls(streams: Sequence[Tensor], gradient: Tensor, device: str) -> di
     kernels = backend.load(NAME, backend.resolve(NAME, torch.device(device)))
     tokens, vocab = streams[0].shape
     transform = LogitTransform("teacher_prior", vocab, 1.0, 1.0, 1.0, 0.0, 0.0)
-    dtype = harness.accumulation_dtype(streams[0].dtype)
+    dtype = accumulation_dtype(streams[0].dtype)
     # entropy, full, prior, shift, masked: vis = full - prior, lang = prior
     row = [0.0, STEERING_WEIGHTS[1], STEERING_WEIGHTS[0] - STEERING_WEIGHTS[1], 0.0, 0.0]
     coefficients = torch.tensor(row, dtype=dtype, device=device).repeat(tokens, 1)
@@ -107,6 +112,26 @@ def kernel_calls(streams: Sequence[Tensor], gradient: Tensor, device: str) -> di
     return {"kernel_loss": loss, "kernel_gradient": slope, "kernel_both": both}
 
 
+def line_up(streams: Sequence[Tensor], gradient: Tensor, device: str) -> Lineup:
+    lineup = Lineup(device)
+    size = gradient.numel() * gradient.element_size()
+    whole = READS_AND_WRITES * size
+    kernels = kernel_calls(streams, gradient, device)
+    lineup.add("copy", "a copy of one stream", lambda: gradient.copy_(streams[1]), bytes_moved=2 * size)
+    lineup.add("clone", "a copy of one stream into a new tensor", lambda: streams[1].clone(), bytes_moved=2 * size)
+    lineup.add("kernel_loss", "kernel, loss", kernels["kernel_loss"], bytes_moved=3 * size)
+    lineup.add(
+        "kernel_gradient", "kernel, gradient into an existing tensor", kernels["kernel_gradient"], bytes_moved=4 * size
+    )
+    lineup.add("kernel_both", "kernels, loss and gradient", kernels["kernel_both"], bytes_moved=whole)
+    lineup.add(
+        "ours", "decomposed_kl, forward and backward, new tensor",
+        lambda: loss_and_gradient(our_parts, streams), bytes_moved=whole,
+    )  # fmt: skip
+    lineup.add("naive", "plain torch, forward and backward", lambda: loss_and_gradient(plain_parts, streams))
+    return lineup
+
+
 def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Namespace) -> Record:
     """Gate, then turns, then the record of one case. A red gate ends it before any timing."""
     start = time.perf_counter()
@@ -115,52 +140,28 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     print(gate.describe(), flush=True)
     facts: dict[str, Any] = {
         "backend": backend.resolve(NAME, torch.device(device)),
-        "memory": harness.MEMORY_METHOD[device],
+        "memory": MEMORY_METHOD[device],
         "bytes": "3 reads for the loss, 3 reads and 1 write for the gradient; a copy counts 1 read and 1 write",
     }
     record = Record(
-        NAME, harness.case_of(shape, dtype, threads), gate, [], harness.environment(device), facts=facts,
+        NAME, case_of(shape, dtype, threads), gate, [], environment(device), facts=facts,
         sources=digest(),
     )  # fmt: skip
     if not gate.passed:
         return record
-    streams = logits(shape["tokens"], shape["vocab"], harness.DTYPES[dtype], device)
+    streams = logits(shape["tokens"], shape["vocab"], DTYPES[dtype], device)
     gradient = torch.zeros_like(streams[0])
     size = streams[0].numel() * streams[0].element_size()
-    calls: dict[str, Callable[[], Any]] = {
-        "copy": lambda: gradient.copy_(streams[1]),
-        "clone": lambda: streams[1].clone(),
-        **kernel_calls(streams, gradient, device),
-        "ours": lambda: loss_and_gradient(our_parts, streams),
-        "naive": lambda: loss_and_gradient(plain_parts, streams),
-    }
-    rows = {
-        "copy": Row("copy", "a copy of one stream", bytes_moved=2 * size),
-        "clone": Row("clone", "a copy of one stream into a new tensor", bytes_moved=2 * size),
-        "kernel_loss": Row("kernel_loss", "kernel, loss", bytes_moved=3 * size),
-        "kernel_gradient": Row("kernel_gradient", "kernel, gradient into an existing tensor", bytes_moved=4 * size),
-        "kernel_both": Row("kernel_both", "kernels, loss and gradient", bytes_moved=READS_AND_WRITES * size),
-        "ours": Row("ours", "decomposed_kl, forward and backward, new tensor", bytes_moved=READS_AND_WRITES * size),
-        "naive": Row("naive", "plain torch, forward and backward"),
-    }
+    lineup = line_up(streams, gradient, device)
     if not args.no_compile:
         compiled = torch.compile(plain_parts, dynamic=False)
-        rows["compiled"] = Row("compiled", "plain torch under torch.compile")
-        begun = time.perf_counter()
-        try:
-            with harness.time_limit(COMPILE_LIMIT_S):
-                loss_and_gradient(compiled, streams)
-            calls["compiled"] = lambda: loss_and_gradient(compiled, streams)
-        except Exception as error:
-            rows["compiled"].note = f"skipped: {type(error).__name__}: {error}".splitlines()[0]
-        facts["compiled_first_call_seconds"] = time.perf_counter() - begun
-    timings = harness.interleaved(
-        calls, min_rounds=args.rounds, max_rounds=5 * args.rounds, budget_s=args.budget, device=device,
-        warm_up=[name for name in calls if device == "cuda" or name not in ("naive", "compiled")],
+        lineup.add("compiled", "plain torch under torch.compile", lambda: loss_and_gradient(compiled, streams))
+        facts["compiled_first_call_seconds"] = lineup.call_first("compiled", COMPILE_LIMIT_S)
+    lineup.take_turns(
+        args.rounds, 5 * args.rounds, args.budget,
+        warm_up=[name for name in lineup.calls if device == "cuda" or name not in ("naive", "compiled")],
     )  # fmt: skip
-    for name, timing in timings.items():
-        row = rows[name]
-        row.seconds, row.peak_bytes, row.note = timing.seconds, timing.peak_bytes, timing.problem or row.note
+    rows = lineup.rows
     for name in ("ours", "kernel_both", "compiled"):
         if name in rows:
             rows[name].baseline = "naive"
@@ -172,20 +173,20 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     facts["share_of_copy_bandwidth"] = {
         row.name: row.bytes_moved / row.median / bandwidth for row in record.rows if row.bytes_moved and row.median
     }
-    if shape == ISSUE_SHAPE and dtype == "fp32" and device == "cpu":
+    if shape == TARGET_SHAPE and dtype == "fp32" and device == "cpu":
         share = facts["share_of_copy_bandwidth"].get("kernel_both")
         text = "kernels, loss and gradients of three fp32 streams: share of the copy bandwidth"
-        record.thresholds = [Threshold(text, share, 0.6, at_least=True)]
+        record.targets = [Target(text, share, 0.6, "nothing moves bytes faster than a copy", at_least=True)]
     facts["case_seconds"] = time.perf_counter() - start
     return record
 
 
 def digest() -> str:
-    return harness.source_digest(Path(__file__), Path(peers.__file__))
+    return source_digest(Path(__file__), Path(peers.__file__))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = harness.case_parser(__doc__)
+    parser = case_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=151936)
     args = parser.parse_args(arguments)
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.tokens, args.vocab, args.no_compile, args.budget = 64, 8192, True, 0.2
     shape = {"tokens": args.tokens, "vocab": args.vocab}
     size = args.tokens * args.vocab / (512 * 151936)
-    return harness.drive(
+    return drive(
         "benchmarks.decomposed_kl",
         args,
         shape,

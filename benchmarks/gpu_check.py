@@ -18,8 +18,11 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks import harness, report
-from benchmarks.harness import Check, Gate, Record
+from benchmarks import report
+from benchmarks.harness.gates import Check, Gate
+from benchmarks.harness.machine import REPOSITORY, environment
+from benchmarks.harness.records import RECORDS, Record, write_record
+from benchmarks.harness.tables import describe_record
 from benchmarks.protocols import GPU_PROTOCOLS
 
 NAME = "gpu_check"
@@ -31,7 +34,7 @@ def run_tests() -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         report_file = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report_file}"]
-        subprocess.run(command, cwd=harness.REPOSITORY, check=False)
+        subprocess.run(command, cwd=REPOSITORY, check=False)
         return counts(report_file.read_text()) if report_file.exists() else {"errors": 1}
 
 
@@ -54,7 +57,7 @@ def benchmark_commands() -> list[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--records", type=Path, default=RECORDS)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
@@ -68,16 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module, *options in commands:
         command = [sys.executable, "-m", module, "--device=cuda", f"--records={args.records.resolve()}", *options]
         print(f"\n# {' '.join(command[2:])}", flush=True)
-        statuses[" ".join([module, *options])] = subprocess.run(command, cwd=harness.REPOSITORY, check=False).returncode
+        statuses[" ".join([module, *options])] = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
     record = Record(
         NAME,
         {"tests": outcomes.get("tests", 0), "failed": failed, "skipped": outcomes.get("skipped", 0)},
         Gate((Check("tests that failed", float(failed), 0.0, 0.0),)),
         [],
-        harness.environment("cuda"),
+        environment("cuda"),
         facts={"tests": outcomes, "benchmarks": statuses, "seconds": time.perf_counter() - start},
     )
-    print(f"\nrecord: {harness.write_record(record, args.records)}\n{harness.describe_record(record)}")
+    print(f"\nrecord: {write_record(record, args.records)}\n{describe_record(record)}")
     report.main([f"--records={args.records}"])
     return 0 if record.gate.passed and not any(statuses.values()) else 1
 

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import harness
-from benchmarks.harness import Record
+from benchmarks.harness.machine import REPOSITORY
+from benchmarks.harness.memory import MIB
+from benchmarks.harness.plots import plot_lines
+from benchmarks.harness.records import RECORDS, Record, read_records
+from benchmarks.harness.tables import bytes_text, markdown_table, seconds_text, table_rows
 from benchmarks.protocols import GPU_PROTOCOLS, Protocol
 from benchmarks.sweep import LABELS as SWEEP_LABELS
 
-DOCS = harness.REPOSITORY / "docs"
+DOCS = REPOSITORY / "docs"
 NOT_MEASURED = "not measured"
 # The order of the report; benchmarks that are not named come after.
 TITLES = {
@@ -38,7 +41,7 @@ torch in the faster of its spellings that pass the same gate.
 
 def build(records: Sequence[Record], plot: str | None) -> str:
     """The whole page. `plot` is the link to the sweep's picture, None without one."""
-    parts = [INTRODUCTION, _thresholds(records)]
+    parts = [INTRODUCTION, _targets(records)]
     names = [*TITLES, *sorted({record.benchmark for record in records} - {*TITLES, "sweep"})]
     for name in names:
         own = [record for record in records if record.benchmark == name]
@@ -52,21 +55,22 @@ def build(records: Sequence[Record], plot: str | None) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _thresholds(records: Sequence[Record]) -> str:
+def _targets(records: Sequence[Record]) -> str:
     rows = [
         [
             _case_text(record),
-            threshold.text,
-            NOT_MEASURED if threshold.value is None else f"{threshold.value:.3g}",
-            f"{'≥' if threshold.at_least else '≤'} {threshold.limit:g}",
-            {True: "pass", False: "**fail**", None: NOT_MEASURED}[threshold.met],
+            target.text,
+            NOT_MEASURED if target.value is None else f"{target.value:.3g}",
+            target.bound,
+            {True: "met", False: "**missed**", None: NOT_MEASURED}[target.met],
+            target.reason,
         ]
         for record in records
         if record.gate.passed
-        for threshold in record.thresholds
+        for target in record.targets
     ]
-    table = harness.markdown_table(["case", "what", "figure", "wanted", "verdict"], rows) if rows else NOT_MEASURED
-    return f"## What the project set out to show\n\n{table}"
+    header = ["case", "what", "figure", "target", "verdict", "why this much"]
+    return f"## What the project set out to show\n\n{markdown_table(header, rows) if rows else NOT_MEASURED}"
 
 
 def _section(record: Record) -> str:
@@ -89,8 +93,8 @@ def _section(record: Record) -> str:
     )
     lines = [f"### {_case_text(record)}", gate]
     if record.gate.passed and record.rows:
-        header, cells = _sweep_rows(record) if record.benchmark == "sweep" else harness.table_rows(record)
-        lines.append(harness.markdown_table(header, cells))
+        header, cells = _sweep_rows(record) if record.benchmark == "sweep" else table_rows(record)
+        lines.append(markdown_table(header, cells))
     if "share_of_copy_bandwidth" in record.facts:
         bandwidth = record.facts["copy_bandwidth"] / 1e9
         shares = ", ".join(f"{name} {share:.0%}" for name, share in record.facts["share_of_copy_bandwidth"].items())
@@ -106,8 +110,8 @@ def _sweep_rows(record: Record) -> tuple[list[str], list[list[str]]]:
         line = [value]
         for name in SWEEP_LABELS:
             row = record.row(f"{name}@{value}")
-            time = NOT_MEASURED if row is None or row.median is None else harness.seconds_text(row.median)
-            line.append(f"{time}, {harness.bytes_text(row.peak_bytes)}" if row and row.peak_bytes is not None else time)
+            time = NOT_MEASURED if row is None or row.median is None else seconds_text(row.median)
+            line.append(f"{time}, {bytes_text(row.peak_bytes)}" if row and row.peak_bytes is not None else time)
         lines.append(line)
     return [str(record.case["axis"]), *SWEEP_LABELS.values()], lines
 
@@ -125,14 +129,14 @@ def _gpu_section(records: Sequence[Record]) -> str:
         found = [record for record in records if _is(record, protocol)]
         for record in found:
             figures = [(record.row(name)) for name in names]
-            cells = [NOT_MEASURED if r is None or r.median is None else harness.seconds_text(r.median) for r in figures]
+            cells = [NOT_MEASURED if r is None or r.median is None else seconds_text(r.median) for r in figures]
             rows.append([_protocol_text(protocol), record.environment["hardware"]["name"], *cells])
         if not found:
             rows.append([_protocol_text(protocol), NOT_MEASURED, *[NOT_MEASURED] * len(names)])
     return (
         "## GPU: the peers' own shapes\n\n"
         "The shapes that Liger and TRL publish figures for. `make gpu-check` on a machine with a GPU fills this in.\n\n"
-        + harness.markdown_table(header, rows)
+        + markdown_table(header, rows)
     )
 
 
@@ -162,21 +166,21 @@ def plot_sweeps(records: Sequence[Record], path: Path) -> bool:
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in record.rows:
                 name, _, value = row.name.partition("@")
-                y = row.median if figure == "seconds" else (row.peak_bytes or 0) / harness.MIB
+                y = row.median if figure == "seconds" else (row.peak_bytes or 0) / MIB
                 if y:
                     lines.setdefault(SWEEP_LABELS[name], []).append((float(value), y))
             panels.append((str(record.case["axis"]), label, lines))
     if panels:
-        harness.plot_lines(path, panels, columns=len(sweeps))
+        plot_lines(path, panels, columns=len(sweeps))
     return bool(panels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args(arguments)
-    records = harness.read_records(args.records)
+    records = read_records(args.records)
     plot = args.docs / "benchmarks-growth.svg"
     drawn = plot_sweeps(records, plot)
     page = args.docs / "benchmarks.md"

@@ -8,7 +8,7 @@ Its floor is the time of a copy, which counts one read and one write, times 5/2,
 the lines it is about to overwrite, and the combination in place does not, so that a ratio below 1 is possible on a CPU;
 the facts of a record hold the ratio against the copy with that read counted, too.
 
-Layer: benchmarks. `naive`, `foreach` and `foreach_dot` have no inner product of the two gradients and do not clip.
+`naive`, `foreach` and `foreach_dot` have no inner product of the two gradients and do not clip.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
-from benchmarks.harness import Check, Gate, Record, Row, Threshold
+from benchmarks.harness.cases import DTYPES, case_of, case_parser, drive
+from benchmarks.harness.gates import Check, Gate, accumulation_dtype, relative_error
+from benchmarks.harness.lineup import Lineup
+from benchmarks.harness.machine import environment, source_digest
+from benchmarks.harness.memory import MEMORY_METHOD, MIB
+from benchmarks.harness.records import Record, Row, Target
+from benchmarks.harness.timing import copy_call
 from vgs_kernels import VisualGradientSteering, backend, combine_gradients, gradient_gramian
 
 NAME = "steering"
-ISSUE_SHAPE = {"width": 462, "layers": 25}  # 64.1 M parameters in 200 tensors
+TARGET_SHAPE = {"width": 462, "layers": 25}  # 64.1 M parameters in 200 tensors
 GATE_WIDTH = 33
 GAMMA = 0.8
 MAX_NORM = 0.5
@@ -114,7 +119,7 @@ def flat(tensors: Gradients) -> Tensor:
 
 def run_gate(dtype: str, device: str, combine: Combine = ours) -> Gate:
     """Gramian, combination and clipping against fp64. `combine`: tests plant errors there."""
-    lang, vis = gradients(GATE_WIDTH, 3, harness.DTYPES[dtype], device)
+    lang, vis = gradients(GATE_WIDTH, 3, DTYPES[dtype], device)
     a, b = flat(lang), flat(vis)
     exact = (1 - GAMMA) * a / a.norm() + GAMMA * b / b.norm()
     clipped = exact * min(1.0, MAX_NORM / (exact.norm().item() + 1e-6))
@@ -128,17 +133,17 @@ def run_gate(dtype: str, device: str, combine: Combine = ours) -> Gate:
         naive(lang, vis)
         nn.utils.clip_grads_with_norm_(_holders(lang), MAX_NORM, flat(lang).norm().float())
 
-    eps = torch.finfo(harness.accumulation_dtype(harness.DTYPES[dtype])).eps
-    own = torch.finfo(harness.DTYPES[dtype]).eps / 2  # one rounding of the result
+    eps = torch.finfo(accumulation_dtype(DTYPES[dtype])).eps
+    own = torch.finfo(DTYPES[dtype]).eps / 2  # one rounding of the result
     exact_gramian = torch.stack([a, b]) @ torch.stack([a, b]).T
     checks = [
-        Check("Gramian", harness.relative_error(gradient_gramian(lang, vis), exact_gramian), 0.0, 8 * eps),
-        Check("clipped combination", harness.relative_error(after(combine), clipped),
-              harness.relative_error(after(plain_clipped), clipped), 8 * eps + own),
+        Check("Gramian", relative_error(gradient_gramian(lang, vis), exact_gramian), 0.0, 8 * eps),
+        Check("clipped combination", relative_error(after(combine), clipped),
+              relative_error(after(plain_clipped), clipped), 8 * eps + own),
     ]  # fmt: skip
     for name, peer in (("naive", naive), ("foreach", foreach), ("foreach_dot", foreach_dot)):
-        error = harness.relative_error(after(peer), exact)
-        checks.append(Check(f"{name} computes the same", error, 0.0, 8 * torch.finfo(harness.DTYPES[dtype]).eps))
+        error = relative_error(after(peer), exact)
+        checks.append(Check(f"{name} computes the same", error, 0.0, 8 * torch.finfo(DTYPES[dtype]).eps))
     return Gate(tuple(checks))
 
 
@@ -149,6 +154,30 @@ def _holders(gradients: Gradients) -> list[nn.Parameter]:
     return parameters
 
 
+def line_up(lang: Gradients, vis: Gradients, size: int, device: str) -> Lineup:
+    policy = VisualGradientSteering(GAMMA)
+    gramian = gradient_gramian(lang, vis)
+    against = {"floor": "floor", "baseline": "naive"}
+    lineup = Lineup(device)
+    lineup.add("copy", "a copy of one gradient", copy_call(size, device), bytes_moved=2 * size)
+    lineup.add("gramian", "gradient_gramian", lambda: gradient_gramian(lang, vis), bytes_moved=2 * size)
+    lineup.add(
+        "combine", "combine_gradients, in place, clipped",
+        lambda: combine_gradients(lang, vis, policy(gramian), out=lang, max_norm=MAX_NORM, gramian=gramian),
+        bytes_moved=3 * size,
+    )  # fmt: skip
+    lineup.add("ours", "steering, clipped", lambda: ours(lang, vis), bytes_moved=5 * size, **against)
+    lineup.add("fallback", "the same without the extension", lambda: ours(lang, vis, "foreach"), **against)
+    lineup.add("foreach", "_foreach_, in place, without the inner product", lambda: foreach(lang, vis), **against)
+    lineup.add("foreach_dot", "the same with norms by dot", lambda: foreach_dot(lang, vis), **against)
+    lineup.add("naive", "flatten, combine, bring back", lambda: naive(lang, vis))
+    try:
+        lineup.add("torchjd", "TorchJD, Jacobians to gradients", torchjd_call(lang, vis), **against)
+    except ImportError as error:
+        lineup.rows["torchjd"] = Row("torchjd", "TorchJD, Jacobians to gradients", note=f"skipped: {error}")
+    return lineup
+
+
 def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Namespace) -> Record:
     """Gate, then turns, then the record of one case. A red gate ends it before any timing."""
     start = time.perf_counter()
@@ -157,51 +186,21 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     print(gate.describe(), flush=True)
     facts: dict[str, Any] = {
         "backend": backend.resolve("combine_gradients", torch.device(device)),
-        "memory": harness.MEMORY_METHOD[device],
+        "memory": MEMORY_METHOD[device],
         "bytes": "2 reads for the Gramian, 2 reads and 1 write for the combination; a copy counts 1 read and 1 write",
     }
     record = Record(
-        NAME, harness.case_of(shape, dtype, threads), gate, [], harness.environment(device), facts=facts,
+        NAME, case_of(shape, dtype, threads), gate, [], environment(device), facts=facts,
         sources=digest(),
     )  # fmt: skip
     if not gate.passed:
         return record
-    lang, vis = gradients(**shape, dtype=harness.DTYPES[dtype], device=device)
+    lang, vis = gradients(**shape, dtype=DTYPES[dtype], device=device)
     size = sum(gradient.numel() for gradient in lang) * lang[0].element_size()
     facts["parameters"], facts["tensors"] = size // lang[0].element_size(), len(lang)
-    policy = VisualGradientSteering(GAMMA)
-    gramian = gradient_gramian(lang, vis)
-    calls: dict[str, Callable[[], Any]] = {
-        "copy": harness.copy_call(size, device),
-        "gramian": lambda: gradient_gramian(lang, vis),
-        "combine": lambda: combine_gradients(lang, vis, policy(gramian), out=lang, max_norm=MAX_NORM, gramian=gramian),
-        "ours": lambda: ours(lang, vis),
-        "fallback": lambda: ours(lang, vis, "foreach"),
-        "foreach": lambda: foreach(lang, vis),
-        "foreach_dot": lambda: foreach_dot(lang, vis),
-        "naive": lambda: naive(lang, vis),
-    }
-    rows = {
-        "copy": Row("copy", "a copy of one gradient", bytes_moved=2 * size),
-        "gramian": Row("gramian", "gradient_gramian", bytes_moved=2 * size),
-        "combine": Row("combine", "combine_gradients, in place, clipped", bytes_moved=3 * size),
-        "ours": Row("ours", "steering, clipped", bytes_moved=5 * size, floor="floor", baseline="naive"),
-        "fallback": Row("fallback", "the same without the extension", floor="floor", baseline="naive"),
-        "foreach": Row("foreach", "_foreach_, in place, without the inner product", floor="floor", baseline="naive"),
-        "foreach_dot": Row("foreach_dot", "the same with norms by dot", floor="floor", baseline="naive"),
-        "naive": Row("naive", "flatten, combine, bring back"),
-        "torchjd": Row("torchjd", "TorchJD, Jacobians to gradients", floor="floor", baseline="naive"),
-    }
-    try:
-        calls["torchjd"] = torchjd_call(lang, vis)
-    except ImportError as error:
-        rows["torchjd"].note = f"skipped: {error}"
-    timings = harness.interleaved(
-        calls, min_rounds=args.rounds, max_rounds=5 * args.rounds, budget_s=args.budget, device=device
-    )
-    for name, timing in timings.items():
-        row = rows[name]
-        row.seconds, row.peak_bytes, row.note = timing.seconds, timing.peak_bytes, timing.problem or row.note
+    lineup = line_up(lang, vis, size, device)
+    lineup.take_turns(args.rounds, 5 * args.rounds, args.budget)
+    rows = lineup.rows
     floor = [seconds * 5 / 2 for seconds in rows["copy"].seconds]
     record.rows = [Row("floor", "the floor: 5/2 copies", floor, bytes_moved=5 * size), *rows.values()]
     copied = rows["copy"].median
@@ -211,37 +210,39 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     # With the read before a write counted, a copy moves three times the bytes, not twice.
     facts["over_floor_of_a_copy_of_three_streams"] = None if over_floor is None else over_floor * 3 / 2
     in_place = [ratio for name in ("foreach", "foreach_dot") if (ratio := record.ratio(name, "ours")) is not None]
-    if shape == ISSUE_SHAPE and device == "cpu":
+    if shape == TARGET_SHAPE and device == "cpu":
         peak = rows["ours"].peak_bytes
-        record.thresholds = [
-            Threshold("naive flatten over ours", record.ratio("naive", "ours"), 6.0, at_least=True),
-            Threshold("best in-place foreach over ours", min(in_place, default=None), 1.25, at_least=True),
-            Threshold("ours over the floor", over_floor, 1.3),
-            Threshold("temporaries of ours, MiB", None if peak is None else peak / harness.MIB, 1.0),
-        ]
+        record.targets = [
+            Target("naive flatten over ours", record.ratio("naive", "ours"), 6.0,
+                   "19 passes over a gradient instead of 5", at_least=True),
+            Target("best in-place foreach over ours", min(in_place, default=None), 1.25,
+                   "7 passes over a gradient instead of 5", at_least=True),
+            Target("ours over the floor", over_floor, 1.3, "five passes over a gradient at the speed of a copy"),
+            Target("temporaries of ours, MiB", None if peak is None else peak / MIB, 1.0, "it works in place"),
+        ]  # fmt: skip
     facts["case_seconds"] = time.perf_counter() - start
     return record
 
 
 def digest() -> str:
-    return harness.source_digest(Path(__file__))
+    return source_digest(Path(__file__))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = harness.case_parser(__doc__)
-    parser.add_argument("--width", type=int, default=ISSUE_SHAPE["width"])
-    parser.add_argument("--layers", type=int, default=ISSUE_SHAPE["layers"])
+    parser = case_parser(__doc__)
+    parser.add_argument("--width", type=int, default=TARGET_SHAPE["width"])
+    parser.add_argument("--layers", type=int, default=TARGET_SHAPE["layers"])
     args = parser.parse_args(arguments)
     if args.quick:
         args.width, args.budget = 96, 0.2
     shape = {"width": args.width, "layers": args.layers}
-    return harness.drive(
+    return drive(
         "benchmarks.steering",
         args,
         shape,
         digest(),
         lambda dtype, threads: measure(shape, dtype, threads, args),
-        lambda _dtype, _threads: 5 + 30 * (args.width / ISSUE_SHAPE["width"]) ** 2,
+        lambda _dtype, _threads: 5 + 30 * (args.width / TARGET_SHAPE["width"]) ** 2,
     )
 
 

@@ -16,8 +16,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, linear_decomposed_kl, peers
-from benchmarks.harness import Case, Gate, Record, Row
+from benchmarks import linear_decomposed_kl
+from benchmarks.harness.cases import DTYPES, Case, run_cases
+from benchmarks.harness.gates import Gate
+from benchmarks.harness.machine import environment, source_digest
+from benchmarks.harness.memory import MEMORY_METHOD
+from benchmarks.harness.records import RECORDS, Record, Row, finished_record, write_record
+from benchmarks.harness.tables import describe_record, seconds_text
+from benchmarks.harness.timing import interleaved
+from benchmarks.inputs import random_heads
+from benchmarks.linear_gate import run_gate
+from benchmarks.products import PRODUCTS, floor_rows
 from vgs_kernels import backend
 
 NAME = "sweep"
@@ -45,21 +54,20 @@ def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
     for value in values:
         shape = base | {axis: value}
         shape["teacher_width"] = shape["width"]
-        heads = peers.random_heads(shape["width"], shape["width"], shape["vocab"], harness.DTYPES[dtype], args.device)
+        heads = random_heads(shape["width"], shape["width"], shape["vocab"], DTYPES[dtype], args.device)
         if value in (values[0], values[-1]):
-            gate, _ = linear_decomposed_kl.run_gate(heads, min(4, shape["tokens"]))
+            gate, _ = run_gate(heads, min(4, shape["tokens"]))
             print(gate.describe(), flush=True)
             gates.append(gate)
             if not gate.passed:
                 break
-        calls, _ = linear_decomposed_kl.prepare_calls(shape, dtype, heads, args.device, compile_peers=False)
-        products = [name for name in calls if name.endswith(("_product", "_student", "_teacher"))]
-        wanted = [*products, *(name for name in LABELS if name in calls)]
-        timings = harness.interleaved(
+        calls = linear_decomposed_kl.line_up(shape, dtype, heads, args.device, compile_peers=False).calls
+        wanted = [*PRODUCTS, *(name for name in LABELS if name in calls)]
+        timings = interleaved(
             {name: calls[name] for name in wanted}, min_rounds=args.rounds, max_rounds=3 * args.rounds,
             budget_s=args.budget, device=args.device,
         )  # fmt: skip
-        floor = next(row for row in linear_decomposed_kl.floor_rows(timings) if row.name == "floor_7")
+        floor = next(row for row in floor_rows(timings) if row.name == "floor_7")
         floor.name, floor.label = f"floor_7@{value}", f"{LABELS['floor_7']}, {axis} {value}"
         rows.append(floor)
         for name in LABELS:
@@ -73,16 +81,16 @@ def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
                         baseline=f"naive_decomposed@{value}" if name == "teacher_prior_both" else None,
                     )
                 )  # fmt: skip
-        print(f"  {axis} {value}: {harness.seconds_text(rows[-2].median)}", flush=True)
+        print(f"  {axis} {value}: {seconds_text(rows[-2].median)}", flush=True)
     case = case_of(axis, base, values, dtype, args.threads)
     facts = {
         "backend": backend.resolve("decomposed_kl", torch.device(args.device)),
-        "memory": harness.MEMORY_METHOD[args.device],
+        "memory": MEMORY_METHOD[args.device],
         "case_seconds": time.perf_counter() - start,
     }
     gate = Gate(tuple(check for gate in gates for check in gate.checks))
     return Record(
-        NAME, case, gate, rows if gate.passed else [], harness.environment(args.device), facts=facts, sources=digest()
+        NAME, case, gate, rows if gate.passed else [], environment(args.device), facts=facts, sources=digest()
     )
 
 
@@ -93,20 +101,20 @@ def case_of(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
 
 
 def digest() -> str:
-    return harness.source_digest(Path(__file__), Path(peers.__file__), Path(linear_decomposed_kl.__file__))
+    return source_digest(Path(__file__), *linear_decomposed_kl.SOURCES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", default=",".join(AXES), help="comma-separated: tokens, vocab, width")
-    parser.add_argument("--dtype", default="bf16", choices=tuple(harness.DTYPES))
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--threads", type=int, default=2, help="ignored on a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--force", action="store_true", help="measure again what is on record")
-    parser.add_argument("--records", type=Path, default=harness.RECORDS)
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     base, axes = (QUICK_BASE, QUICK_AXES) if args.quick else (BASE, AXES)
@@ -116,20 +124,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         record = measure(args.axis, base, axes[args.axis], args.dtype, args)
-        print(f"record: {harness.write_record(record, args.records)}\n{harness.describe_record(record)}", flush=True)
+        print(f"record: {write_record(record, args.records)}\n{describe_record(record)}", flush=True)
         return 0 if record.gate.passed else 1
     passed_on = [f"--{key}={getattr(args, key)}" for key in ("dtype", "device", "rounds", "budget", "threads")]
     passed_on += [f"--records={args.records.resolve()}", "--here", *(["--quick"] if args.quick else [])]
     cases = [
         Case(
             axis, [*passed_on, f"--axis={axis}"], args.threads, 5 if args.quick else 60,
-            None if args.force else harness.finished_record(
+            None if args.force else finished_record(
                 NAME, case_of(axis, base, axes[axis], args.dtype, args.threads), digest(), args.device, args.records
             ),
         )
         for axis in args.axis.split(",")
     ]  # fmt: skip
-    return harness.run_cases("benchmarks.sweep", cases)
+    return run_cases("benchmarks.sweep", cases)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import decomposed_kl, harness, linear_decomposed_kl, peers
+from benchmarks import decomposed_kl, inputs, linear_gate, peers
+from benchmarks.harness.cases import DTYPES
 
 pytest.importorskip("pytest_benchmark")
 VOCAB = 32768
@@ -18,13 +19,13 @@ VOCAB = 32768
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_decomposed_kl(benchmark, dtype: str) -> None:  # type: ignore[no-untyped-def]
-    streams = decomposed_kl.logits(64, VOCAB, harness.DTYPES[dtype], "cpu")
+    streams = decomposed_kl.logits(64, VOCAB, DTYPES[dtype], "cpu")
     benchmark(decomposed_kl.loss_and_gradient, decomposed_kl.our_parts, streams)
 
 
-@pytest.mark.parametrize("decomposition", peers.DECOMPOSITIONS)
+@pytest.mark.parametrize("decomposition", inputs.DECOMPOSITIONS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_linear_decomposed_kl(benchmark, dtype: str, decomposition: str) -> None:  # type: ignore[no-untyped-def]
-    streams = peers.random_streams(64, peers.random_heads(256, 256, VOCAB, harness.DTYPES[dtype], "cpu"))
-    weights = torch.tensor(linear_decomposed_kl.STEERING_WEIGHTS)
+    streams = inputs.random_streams(64, inputs.random_heads(256, 256, VOCAB, DTYPES[dtype], "cpu"))
+    weights = torch.tensor(linear_gate.STEERING_WEIGHTS)
     benchmark(peers.ours_objective, decomposition, streams, weights)

@@ -27,18 +27,10 @@ import torch
 from PIL import Image
 from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.harness import (
-    RECORDS,
-    Check,
-    Gate,
-    Record,
-    Row,
-    describe_record,
-    environment,
-    relative_error,
-    source_digest,
-    write_record,
-)
+from benchmarks.harness.gates import Check, Gate, relative_error
+from benchmarks.harness.machine import environment, source_digest
+from benchmarks.harness.records import RECORDS, Record, Row, write_record
+from benchmarks.harness.tables import describe_record
 
 METHODS = ("opd", "exact", "amortized")
 PARTS = ("rollout", "teacher", "student", "steering", "masked_teacher", "masked_student")

@@ -3,8 +3,6 @@
 Every run of one seed and regime starts from the same student and meets the same prompts in the same order, so runs are
 compared in pairs. Learning rates are chosen on the validation split with seeds of their own, by the same grid for
 monolithic distillation and for steering; the test split is read once per run, after its learning rate is fixed.
-
-Layer: names and settings only. Read by `runs` and `report`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """docs/study.md and its plot, from the records.
 
-Prints what the records hold and nothing else: a figure that no record holds is 'not measured'. Layer: called by
-`__main__`.
+Prints what the records hold and nothing else: a figure that no record holds is 'not measured'.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from typing import Any
 
 from vgs_distill.resilience.runaway import runaway_start
 
-from benchmarks import harness
+from benchmarks.harness.plots import plot_lines
+from benchmarks.harness.tables import markdown_table
 from benchmarks.report import NOT_MEASURED
 from benchmarks.study.plan import (
     EXACT_STEP_COST,
@@ -204,7 +204,7 @@ def _claims(study: Study) -> str:
             text = f"norm ratio {mean:.2f} [{low:.2f}, {high:.2f}]"
         said = verdict(found is not None and found.above(0), found is not None and found.below(0))
         rows.append([f"the language gradient outweighs the visual one: {METHODS[DEFAULT].label}, {task}", text, said])
-    return harness.markdown_table(["claim", "here", "verdict"], rows) + (
+    return markdown_table(["claim", "here", "verdict"], rows) + (
         f'\n\n"Nearly orthogonal" is taken as a mean cosine within ±{ORTHOGONAL:g}.'
     )
 
@@ -233,7 +233,7 @@ def _main(study: Study) -> str:
                 ]
             )
         header = ["method", "seeds", "accuracy", "over OPD", "up", "against prior", "no image", "collapsed"]
-        tables.append(f"### {task.capitalize()}\n\n" + (harness.markdown_table(header, rows) if rows else NOT_MEASURED))
+        tables.append(f"### {task.capitalize()}\n\n" + (markdown_table(header, rows) if rows else NOT_MEASURED))
     return "\n\n".join(tables)
 
 
@@ -254,7 +254,7 @@ def _safety(study: Study) -> str:
     return (
         f"Collapsed: {sum(map(collapsed, runs))} of {len(runs)} runs of `matched` with γ from 0.5 to 0.9 (fewer than "
         f"nine in ten completions well formed at the end). Accuracy over the {len(seeds)} seeds that every γ has:\n\n"
-        + harness.markdown_table(header, rows)
+        + markdown_table(header, rows)
     )
 
 
@@ -279,7 +279,7 @@ def _regimes(study: Study) -> str:
                 ]
             )
     header = ["regime", "seeds", "start", "OPD", METHODS[DEFAULT].label, "gain", "\\|g_lang\\| / \\|g_vis\\|"]
-    return harness.markdown_table(header, rows) if rows else NOT_MEASURED
+    return markdown_table(header, rows) if rows else NOT_MEASURED
 
 
 def _runaways(study: Study) -> str:
@@ -311,7 +311,7 @@ def _runaways(study: Study) -> str:
         f"{len(quiet) - sum(quiet)} of {len(quiet)} healthy runs of `matched`. {missed} other runs collapsed without "
         "one: the monitor sees a run get worse than it was, not one that starts badly and stays bad. Every run with a "
         "runaway, an alarm or a collapse is listed; where the label says nothing of a runaway action, the alarm made "
-        "the run fall back.\n\n" + (harness.markdown_table(header, rows) if rows else "")
+        "the run fall back.\n\n" + (markdown_table(header, rows) if rows else "")
     )
 
 
@@ -325,7 +325,7 @@ def _cosines(study: Study) -> str:
                     absolute = study.values(mean_absolute_cosine, task, name, regime)
                     rows.append([method.label, regime, task, spread(means, 2), number(statistics.fmean(absolute), 2)])
     header = ["method", "regime", "task", "mean cosine", "mean of its absolute value"]
-    return harness.markdown_table(header, rows) if rows else NOT_MEASURED
+    return markdown_table(header, rows) if rows else NOT_MEASURED
 
 
 def _tuning(study: Study) -> str:
@@ -344,7 +344,7 @@ def _tuning(study: Study) -> str:
     return (
         f"Accuracy on the validation split, seeds {', '.join(map(str, TUNING_SEEDS))}, which no comparison uses. The "
         "best rate of each row is the one that its method is judged with; every steered method takes that of "
-        f"{METHODS[DEFAULT].label}, every OPD that of OPD.\n\n" + harness.markdown_table(header, rows)
+        f"{METHODS[DEFAULT].label}, every OPD that of OPD.\n\n" + markdown_table(header, rows)
     )
 
 
@@ -360,7 +360,7 @@ def plot_cosines(study: Study, path: Path) -> bool:
             if lines:
                 panels.append((f"step ({task}, {regime})", "cosine", lines))
     if panels:
-        harness.plot_lines(path, panels, columns=min(4, len(panels)), scale="linear")
+        plot_lines(path, panels, columns=min(4, len(panels)), scale="linear")
     return bool(panels)
 
 

@@ -1,6 +1,6 @@
 """Runs of the study in worker processes, one thread each, and their records: one JSON line per run.
 
-A finished line is never written again; an interrupted study goes on where it stopped. Layer: called by `__main__`.
+A finished line is never written again; an interrupted study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from vgs_distill.demo.workers import (
     with_news,
 )
 
-from benchmarks import harness
+from benchmarks.harness.machine import commit
+from benchmarks.harness.records import RECORDS
 from benchmarks.study.plan import METHODS, Run
 
-RECORDS = harness.RECORDS / "study.jsonl"
+RECORDS = RECORDS / "study.jsonl"
 SERIES = {
     "full": "loss/full",
     "lang": "loss/lang",
@@ -152,7 +153,7 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
         "without_image": blind["accuracy"],
         "alarm_step": _first_step(history, "runaway/alarm"),
         "seconds": round(seconds, 1),
-        "commit": harness.commit(),
+        "commit": commit(),
         "series": {name: list(_series(history, key)) for name, key in SERIES.items() if history and key in history[-1]},
     }
 

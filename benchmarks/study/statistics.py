@@ -1,7 +1,4 @@
-"""Paired differences and their bootstrap intervals.
-
-Layer: arithmetic on plain numbers. Called by `report`.
-"""
+"""Paired differences and their bootstrap intervals."""
 
 from __future__ import annotations
 

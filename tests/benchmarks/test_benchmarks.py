@@ -13,8 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import decomposed_kl, gpu_check, harness, linear_decomposed_kl, peers, protocols, report, sweep
-from benchmarks.harness import Case, Check, Gate, GateError, Record, Row, Threshold, Timing
+from benchmarks import decomposed_kl, gpu_check, linear_decomposed_kl, linear_gate, peers, protocols, report, sweep
+from benchmarks.harness import timing
+from benchmarks.harness.cases import DTYPES, Case, run_cases
+from benchmarks.harness.gates import Check, Gate, relative_error
+from benchmarks.harness.lineup import Lineup
+from benchmarks.harness.machine import environment
+from benchmarks.harness.memory import MIB, tensor_bytes
+from benchmarks.harness.records import GateError, Record, Row, Target, finished_record, read_records, write_record
+from benchmarks.harness.tables import describe_record
+from benchmarks.harness.timing import Timing, interleaved, time_limit
+from benchmarks.inputs import DECOMPOSITIONS, Streams, peaked_streams, random_heads, random_streams
+from benchmarks.oracle import Oracle
+from benchmarks.products import floor_rows
 
 GREEN = Gate((Check("values", error=1e-7, plain_error=1e-7, floor=0.0),))
 RED = Gate((*GREEN.checks, Check("gradients", error=1.0, plain_error=1e-7, floor=1e-6)))
@@ -40,7 +51,10 @@ def record_of(gate: Gate = GREEN, **changes: Any) -> Record:
             "date": "2026-01-01T00:00:00Z",
             "load_average_1min": 0.0,
         },
-        "thresholds": [Threshold("speed", 2.5, 4.0, at_least=True), Threshold("memory", None, 128)],
+        "targets": [
+            Target("speed", 2.5, 4.0, "the floor allows it", at_least=True),
+            Target("memory", None, 128, "no logits"),
+        ],
         "facts": {"memory": "VmHWM"},
     }
     return Record(**fields | changes)
@@ -57,7 +71,7 @@ def test_calls_take_turns_and_slow_ones_fewer() -> None:
         raise ValueError("no such kernel\nsecond line")
 
     calls = {"slow": slow, "fast": lambda: order.append("fast"), "broken": broken}
-    timings = harness.interleaved(calls, min_rounds=2, max_rounds=4, budget_s=0.03, warm_up=["fast"])
+    timings = interleaved(calls, min_rounds=2, max_rounds=4, budget_s=0.03, warm_up=["fast"])
     assert order == ["fast", "slow", "fast", "slow", "fast", "fast", "fast"]
     assert (len(timings["slow"].seconds), len(timings["fast"].seconds)) == (2, 4)
     assert 0.02 <= timings["slow"].median < 0.2
@@ -66,9 +80,9 @@ def test_calls_take_turns_and_slow_ones_fewer() -> None:
 
 
 def test_slow_context_stops_after_two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "CONTEXT_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "CONTEXT_SECONDS", 0.01)
     calls = {"slow": lambda: time.sleep(0.02), "slow context": lambda: time.sleep(0.02), "context": lambda: None}
-    timings = harness.interleaved(
+    timings = interleaved(
         calls, min_rounds=3, max_rounds=3, budget_s=0, warm_up=[], context=("slow context", "context")
     )
     assert [len(timing.seconds) for timing in timings.values()] == [3, 2, 3]
@@ -86,21 +100,21 @@ def test_medians_and_ratios() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_what_the_call_needs_above_its_result() -> None:
     def call() -> Tensor:
-        scratch = torch.ones(48 * harness.MIB // 4)
-        return scratch[: 16 * harness.MIB // 4] * 2
+        scratch = torch.ones(48 * MIB // 4)
+        return scratch[: 16 * MIB // 4] * 2
 
-    timing = harness.interleaved({"call": call}, min_rounds=2, max_rounds=2)["call"]
+    timing = interleaved({"call": call}, min_rounds=2, max_rounds=2)["call"]
     assert timing.peak_bytes is not None
-    assert timing.peak_bytes / harness.MIB == pytest.approx(48, abs=4)
+    assert timing.peak_bytes / MIB == pytest.approx(48, abs=4)
 
 
 def test_tensors_that_share_a_storage_count_once() -> None:
     a = torch.zeros(1000)
-    assert harness.tensor_bytes({"x": (a, a[:10]), "y": [a.view(10, 100), None, 3]}) == 4000
+    assert tensor_bytes({"x": (a, a[:10]), "y": [a.view(10, 100), None, 3]}) == 4000
 
 
 def test_time_limit() -> None:
-    with pytest.raises(TimeoutError, match=r"more than 0.05 s"), harness.time_limit(0.05):
+    with pytest.raises(TimeoutError, match=r"more than 0.05 s"), time_limit(0.05):
         time.sleep(1)
     time.sleep(0.06)  # the alarm is off again
 
@@ -120,42 +134,42 @@ def test_a_red_gate_has_no_speedups_anywhere() -> None:
     record = record_of(RED)
     with pytest.raises(GateError):
         record.ratio("naive", "ours")
-    shown, page = harness.describe_record(record), report.build([record], None)
-    assert "2.50×" in harness.describe_record(record_of())
+    shown, page = describe_record(record), report.build([record], None)
+    assert "2.50×" in describe_record(record_of())
     assert "2.50×" in report.build([record_of()], None)
     for text in (shown, page):
         assert "×" not in text.replace("× floor", "")
-    assert "wanted" not in shown
+    assert "target" not in shown
     assert "Gate: **red**, so no figures." in page
 
 
 def test_record_round_trip(tmp_path: Path) -> None:
     record = record_of(RED, sources="abc")
-    path = harness.write_record(record, tmp_path)
+    path = write_record(record, tmp_path)
     assert path.name == (
         "linear_decomposed_kl-some-cpu-tokens-4-width-8-teacher_width-8-vocab-16-dtype-bf16-threads-1.json"
     )
-    assert harness.read_records(tmp_path) == [record]
+    assert read_records(tmp_path) == [record]
     assert list(tmp_path.iterdir()) == [path]
     data = json.loads(path.read_text())
     assert data["gate_passed"] is False
     data["schema"] = 0
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="schema 0"):
-        harness.read_records(tmp_path)
+        read_records(tmp_path)
 
 
 def test_a_finished_case_is_found_again_until_code_or_case_changes(tmp_path: Path) -> None:
-    record = record_of(environment=harness.environment(), sources="abc")
-    harness.write_record(record, tmp_path)
+    record = record_of(environment=environment(), sources="abc")
+    write_record(record, tmp_path)
     arguments = (record.benchmark, record.case, "abc", "cpu", tmp_path)
-    assert harness.finished_record(*arguments) == record
-    assert harness.finished_record(record.benchmark, record.case, "changed", "cpu", tmp_path) is None
-    assert harness.finished_record(record.benchmark, record.case | {"threads": 2}, "abc", "cpu", tmp_path) is None
+    assert finished_record(*arguments) == record
+    assert finished_record(record.benchmark, record.case, "changed", "cpu", tmp_path) is None
+    assert finished_record(record.benchmark, record.case | {"threads": 2}, "abc", "cpu", tmp_path) is None
 
 
 def test_the_environment_of_a_record() -> None:
-    found = harness.environment()
+    found = environment()
     assert {"hardware", "versions", "commit", "modified", "date", "load_average_1min"} == set(found)
     assert found["versions"]["torch"] == torch.__version__
     assert found["hardware"]["cores"] >= 1
@@ -163,32 +177,32 @@ def test_the_environment_of_a_record() -> None:
 
 def test_finished_cases_are_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [Case("done", [], 1, 60, record_of()), Case("done, and red", [], 1, 60, record_of(RED))]
-    assert harness.run_cases("no.such.module", cases[:1]) == 0
-    assert harness.run_cases("no.such.module", cases) == 1
+    assert run_cases("no.such.module", cases[:1]) == 0
+    assert run_cases("no.such.module", cases) == 1
     assert "0 of 2 cases to measure" in capsys.readouterr().out
 
 
 def tiny_heads(dtype: str = "fp32") -> tuple[Tensor, Tensor]:
     # Rows of fewer entries are too parallel for `peaked_streams`: all tokens become deterministic.
-    return peers.random_heads(256, 288, 301, harness.DTYPES[dtype], "cpu")
+    return random_heads(256, 288, 301, DTYPES[dtype], "cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_gate_of_linear_decomposed_kl_is_green(dtype: str) -> None:
-    gate, peer_errors = linear_decomposed_kl.run_gate(tiny_heads(dtype), tokens=5)
+    gate, peer_errors = linear_gate.run_gate(tiny_heads(dtype), tokens=5)
     assert gate.passed, gate.describe()
     assert peer_errors
     # TRL and Liger compute what they are compared as: reverse KL to one teacher.
     assert all(error < (0.3 if dtype == "bf16" else 1e-3) for error in peer_errors.values()), peer_errors
 
 
-def _scaled_head_gradient(decomposition: str, streams: peers.Streams) -> tuple[Tensor, ...]:
+def _scaled_head_gradient(decomposition: str, streams: Streams) -> tuple[Tensor, ...]:
     gradients = list(peers.ours_decomposed(decomposition, streams))
     gradients[3] = gradients[3] * 1.001
     return tuple(gradients)
 
 
-def _one_wrong_entry(decomposition: str, streams: peers.Streams) -> tuple[Tensor, ...]:
+def _one_wrong_entry(decomposition: str, streams: Streams) -> tuple[Tensor, ...]:
     """As a missing mask does: the last vocabulary entry's gradient is off."""
     gradients = list(peers.ours_decomposed(decomposition, streams))
     gradients[1] = gradients[1].clone()
@@ -196,14 +210,14 @@ def _one_wrong_entry(decomposition: str, streams: peers.Streams) -> tuple[Tensor
     return tuple(gradients)
 
 
-def _swapped_components(decomposition: str, streams: peers.Streams) -> tuple[Tensor, ...]:
+def _swapped_components(decomposition: str, streams: Streams) -> tuple[Tensor, ...]:
     lang_hidden, lang_head, vis_hidden, vis_head = peers.ours_decomposed(decomposition, streams)
     return vis_hidden, vis_head, lang_hidden, lang_head
 
 
 @pytest.mark.parametrize("planted", [_scaled_head_gradient, _one_wrong_entry, _swapped_components])
 def test_gate_of_linear_decomposed_kl_refuses_a_planted_error(planted: Any) -> None:
-    gate, _ = linear_decomposed_kl.run_gate(tiny_heads(), tokens=5, decomposed=planted)
+    gate, _ = linear_gate.run_gate(tiny_heads(), tokens=5, decomposed=planted)
     assert not gate.passed
     assert "RED" in gate.describe()
 
@@ -218,8 +232,8 @@ def test_gate_of_decomposed_kl() -> None:
     assert not decomposed_kl.run_gate(999, "fp32", "cpu", wrong).passed
 
 
-def test_peaked_inputs_are_peaked_at_the_issue_s_vocabulary() -> None:
-    streams = peers.peaked_streams(6, peers.random_heads(256, 256, 151936, torch.bfloat16, "cpu"))
+def test_peaked_inputs_are_peaked_at_the_targets_vocabulary() -> None:
+    streams = peaked_streams(6, random_heads(256, 256, 151936, torch.bfloat16, "cpu"))
     with torch.no_grad():
         tokens = peers.ours("teacher_prior", streams).tokens
     assert 0.3 < tokens.entropy.mean() < 2.0
@@ -227,39 +241,40 @@ def test_peaked_inputs_are_peaked_at_the_issue_s_vocabulary() -> None:
 
 
 def test_the_oracle_agrees_with_plain_torch_in_fp64() -> None:
-    streams = peers.random_streams(3, tiny_heads("fp64"))
-    oracle = peers.Oracle(streams)
-    for decomposition in peers.DECOMPOSITIONS:
+    streams = random_streams(3, tiny_heads("fp64"))
+    oracle = Oracle(streams)
+    for decomposition in DECOMPOSITIONS:
         exact = oracle.parts(decomposition)
         plain = peers.naive_decomposed(decomposition, streams)
         for position, component in ((0, "lang"), (2, "vis")):
-            assert harness.relative_error(plain[position], exact.hidden[component]) < 1e-13
-            assert harness.relative_error(oracle.probe(plain[position + 1]), exact.head[component]) < 1e-13
+            assert relative_error(plain[position], exact.hidden[component]) < 1e-13
+            assert relative_error(oracle.probe(plain[position + 1]), exact.head[component]) < 1e-13
 
 
 def test_floors_count_the_products() -> None:
     seconds = {"project_student": 1.0, "project_teacher": 10.0, "hidden_product": 100.0, "head_product": 1000.0}
-    rows = linear_decomposed_kl.floor_rows({name: Timing([value]) for name, value in seconds.items()})
+    rows = floor_rows({name: Timing([value]) for name, value in seconds.items()})
     assert {row.name: row.median for row in rows} == {
         "floor_3": 21, "floor_5": 1121, "floor_7": 2221, "floor_8": 2222
     }  # fmt: skip
 
 
 def test_a_16_bit_softmax_fails_the_gate_and_is_no_baseline() -> None:
-    gate = linear_decomposed_kl.narrow_gate(peers.random_heads(256, 256, 32768, torch.bfloat16, "cpu"))
+    gate = linear_gate.narrow_gate(random_heads(256, 256, 32768, torch.bfloat16, "cpu"))
     assert not gate.passed
-    calls = dict.fromkeys(("naive_decomposed_narrow", "naive_monolithic_narrow", "naive_decomposed"), lambda: None)
-    rows = {name: Row(name, name) for name in calls}
-    linear_decomposed_kl.drop_narrow(calls, rows, gate)
-    assert list(calls) == ["naive_decomposed"]
-    assert "fails the gate" in rows["naive_monolithic_narrow"].note
+    lineup = Lineup("cpu")
+    for name in ("naive_decomposed_narrow", "naive_monolithic_narrow", "naive_decomposed"):
+        lineup.add(name, name, lambda: None)
+    linear_decomposed_kl.drop_narrow(lineup, gate)
+    assert list(lineup.calls) == ["naive_decomposed"]
+    assert "fails the gate" in lineup.rows["naive_monolithic_narrow"].note
 
 
-def test_thresholds_use_the_faster_spelling_of_plain_torch() -> None:
+def test_targets_use_the_faster_spelling_of_plain_torch() -> None:
     names = ("naive_decomposed", "naive_decomposed_narrow", "naive_monolithic", "teacher_prior_both", "trl")
     rows = [Row(name, name, [seconds]) for name, seconds in zip(names, (12.0, 8.0, 4.0, 2.0, 20.0), strict=True)]
     record = record_of(rows=rows, facts={"peaked_student_entropy": 1.5})
-    found = {threshold.text: threshold for threshold in linear_decomposed_kl.thresholds(record, "bf16")}
+    found = {target.text: target for target in linear_decomposed_kl.targets(record, "bf16")}
     assert found["teacher_prior, both components: times faster than plain torch, both components"].value == 4.0
     assert found["teacher_prior, both components: times faster than TRL called twice"].met
     assert found["teacher_prior, objective: time over plain torch's monolithic reverse KL"].met is None
@@ -281,13 +296,10 @@ def test_end_to_end(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert module.main([*common, *options[module]]) == 0
     finally:
         torch.set_num_threads(threads)
-    (record,) = harness.read_records(tmp_path)
+    (record,) = read_records(tmp_path)
     assert record.gate.passed
-    measured = [row for row in record.rows if row.median is not None]
-    assert len(measured) >= 6
-    assert {row.note for row in record.rows if row.median is None} <= {
-        "not available: this version has no gradient_filter",
-    }
+    assert len(record.rows) >= 6
+    assert all(row.median is not None for row in record.rows)
     assert report.main([f"--records={tmp_path}", f"--docs={tmp_path / 'docs'}"]) == 0
     assert (tmp_path / "docs" / "benchmarks.md").exists()
     assert (tmp_path / "docs" / "benchmarks-growth.svg").exists() == (module is sweep)

@@ -163,7 +163,7 @@ def bench(
     import vgs_kernels
 
     repository = Path(vgs_kernels.__file__).resolve().parent.parent
-    if not (repository / "benchmarks" / "harness.py").exists():
+    if not (repository / "benchmarks" / "__main__.py").exists():
         _fail(
             "the benchmarks are in the repository, not in the installed package: clone it, "
             "`pip install --no-build-isolation -e '.[bench]'` there, and call `vgs bench` again"

@@ -1,0 +1,101 @@
+"""Hidden states and heads that the benchmarks from hidden states share: spread-out logits and peaked ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
+USES_MASKED_STUDENT = ("bayes", "matched")
+
+
+@dataclass
+class Streams:
+    """Hidden states of the four streams and the two heads. The student's require gradients."""
+
+    student: Tensor  # (tokens, student width)
+    masked_student: Tensor  # (tokens, student width)
+    teacher: Tensor  # (tokens, teacher width)
+    masked_teacher: Tensor  # (tokens, teacher width)
+    student_head: Tensor  # (vocab, student width)
+    teacher_head: Tensor  # (vocab, teacher width)
+
+    def first(self, tokens: int) -> Streams:
+        """The same heads with the first tokens only."""
+        hidden = [
+            h[:tokens].detach().clone() for h in (self.student, self.masked_student, self.teacher, self.masked_teacher)
+        ]
+        return Streams(hidden[0].requires_grad_(), hidden[1].requires_grad_(), *hidden[2:], *self.heads)
+
+    @property
+    def heads(self) -> tuple[Tensor, Tensor]:
+        return self.student_head, self.teacher_head
+
+    @property
+    def tokens(self) -> int:
+        return self.student.shape[0]
+
+    def leaves(self, decomposition: str, component: str) -> list[Tensor]:
+        """The tensors that a component's gradient reaches: hidden states, head."""
+        masked = component == "lang" and decomposition in USES_MASKED_STUDENT
+        return [self.masked_student if masked else self.student, self.student_head]
+
+    def all_leaves(self, decomposition: str) -> list[Tensor]:
+        masked = [self.masked_student] if decomposition in USES_MASKED_STUDENT else []
+        return [self.student, *masked, self.student_head]
+
+
+def random_heads(
+    width: int, teacher_width: int, vocab: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher head with rows of norm 1 on average."""
+    generator = torch.Generator(device).manual_seed(seed)
+    student, teacher = (
+        torch.empty(vocab, columns, dtype=dtype, device=device).normal_(0, columns**-0.5, generator=generator)
+        for columns in (width, teacher_width)
+    )
+    return student.requires_grad_(), teacher
+
+
+def random_streams(tokens: int, heads: tuple[Tensor, Tensor], seed: int = 1) -> Streams:
+    """Logits of standard deviation 2, independent between the streams."""
+    generator = torch.Generator(heads[0].device).manual_seed(seed)
+    hidden = [
+        torch.empty(tokens, head.shape[1], dtype=head.dtype, device=head.device).normal_(0, 2, generator=generator)
+        for head in (heads[0], heads[0], heads[1], heads[1])
+    ]
+    return Streams(hidden[0].requires_grad_(), hidden[1].requires_grad_(), *hidden[2:], *heads)
+
+
+def peaked_streams(tokens: int, heads: tuple[Tensor, Tensor], seed: int = 1) -> Streams:
+    """Logits like a trained model's: sixteen candidates a token hold nearly all mass, mean entropy below 2 nats.
+
+    The candidates' probabilities fall as 1 / rank², they are drawn from a Zipf law over the vocabulary (as tokens of
+    text are) and shared by the streams, whose candidate logits differ by N(0, 1); everything else is background noise
+    with a hundredth of the mass.
+    """
+    candidates = 16
+    vocab = heads[0].shape[0]
+    device = heads[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    frequencies = 1 / torch.arange(1, vocab + 1, device=device, dtype=torch.float64)
+    chosen = torch.multinomial(frequencies, tokens * candidates, replacement=True, generator=generator)
+    chosen = chosen.reshape(tokens, candidates)
+    # A candidate drawn twice would get twice the logit and all of the mass.
+    repeated = (chosen[:, :, None] == chosen[:, None, :]).tril(-1).any(-1)
+    ranks = torch.arange(1, candidates + 1, device=device)
+    background = 2.0  # standard deviation of the other logits, so their log-sum-exp is about log(vocab) + 2
+    heights = math.log(vocab) + background**2 / 2 + math.log(100) - 2 * ranks.log()
+    hidden = []
+    for head in (heads[0], heads[0], heads[1], heads[1]):
+        width = head.shape[1]
+        noise = torch.empty(tokens, candidates, device=device).normal_(generator=generator)
+        peaks = torch.einsum("tc,tcw->tw", (heights + noise).masked_fill(repeated, 0), head.detach()[chosen].float())
+        # The peaks' own projection on other rows is noise too; top it up to the background's deviation.
+        missing = (background**2 - peaks.square().sum(1, keepdim=True) / width).clamp_min(0).sqrt()
+        peaks += missing * torch.empty(tokens, width, device=device).normal_(generator=generator)
+        hidden.append(peaks.to(head.dtype))
+    return Streams(hidden[0].requires_grad_(), hidden[1].requires_grad_(), *hidden[2:], *heads)
