@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,15 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DTORCH_STABLE_ONLY"
 # -std=c++20 alone would switch off the contraction of a * b + c, which the exponential is priced with. The warnings
 # switched off are a note on the ABI of vectors passed between files (none are) and a false alarm in GCC 12's headers.
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-# Instruction-set levels of x86-64 beyond the compiler's default, chosen at run time: never -march=native.
-LEVELS = {
+# Files that are compiled for instruction sets of their own, chosen at run time: never -march=native. `kernels.cpp` is
+# compiled once for each of its sets, `products_amx.cpp` for one.
+INSTRUCTION_SETS = {
+    "baseline": [],  # the compiler's default
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c"],
     "amx": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+UNITS = {"kernels": ("baseline", "avx2", "avx512"), "products_amx": ("amx",)}
 
 
 @dataclass(frozen=True)
@@ -129,17 +133,15 @@ def extension_arguments(decision: Plan) -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    every_level = {
-        str(path.relative_to(ROOT)): name for name in LEVELS for path in (ROOT / "csrc" / "cpu").glob(f"*_{name}.cpp")
-    }
-    level_sources = {s: name for s, name in sorted(every_level.items()) if is_x86 and compiles_for(LEVELS[name])}
+    known = [name for name, flags in INSTRUCTION_SETS.items() if not flags or (is_x86 and compiles_for(flags))]
+    units = [(unit, name) for unit, wanted in UNITS.items() for name in wanted if name in known]
     sources = [
-        source
+        str(path.relative_to(ROOT))
         for folder in ("csrc", "csrc/cpu")
-        for source in sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp"))
-        if source not in every_level
+        for path in sorted((ROOT / folder).glob("*.cpp"))
+        if path.stem not in UNITS
     ]
-    defines = [f"-DVGS_HAVE_{name.upper()}" for name in sorted(set(level_sources.values()))]
+    defines = [f"-DVGS_HAVE_{name.upper()}" for name in known]
     common = [*STABLE_ABI, *defines, "-I" + str(ROOT / "csrc")]
     compile_args = {"cxx": [*CXX_FLAGS, *common]}
     kind = CppExtension
@@ -155,18 +157,21 @@ def extension_arguments(decision: Plan) -> dict:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
 
     class Build(BuildExtension):
-        """torch's build step, plus the files that need flags of their own."""
+        """torch's build step, plus the objects that need flags of their own."""
 
         def build_extension(self, extension):  # type: ignore[no-untyped-def]
-            for source, name in level_sources.items():
-                target = Path(self.build_temp) / "levels" / f"{Path(source).stem}.o"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                compiler = cxx_compiler()
-                assert compiler is not None
-                self.spawn(
-                    [compiler, "-std=c++20", "-fPIC", *CXX_FLAGS, *LEVELS[name], "-c", source, "-o", str(target)]
-                )
-                extension.extra_objects.append(str(target))
+            folder = Path(self.build_temp) / "units"
+            folder.mkdir(parents=True, exist_ok=True)
+
+            def build(unit: str, name: str) -> str:
+                source, target = ROOT / "csrc" / "cpu" / f"{unit}.cpp", folder / f"{unit}_{name}.o"
+                command = [cxx_compiler(), "-std=c++20", "-fPIC", *CXX_FLAGS, *INSTRUCTION_SETS[name]]
+                self.spawn([*command, f"-DVGS_LEVEL={name}", "-c", str(source), "-o", str(target)])
+                return str(target)
+
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                objects = list(pool.map(build, *zip(*units, strict=True)))
+            extension.extra_objects += objects
             super().build_extension(extension)
 
     extension = kind(
@@ -174,7 +179,7 @@ def extension_arguments(decision: Plan) -> dict:
         sources,
         extra_compile_args=compile_args,
         py_limited_api=True,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")],
     )
     return {
         "ext_modules": [extension],

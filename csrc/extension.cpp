@@ -1,8 +1,49 @@
-// The Python module vgs_kernels._C: importing it registers the operators of the other files, there is nothing else in it.
+// The Python module vgs_kernels._C: importing it registers the operators. Every schema is here; the implementations are in
+// cpu/ and cuda/, by the stem of the op, and vgs_kernels/<op>/reference.py says what they compute.
+//
+// Outputs are arguments, so that the caller decides where they live: a gradient may overwrite the logits it came from.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {}
+STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {
+  // decomposed_kl
+  m.def(
+      "divergences(Tensor student, Tensor teacher, Tensor masked_teacher, Tensor? masked_student, "
+      "Tensor? token_weights, int decomposition, int vocab_size, float temperature, float student_scale, "
+      "float teacher_scale, float student_softcap, float teacher_softcap, Tensor(a!) values, Tensor(b!) statistics) -> ()");
+  m.def(
+      "logit_gradients(Tensor student, Tensor teacher, Tensor masked_teacher, Tensor? masked_student, "
+      "Tensor values, Tensor statistics, Tensor coefficients, Tensor? second_coefficients, "
+      "int decomposition, int vocab_size, float temperature, float student_scale, float teacher_scale, "
+      "float student_softcap, float teacher_softcap, Tensor(a!) out_student, "
+      "Tensor(b!)? out_masked_student, Tensor(c!)? out_second, Tensor(d!)? row_gramian, Tensor(e!)? column_squares) -> ()");
+
+  // products of linear_decomposed_kl
+  m.def("transpose(Tensor input, Tensor(a!) out) -> ()");
+  m.def("logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("hidden_gradient(Tensor gradient, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("head_gradient(Tensor gradient, Tensor hidden, bool accumulate, Tensor(a!) out) -> ()");
+  m.def("has_matrix_unit() -> bool");
+  m.def("matrix_unit_logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("matrix_unit_hidden_gradient(Tensor gradient, Tensor weight, Tensor columns, Tensor(a!) out) -> ()");
+  m.def("matrix_unit_head_gradient(Tensor gradient, Tensor hidden, Tensor columns, Tensor(a!) out) -> ()");
+
+  // its column filter
+  m.def("gather_columns(Tensor matrix, Tensor columns, Tensor(a!) out) -> ()");
+  m.def("select_columns(Tensor squares, float first, float second, Tensor(a!) columns) -> (int, int)");
+
+  // gradient_gramian. A tensor without entries stands for None. Returns <lang, lang>, <lang, vis>, <vis, vis>; shape (3,).
+  m.def("inner_products(Tensor[] lang, Tensor[] vis, bool float64) -> Tensor");
+
+  // combine_gradients. An entry of `out` may be the tensor of `lang` or `vis` beside it.
+  m.def("combine(Tensor[] lang, Tensor[] vis, Tensor weights, Tensor(a!)[] out) -> ()");
+
+  // Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default. It is the highest that runs
+  // here until it is set.
+  m.def("cpu_level() -> int");
+  m.def("highest_cpu_level() -> int");
+  m.def("set_cpu_level(int level) -> ()");
+}
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -1,15 +1,32 @@
-"""What the tests of the `vgs` command share: small models, processors and datasets on disk, as a user has them."""
+"""What tests share: small models, processors and datasets on disk, as a user has them; instruction-set levels."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.small_run import ON_CPU, build_student
+from vgs_kernels import backend
+
+NATIVE_PROBLEM = backend._native_problem()
+LEVELS = [0] if NATIVE_PROBLEM else range(torch.ops.vgs_kernels_native.highest_cpu_level() + 1)
+
+
+@pytest.fixture(params=LEVELS, ids=lambda level: ("baseline", "avx2", "avx512")[level])
+def level(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Each instruction-set level of the compiled CPU kernels that runs here, in force while the test runs."""
+    if NATIVE_PROBLEM:
+        pytest.skip(NATIVE_PROBLEM)
+    operators = torch.ops.vgs_kernels_native
+    operators.set_cpu_level(request.param)
+    yield request.param
+    operators.set_cpu_level(operators.highest_cpu_level())
 
 
 @dataclass(frozen=True)

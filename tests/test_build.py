@@ -127,3 +127,18 @@ def test_report_names_every_op() -> None:
     for row in backend.status():
         assert row.op in text
         assert row.active in text
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if backend._native_problem() is not None:
+        pytest.skip(f"native backend: {backend._native_problem()}")
+    assert backend._outdated_operators() == []
+    text = backend._SCHEMAS.read_text()
+    changed = text.replace('"transpose(Tensor input, ', '"transpose(Tensor matrix, ')
+    assert changed != text
+    schemas = tmp_path / "extension.cpp"
+    schemas.write_text(changed.replace('m.def("cpu_level', 'm.def("of_tomorrow() -> int");\n  m.def("cpu_level'))
+    monkeypatch.setattr(backend, "_SCHEMAS", schemas)
+    assert backend._outdated_operators() == ["transpose", "of_tomorrow"]
+    problem = backend._native_problem.__wrapped__()
+    assert "older than the Python files (it lacks transpose, of_tomorrow): install again" in problem

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vgs_kernels import VisualGradientSteering, backend, combine_gradients, gradient_gramian
+from vgs_kernels import VisualGradientSteering, combine_gradients, gradient_gramian
 
-from .test_gradient_gramian import BACKENDS, DTYPES, LEVELS, SHAPES, Gradients, gradients
+from .test_gradient_gramian import BACKENDS, DTYPES, SHAPES, Gradients, gradients
 
 WEIGHTS = torch.tensor([0.3, -0.7])
 
@@ -54,12 +54,8 @@ def test_every_backend_agrees_with_fp64(name: str, dtype: torch.dtype, where: st
     check(out, exact_combination(*originals, WEIGHTS, out), *originals)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)))
-def test_every_instruction_set_and_mixture_of_dtypes(
-    monkeypatch: pytest.MonkeyPatch, level: int, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    monkeypatch.setattr(backend.load("combine_gradients", "native"), "cpu_level", level)
+def test_every_instruction_set_and_mixture_of_dtypes(level: int, dtypes: tuple[torch.dtype, ...]) -> None:
     shapes = ((1,), (15,), (17,), (33, 61), (4096,))
     lang, vis, out = gradients(dtypes[0], 1, shapes)[0], gradients(dtypes[1], 2, shapes)[1], fresh(shapes, dtypes[2])
     combine_gradients(lang, vis, WEIGHTS, out=out, backend="native")
@@ -126,14 +122,10 @@ def test_strides_and_offsets_do_not_matter(name: str) -> None:
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="needs the compiled extension")
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_results_too_large_for_the_caches(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, level: int, offset: int
-) -> None:
+def test_results_too_large_for_the_caches(dtype: torch.dtype, level: int, offset: int) -> None:
     # Past 32 MiB of results the CPU kernels write around the caches, where `out` is aligned.
-    monkeypatch.setattr(backend.load("combine_gradients", "native"), "cpu_level", level)
     size = 34 * 2**20 // dtype.itemsize + 5
     lang, vis = (torch.linspace(-1, n, size, dtype=torch.float64).to(dtype) for n in (2, 3))
     out = torch.full((size + offset,), float("nan"), dtype=dtype)[offset:]

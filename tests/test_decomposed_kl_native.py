@@ -25,7 +25,6 @@ if backend._native_problem() is not None:
 from vgs_kernels.decomposed_kl import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LEVELS = range(native.highest_cpu_level() + 1)
 PLAIN: dict[str, Any] = {
     "temperature": 1.0,
     "student_scale": 1.0,
@@ -33,12 +32,6 @@ PLAIN: dict[str, Any] = {
     "student_softcap": 0.0,
     "teacher_softcap": 0.0,
 }
-
-
-@pytest.fixture(params=LEVELS, ids=lambda level: ("baseline", "avx2", "avx512")[level])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(native, "cpu_level", request.param)
-    return request.param
 
 
 def make_streams(decomposition: str, rows: int, vocab: int, dtype: torch.dtype, scale: float, seed: int) -> list[Any]:
@@ -343,11 +336,16 @@ def test_column_squares(decomposition: str, dtype: torch.dtype, level: int) -> N
         )
 
 
-def test_unknown_level_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "cpu_level", 7)
-    logits = make_streams("teacher_prior", 2, 9, torch.float32, 1.0, 15)
-    with pytest.raises(RuntimeError, match="level 7 was asked for"):
-        native.divergences(*logits, LogitTransform("teacher_prior", 9, **PLAIN))
+def test_unknown_level_raises() -> None:
+    operators = torch.ops.vgs_kernels_native
+    for level in (-1, 7):
+        with pytest.raises(RuntimeError, match=f"level {level} was asked for"):
+            operators.set_cpu_level(level)
+    assert operators.cpu_level() == operators.highest_cpu_level()
+
+
+def test_level_in_force(level: int) -> None:
+    assert torch.ops.vgs_kernels_native.cpu_level() == level
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)

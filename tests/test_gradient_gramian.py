@@ -20,7 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((3,), (0,), (), (1000, 77), (5, 7, 9), (65536 * 2 + 3,), (8, 3, 5, 5))
 BACKENDS = [name for name in ("native", "foreach", "reference")
             if backend._problem("gradient_gramian", name, "cpu") is None]  # fmt: skip
-LEVELS = range(torch.ops.vgs_kernels_native.cpu_level() + 1) if "native" in BACKENDS else range(0)
 
 Gradients = list[Tensor | None]
 
@@ -68,12 +67,8 @@ def test_every_backend_agrees_with_fp64(name: str, dtype: torch.dtype) -> None:
     check(result, lang, vis)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(DTYPES, DTYPES)))
-def test_every_instruction_set_and_mixture_of_dtypes(
-    monkeypatch: pytest.MonkeyPatch, level: int, first: torch.dtype, second: torch.dtype
-) -> None:
-    monkeypatch.setattr(backend.load("gradient_gramian", "native"), "cpu_level", level)
+def test_every_instruction_set_and_mixture_of_dtypes(level: int, first: torch.dtype, second: torch.dtype) -> None:
     shapes = ((1,), (15,), (17,), (70, 61), (4096,))
     lang, vis = gradients(first, 1, shapes)[0], gradients(second, 2, shapes)[1]
     check(gradient_gramian(lang, vis, backend="native"), lang, vis)

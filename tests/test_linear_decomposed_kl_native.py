@@ -12,10 +12,7 @@ from vgs_kernels import LMHead, backend, linear_decomposed_kl
 if backend._native_problem() is not None:
     pytest.skip(f"native backend: {backend._native_problem()}", allow_module_level=True)
 
-from vgs_kernels.decomposed_kl import native
-
 operators = torch.ops.vgs_kernels_native
-LEVELS = range(native.highest_cpu_level() + 1)
 SHAPES = ((1, 2, 3), (3, 29, 5), (17, 430, 70), (64, 1000, 64), (70, 113, 100))  # rows, vocabulary, width
 
 
@@ -23,7 +20,6 @@ def nan(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("rows", "vocab", "width"), SHAPES)
 def test_products(rows: int, vocab: int, width: int, level: int) -> None:
     generator = torch.Generator().manual_seed(rows)
@@ -33,14 +29,14 @@ def test_products(rows: int, vocab: int, width: int, level: int) -> None:
     weight = torch.randn(vocab, width + 2, generator=generator)[:, :width]
     exact_logits, exact_head = hidden.double() @ weight.double().t(), gradient.double().t() @ hidden.double()
     out = nan(rows, vocab)
-    operators.logits(hidden, weight, level, out)
+    operators.logits(hidden, weight, out)
     torch.testing.assert_close(out.double(), exact_logits, rtol=1e-5, atol=1e-5)
     head = nan(vocab, width)
-    operators.head_gradient(gradient, hidden, False, level, head)
+    operators.head_gradient(gradient, hidden, False, head)
     torch.testing.assert_close(head.double(), exact_head, rtol=1e-5, atol=1e-5)
-    operators.head_gradient(gradient, hidden, True, level, head)
+    operators.head_gradient(gradient, hidden, True, head)
     exact_hidden, out = gradient.double() @ weight.double(), nan(rows, width + 2)
-    operators.hidden_gradient(gradient, weight, level, out[:, :width])
+    operators.hidden_gradient(gradient, weight, out[:, :width])
     torch.testing.assert_close(out[:, :width].double(), exact_hidden, rtol=1e-5, atol=3e-5)
     assert out[:, width:].isnan().all()
     torch.testing.assert_close(head.double(), 2 * exact_head, rtol=1e-5, atol=2e-5)
@@ -160,9 +156,9 @@ def test_select_columns() -> None:
 
 def test_wrong_operands_raise() -> None:
     with pytest.raises(RuntimeError, match="do not fit"):
-        operators.logits(torch.ones(2, 3), torch.ones(5, 4), -1, torch.ones(2, 5))
+        operators.logits(torch.ones(2, 3), torch.ones(5, 4), torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="float32 matrices"):
-        operators.head_gradient(torch.ones(2, 3).double(), torch.ones(2, 4), False, -1, torch.ones(3, 4))
+        operators.head_gradient(torch.ones(2, 3).double(), torch.ones(2, 4), False, torch.ones(3, 4))
     with pytest.raises(RuntimeError, match="transposed shape"):
         operators.transpose(torch.ones(2, 3), torch.ones(2, 3))
 

@@ -14,9 +14,11 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
@@ -61,12 +63,8 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 # backend -> dtypes, where not every floating dtype. Kernels that accumulate in float32 cannot stand in for float64.
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.float32, torch.bfloat16, torch.float16)}
 
-# Every op of the extension that Python calls: an editable install can be left with yesterday's.
-_NATIVE_OPS = (
-    "combine", "cpu_level", "divergences", "gather_columns", "has_matrix_unit", "head_gradient", "hidden_gradient",
-    "inner_products", "logit_gradients", "logits", "matrix_unit_head_gradient", "matrix_unit_hidden_gradient",
-    "matrix_unit_logits", "select_columns", "transpose",
-)  # fmt: skip
+# The schemas of the extension's operators, in a checkout; an install from a wheel has none and cannot be out of date.
+_SCHEMAS = Path(__file__).resolve().parent.parent / "csrc" / "extension.cpp"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -94,10 +92,25 @@ def _native_problem() -> str | None:
         importlib.import_module("vgs_kernels._C")
     except ImportError as error:
         return f"the compiled extension does not load ({error}): rebuild it against the installed torch"
-    ops = torch.ops.vgs_kernels_native
-    if missing := [name for name in _NATIVE_OPS if not hasattr(ops, name)]:
+    if missing := _outdated_operators():
         return f"the compiled extension is older than the Python files (it lacks {', '.join(missing)}): install again"
     return None
+
+
+def _outdated_operators() -> list[str]:
+    """Operators of the checkout that the extension has not, or with another schema: after a pull an editable install is
+    left with yesterday's."""
+    if not _SCHEMAS.exists():
+        return []
+    definitions = re.findall(r"m\.def\((.*?)\);", _SCHEMAS.read_text(encoding="utf-8"), re.DOTALL)
+    wanted = [torch._C.parse_schema("vgs_kernels_native::" + "".join(re.findall(r'"(.*?)"', d))) for d in definitions]
+    ops = torch.ops.vgs_kernels_native
+
+    def is_built(name: str, schema: str) -> bool:
+        return hasattr(ops, name) and str(getattr(ops, name).default._schema) == schema
+
+    names = [schema.name.partition("::")[2] for schema in wanted]
+    return [name for name, schema in zip(names, wanted, strict=True) if not is_built(name, str(schema))]
 
 
 @cache

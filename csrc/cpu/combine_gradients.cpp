@@ -1,32 +1,17 @@
-// CPU implementation of combine_gradients: choice of the instruction-set level and threads. The loops over entries are in
-// combine_gradients_kernels.h, compiled once per level.
-#include "combine_gradients.h"
-
+// CPU implementation of combine_gradients: checks and threads. The loops over entries are in combine_gradients_kernels.h.
 #include <cstring>
 #include <vector>
 
-#include "gradient_gramian_chunks.h"
-#include "gradient_gramian_lists.h"
+#include "gradient_chunks.h"
+#include "gradient_lists.h"
+#include "kernels.h"
 
 namespace vgs {
 namespace {
 
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;  // of all results; above the second-level caches of a socket
 
-const CombineKernels& combine_kernels_of_level(int64_t level) {
-  switch (checked_level(level)) {
-#ifdef VGS_HAVE_AVX512
-    case 2: return avx512::combine_kernels;
-#endif
-#ifdef VGS_HAVE_AVX2
-    case 1: return avx2::combine_kernels;
-#endif
-    default: return baseline::combine_kernels;
-  }
-}
-
-void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& weights, int64_t cpu_level,
-             std::vector<Tensor> out) {
+void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& weights, std::vector<Tensor> out) {
   const bool is_double = element_of(weights, "weights") == kFloat64;
   STD_TORCH_CHECK(weights.numel() == 2 && weights.is_contiguous() && (is_double || element_of(weights, "weights") == kFloat32),
                   "weights must be two contiguous numbers of float32 or float64");
@@ -34,7 +19,7 @@ void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& we
   for (int i = 0; i < 2; ++i)
     weight[i] = is_double ? static_cast<const double*>(weights.const_data_ptr())[i]
                           : static_cast<const float*>(weights.const_data_ptr())[i];
-  const CombineKernels& kernels = combine_kernels_of_level(cpu_level);
+  const CombineKernels& kernels = vgs::kernels().combine;
   GradientLists lists(lang, vis, &out);
   const Chunks chunks(lists.pairs());
   int64_t bytes = 0;

@@ -1,15 +1,13 @@
-// Kernels of combine_gradients for one instruction-set level. Each combine_gradients_<level>.cpp includes this file once,
-// with VGS_LEVEL naming the namespace of its table.
+// Kernels of combine_gradients for one instruction-set level.
 //
 //   T  arithmetic type (the dtype of the weights)     Vec  register of T     a, b  lang, vis     u, v  their weights
 #pragma once
 
 #include "combine_gradients.h"
-#include "gradient_gramian_block.h"
+#include "gradient_block.h"
 
 namespace {
-
-using namespace vgs;
+namespace gradients {
 
 // `to` may be a or b: every entry is read before it is written. kAround writes around the caches, which spares reading
 // the lines of `to` first: three streams of memory traffic instead of four. In place those lines have just been read.
@@ -79,8 +77,8 @@ void combine(const void* lang, Element lang_element, double lang_weight, const v
   combine_mixed<float>(lang, lang_element, u, vis, vis_element, v, out, out_element, n);
 }
 
-}  // namespace
+}  // namespace gradients
 
-namespace vgs::VGS_LEVEL {
-const CombineKernels combine_kernels = {combine};
-}  // namespace vgs::VGS_LEVEL
+constexpr vgs::CombineKernels kCombine = {gradients::combine};
+
+}  // namespace

@@ -1,7 +1,5 @@
-// CPU implementation of decomposed_kl: checks, choice of the instruction-set level, threads, and the arithmetic of whole
-// rows. The loops over the vocabulary are in decomposed_kl_kernels.h, compiled once per level.
-#include "decomposed_kl.h"
-
+// CPU implementation of decomposed_kl: checks, threads, and the arithmetic of whole rows. The loops over the vocabulary
+// are in decomposed_kl_kernels.h.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,7 +7,8 @@
 #include <optional>
 #include <vector>
 
-#include "common.h"
+#include "kernels.h"
+#include "tensors.h"
 
 namespace vgs {
 namespace {
@@ -209,12 +208,11 @@ struct Walk {
 void divergences(const Tensor& student, const Tensor& teacher, const Tensor& masked_teacher,
                  const std::optional<Tensor>& masked_student, const std::optional<Tensor>& token_weights,
                  int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
-                 double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level, Tensor values,
-                 Tensor statistics) {
+                 double teacher_scale, double student_softcap, double teacher_softcap, Tensor values, Tensor statistics) {
   const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
                                        {static_cast<Decomposition>(decomposition), vocab_size, temperature,
                                         student_scale, teacher_scale, student_softcap, teacher_softcap});
-  const Kernels& kernels = kernels_of_level(cpu_level);
+  const DecomposedKLKernels& kernels = vgs::kernels().decomposed_kl;
   const Operand out_values(values, problem.rows, kValues, problem.is_double, "values");
   const Operand out_statistics(statistics, problem.rows, kStatistics, problem.is_double, "statistics");
   std::optional<Operand> weights;
@@ -296,8 +294,8 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
                      const std::optional<Tensor>& masked_student, const Tensor& values, const Tensor& statistics,
                      const Tensor& coefficients, const std::optional<Tensor>& second_coefficients,
                      int64_t decomposition, int64_t vocab_size, double temperature, double student_scale,
-                     double teacher_scale, double student_softcap, double teacher_softcap, int64_t cpu_level,
-                     Tensor out_student, std::optional<Tensor> out_masked_student, std::optional<Tensor> out_second,
+                     double teacher_scale, double student_softcap, double teacher_softcap, Tensor out_student,
+                     std::optional<Tensor> out_masked_student, std::optional<Tensor> out_second,
                      std::optional<Tensor> row_gramian, std::optional<Tensor> column_squares) {
   const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
                                        {static_cast<Decomposition>(decomposition), vocab_size, temperature,
@@ -305,7 +303,7 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
   STD_TORCH_CHECK(out_second.has_value() == second_coefficients.has_value(),
                   "out_second and second_coefficients must be given together");
   STD_TORCH_CHECK(!out_masked_student || masked_student, "out_masked_student needs masked_student");
-  const Kernels& kernels = kernels_of_level(cpu_level);
+  const DecomposedKLKernels& kernels = vgs::kernels().decomposed_kl;
   const bool is_double = problem.is_double;
   const Operand in_values(values, problem.rows, kValues, is_double, "values");
   const Operand in_statistics(statistics, problem.rows, kStatistics, is_double, "statistics");
@@ -369,47 +367,9 @@ void logit_gradients(const Tensor& student, const Tensor& teacher, const Tensor&
 
 }  // namespace
 
-int highest_level() {
-  static const int level = [] {
-#if defined(VGS_HAVE_AVX512) || defined(VGS_HAVE_AVX2)
-    __builtin_cpu_init();
-#endif
-#ifdef VGS_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-      return 2;
-#endif
-#ifdef VGS_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
-#endif
-    return 0;
-  }();
-  return level;
-}
-
-const Kernels& kernels_of_level(int64_t level) {
-  STD_TORCH_CHECK(level <= highest_level(), "this CPU or build has instruction-set level ", highest_level(),
-                  ", level ", level, " was asked for");
-  switch (level < 0 ? highest_level() : level) {
-#ifdef VGS_HAVE_AVX512
-    case 2: return avx512::kernels;
-#endif
-#ifdef VGS_HAVE_AVX2
-    case 1: return avx2::kernels;
-#endif
-    default: return baseline::kernels;
-  }
-}
-
-int64_t cpu_level() { return highest_level(); }
-
 }  // namespace vgs
 
 STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("divergences", TORCH_BOX(&vgs::divergences));
   m.impl("logit_gradients", TORCH_BOX(&vgs::logit_gradients));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_level", TORCH_BOX(&vgs::cpu_level));
 }

@@ -1,13 +1,10 @@
-// What the registration layer (decomposed_kl.cpp) and the kernels of every instruction-set level share.
-// Plain data and function pointers only: no torch headers and no library templates, because this file is also compiled
-// with -mavx512f, and an inline function emitted there could be the one the linker keeps for an older machine.
+// What the launcher (decomposed_kl.cpp) and the kernels of every instruction-set level share. No library templates: see
+// kernels.h.
 #pragma once
 
-#include <stdint.h>
+#include "element.h"
 
 namespace vgs {
-
-enum Element { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Index of a stream: p student, q teacher, r masked teacher, p0 masked student.
 enum { kP, kQ, kR, kP0, kStreams };
@@ -80,34 +77,13 @@ struct Span {
   int64_t row, begin, end, next_row, next_begin;
 };
 
-struct Kernels {
+struct DecomposedKLKernels {
   // Add entries [begin, end) of a row to `state`.
   void (*divergences)(const Streams&, Decomposition, int64_t row, int64_t begin, int64_t end, RowState& state);
   // Write the gradient of a span; add <lang, lang>, <lang, vis>, <vis, vis> to `gramian` unless null.
   void (*gradients)(const Streams&, Decomposition, const GradientRow&, const Span&, const GradientOutputs&,
                     double* gramian);
-
-  // Of linear_decomposed_kl_kernels.h: rows of the head gradient to give to one thread are a multiple of `tile_rows`;
-  // panels hold n * (width rounded up to `panel_columns`) floats, the scratch of a thread n * tile_rows.
-  int64_t tile_rows, panel_columns;
-  void (*pack_hidden)(const float* hidden, int64_t row_stride, int64_t n, int64_t width, float* panels);
-  void (*head_gradient)(const float* gradient, int64_t gradient_stride, const float* panels, int64_t n, int64_t width,
-                        float* out, int64_t out_stride, int64_t begin, int64_t end, bool accumulate, float* scratch);
-  // Rows of the chunk in a group, and of the weight in a band; panels are [group][width][group rows], the scratch of a
-  // thread one band by one group.
-  int64_t group, logit_band;
-  void (*logits)(const float* panels, const float* weight, int64_t weight_stride, int64_t n, int64_t width, float* out,
-                 int64_t out_stride, int64_t begin, int64_t end, float* scratch);
-  // The scratch of a thread holds `band` entries of the chunk's rows and of `panel_columns`, and a tile.
-  int64_t band;
-  void (*hidden_gradient)(const float* gradient, int64_t gradient_stride, const float* weight, int64_t weight_stride,
-                          int64_t n, int64_t vocab, float* out, int64_t out_stride, int64_t begin, int64_t end,
-                          float* scratch);
 };
-
-namespace baseline { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
 
 // Move the sums of `state` to larger maxima and other anchors. Exact up to rounding: with D = new - old shift or anchor,
 // sum e' = exp(-D_base) sum e, and the moment's differences grow by D_anchor - D_base.

@@ -1,5 +1,4 @@
-// Kernels of decomposed_kl for one instruction-set level. Each decomposed_kl_<level>.cpp includes this file once, with
-// VGS_LEVEL naming the namespace of its table.
+// Kernels of decomposed_kl for one instruction-set level.
 //
 // A row is walked in blocks that stay in the first-level cache: every stream is widened, transformed and written to a
 // small buffer while the block's maximum is found (one look at memory), then all sums are formed from the buffers while
@@ -12,15 +11,14 @@
 #pragma once
 
 #include "decomposed_kl.h"
-#include "linear_decomposed_kl_kernels.h"
 #include "simd.h"
 
 namespace {
+namespace decomposed_kl {
 
 using namespace vgs;
 
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kSizes[] = {4, 2, 2, 8};  // bytes, by Element
 
 template <class T>
 struct Block {
@@ -110,7 +108,7 @@ struct Prefetch {
   const char* from[kStreams];
   int64_t size;
 
-  Prefetch(const Streams& streams, int64_t row, int64_t begin) : size(kSizes[streams.element]) {
+  Prefetch(const Streams& streams, int64_t row, int64_t begin) : size(kElementSize[streams.element]) {
     for (int s = 0; s < kStreams; ++s) {
       const Stream& stream = streams.stream[s];
       from[s] = static_cast<const char*>(stream.data) + (stream.data ? row * stream.row_stride + begin : 0) * size;
@@ -366,10 +364,8 @@ void gradients(const Streams& streams, Decomposition decomposition, const Gradie
   gradients_of<float>(streams, decomposition, g, span, out, gramian);
 }
 
-}  // namespace
+}  // namespace decomposed_kl
 
-namespace vgs::VGS_LEVEL {
-extern const Kernels kernels;
-const Kernels kernels = {divergences, gradients, kTile, kColumns, pack_hidden, head_gradient,
-                         kGroup,      kLogitBand, logits,         kBand, hidden_gradient};
-}  // namespace vgs::VGS_LEVEL
+constexpr vgs::DecomposedKLKernels kDecomposedKL = {decomposed_kl::divergences, decomposed_kl::gradients};
+
+}  // namespace

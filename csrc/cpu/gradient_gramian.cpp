@@ -1,26 +1,13 @@
-// CPU implementation of gradient_gramian: choice of the instruction-set level, threads, and the sum of the chunks. The
-// loops over entries are in gradient_gramian_kernels.h, compiled once per level.
-#include "gradient_gramian.h"
-
+// CPU implementation of gradient_gramian: threads, and the sum of the chunks. The loops over entries are in
+// gradient_gramian_kernels.h.
 #include <vector>
 
-#include "gradient_gramian_chunks.h"
-#include "gradient_gramian_lists.h"
+#include "gradient_chunks.h"
+#include "gradient_lists.h"
+#include "kernels.h"
 
 namespace vgs {
 namespace {
-
-const GramianKernels& gramian_kernels_of_level(int64_t level) {
-  switch (checked_level(level)) {
-#ifdef VGS_HAVE_AVX512
-    case 2: return avx512::gramian_kernels;
-#endif
-#ifdef VGS_HAVE_AVX2
-    case 1: return avx2::gramian_kernels;
-#endif
-    default: return baseline::gramian_kernels;
-  }
-}
 
 struct Products {
   double sums[3] = {};
@@ -42,9 +29,9 @@ Products chunk_products(const GramianKernels& kernels, const Chunk& chunk, bool 
   return alone;
 }
 
-Tensor inner_products(std::vector<Tensor> lang, std::vector<Tensor> vis, bool float64, int64_t cpu_level) {
+Tensor inner_products(std::vector<Tensor> lang, std::vector<Tensor> vis, bool float64) {
   STD_TORCH_CHECK(!lang.empty(), "inner_products needs at least one pair of gradients");
-  const GramianKernels& kernels = gramian_kernels_of_level(cpu_level);
+  const GramianKernels& kernels = vgs::kernels().gramian;
   const GradientLists lists(lang, vis, nullptr);
   const Chunks chunks(lists.pairs());
   std::vector<Products> parts(chunks.count());

@@ -1,8 +1,8 @@
-// What the launcher (gradient_gramian.cpp) and the kernels of every instruction-set level share. As in decomposed_kl.h,
-// no library templates: this file is also compiled with -mavx512f.
+// What the launcher (gradient_gramian.cpp) and the kernels of every instruction-set level share. No library templates: see
+// kernels.h.
 #pragma once
 
-#include "decomposed_kl.h"
+#include "element.h"
 
 namespace vgs {
 
@@ -11,9 +11,5 @@ struct GramianKernels {
   void (*add_products)(const void* lang, Element lang_element, const void* vis, Element vis_element, int64_t n,
                        bool is_double, double sums[3]);
 };
-
-namespace baseline { extern const GramianKernels gramian_kernels; }
-namespace avx2 { extern const GramianKernels gramian_kernels; }
-namespace avx512 { extern const GramianKernels gramian_kernels; }
 
 }  // namespace vgs

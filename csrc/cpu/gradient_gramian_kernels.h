@@ -1,5 +1,4 @@
-// Kernels of gradient_gramian for one instruction-set level. Each gradient_gramian_<level>.cpp includes this file once,
-// with VGS_LEVEL naming the namespace of its table.
+// Kernels of gradient_gramian for one instruction-set level.
 //
 //   T  accumulation type (float, or double when a gradient is float64)     Vec  register of T     a, b  lang, vis
 //
@@ -8,11 +7,10 @@
 #pragma once
 
 #include "gradient_gramian.h"
-#include "gradient_gramian_block.h"
+#include "gradient_block.h"
 
 namespace {
-
-using namespace vgs;
+namespace gradients {
 
 // kUnroll independent sums: a fused multiply-add takes four cycles and two start in each.
 template <class T, class In>
@@ -80,8 +78,8 @@ void add_products(const void* lang, Element lang_element, const void* vis, Eleme
   mixed_products<float>(lang, lang_element, vis, vis_element, n, sums);
 }
 
-}  // namespace
+}  // namespace gradients
 
-namespace vgs::VGS_LEVEL {
-const GramianKernels gramian_kernels = {add_products};
-}  // namespace vgs::VGS_LEVEL
+constexpr vgs::GramianKernels kGramian = {gradients::add_products};
+
+}  // namespace

@@ -4,15 +4,13 @@
 
 #include <vector>
 
-#include "../gradient_gramian_lists.h"
+#include "../gradient_lists.h"
 #include "launch.h"
 
 namespace vgs::cuda {
 namespace {
 
-// `cpu_level` belongs to the schema that CPU and CUDA share.
-void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& weights, int64_t /*cpu_level*/,
-             std::vector<Tensor> out) {
+void combine(std::vector<Tensor> lang, std::vector<Tensor> vis, const Tensor& weights, std::vector<Tensor> out) {
   const Element element = element_of(weights, "weights");
   STD_TORCH_CHECK(weights.numel() == 2 && weights.is_contiguous() && (element == kFloat32 || element == kFloat64),
                   "weights must be two contiguous numbers of float32 or float64");

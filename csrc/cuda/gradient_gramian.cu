@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../gradient_gramian_lists.h"
+#include "../gradient_lists.h"
 #include "launch.h"
 
 namespace vgs::cuda {
@@ -13,8 +13,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// `cpu_level` belongs to the schema that CPU and CUDA share.
-Tensor inner_products(std::vector<Tensor> lang, std::vector<Tensor> vis, bool float64, int64_t /*cpu_level*/) {
+Tensor inner_products(std::vector<Tensor> lang, std::vector<Tensor> vis, bool float64) {
   STD_TORCH_CHECK(!lang.empty(), "inner_products needs at least one pair of gradients");
   const torch::stable::accelerator::DeviceGuard guard(lang[0].get_device_index());
   const cudaStream_t stream = current_stream(lang[0]);

@@ -1,11 +1,11 @@
 // Lists of gradients on the device: the table that a launch takes as its argument, how a block finds its chunk in it,
-// and how entries are read and written. Shared by the kernels of gradient_gramian and combine_gradients.
+// and how entries are read and written.
 //
 // No torch headers: nvcc compiles this file, and so does the C++ compiler, over tests/cuda_emulator/cuda_emulator.h.
 //
 //   Acc    arithmetic type: float, or double when a gradient is float64
 //   entry  one number of a gradient        group  kGroup entries, read with 128-bit loads
-//   chunk  what a block works on: a run of entries of one tensor (../gradient_gramian_pairs.h)
+//   chunk  what a block works on: a run of entries of one tensor (../gradient_pairs.h)
 //
 // The table travels in the kernel's arguments, not in a copy from the host: a captured CUDA graph holds the arguments
 // themselves, while a copy would read its host buffer again at every replay, long after it was freed or reused.
@@ -20,7 +20,7 @@
 #endif
 #include <string.h>
 
-#include "../gradient_gramian_pairs.h"
+#include "../gradient_pairs.h"
 
 namespace vgs::cuda {
 

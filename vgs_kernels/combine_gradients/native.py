@@ -1,7 +1,7 @@
-"""Native backend of `combine_gradients`: launches the compiled kernels of `csrc/combine_gradients.cpp`.
+"""Native backend of `combine_gradients`: launches the compiled kernels of `csrc/*/combine_gradients.*`.
 
 One pass: both gradients are read, their combination is written. The weights are read on the device, and a component of
-weight 0 is not read at all. Called by `combine_gradients/api.py` only, through `vgs_kernels.backend`.
+weight 0 is not read at all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,6 @@ from torch import Tensor
 from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
 
 _ops = torch.ops.vgs_kernels_native
-
-# Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default, -1 the highest that runs here.
-# Tests force it.
-cpu_level = -1
 
 
 def problem(device_type: str) -> str | None:
@@ -39,11 +35,10 @@ def combine(
         [nothing if g is None else g for g in lang],
         [nothing if g is None else g for g in vis],
         weights.contiguous(),
-        cpu_level,
         out,
     )
 
 
 @torch.library.register_fake("vgs_kernels_native::combine")
-def _(lang, vis, weights, cpu_level, out):  # type: ignore[no-untyped-def]
+def _(lang, vis, weights, out):  # type: ignore[no-untyped-def]
     return None

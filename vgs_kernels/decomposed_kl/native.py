@@ -1,9 +1,7 @@
-"""Native backend of `decomposed_kl`: launches the compiled kernels of `csrc/decomposed_kl.cpp`.
+"""Native backend of `decomposed_kl`: launches the compiled kernels of `csrc/*/decomposed_kl.*`.
 
 Offers the interface of `reference.py`. The kernels write into tensors that this file allocates; rows are split over the
 threads of `torch.set_num_threads`, and results do not depend on how many there are.
-
-Called by `decomposed_kl/op.py` and `linear_decomposed_kl/op.py` only, through `vgs_kernels.backend`.
 """
 
 from __future__ import annotations
@@ -17,20 +15,12 @@ from .reference import STATISTICS, VALUES
 
 _ops = torch.ops.vgs_kernels_native
 
-# Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default, -1 the highest that runs here.
-# Tests force it.
-cpu_level = -1
-
 
 def problem(device_type: str) -> str | None:
     """Why these kernels cannot run on a device type; None when they can."""
     if device_type == "cpu":
         return None
     return f"the compiled extension has no {device_type} kernels of decomposed_kl"
-
-
-def highest_cpu_level() -> int:
-    return _ops.cpu_level()
 
 
 def divergences(
@@ -92,7 +82,7 @@ def logit_gradients(
         row_gramian.copy_(gramian)
 
 
-def _settings(transform: LogitTransform) -> tuple[int, int, float, float, float, float, float, int]:
+def _settings(transform: LogitTransform) -> tuple[int, int, float, float, float, float, float]:
     """The settings in the order of the schemas."""
     return (
         DECOMPOSITIONS.index(transform.decomposition),
@@ -102,7 +92,6 @@ def _settings(transform: LogitTransform) -> tuple[int, int, float, float, float,
         transform.teacher_scale,
         transform.student_softcap,
         transform.teacher_softcap,
-        cpu_level,
     )
 
 

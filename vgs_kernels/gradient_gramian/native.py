@@ -1,10 +1,8 @@
-"""Native backend of `gradient_gramian`: launches the compiled kernels of `csrc/gradient_gramian.cpp`.
+"""Native backend of `gradient_gramian`: launches the compiled kernels of `csrc/*/gradient_gramian.*`.
 
 One pass over both lists for all three numbers. Sums are formed per chunk of a tensor and then over the chunks, in an
 order that depends on the sizes of the tensors alone: the result is the same on every run and for every number of
 threads. Entries are multiplied in float32 (float64 for float64 gradients); the sums over chunks are float64.
-
-Called by `gradient_gramian/api.py` only, through `vgs_kernels.backend`.
 """
 
 from __future__ import annotations
@@ -17,10 +15,6 @@ from torch import Tensor
 from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
 
 _ops = torch.ops.vgs_kernels_native
-
-# Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default, -1 the highest that runs here.
-# Tests force it.
-cpu_level = -1
 
 
 def problem(device_type: str) -> str | None:
@@ -38,10 +32,9 @@ def inner_products(lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], 
         [nothing if g is None else g for g in lang],
         [nothing if g is None else g for g in vis],
         dtype == torch.float64,
-        cpu_level,
     )
 
 
 @torch.library.register_fake("vgs_kernels_native::inner_products")
-def _(lang, vis, float64, cpu_level):  # type: ignore[no-untyped-def]
+def _(lang, vis, float64):  # type: ignore[no-untyped-def]
     return lang[0].new_empty(3, dtype=torch.float64 if float64 else torch.float32)

@@ -1,17 +1,15 @@
 """The three matrix products of a chunk of `linear_decomposed_kl`: logits, hidden gradient, head gradient.
 
-Layer: tensors in, tensors out. Called by `linear_decomposed_kl/op.py` only.
-
 Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width.
 
 On a CPU in bf16, torch multiplies fastest when the large matrix is the left operand, as it lies in memory: it then
 packs only the small one: logits as (v, w) @ (w, n), head gradient as (v, n) @ (n, w). So a slice of the vocabulary is
 multiplied that way round, and transposed while it is in the cache. Where the CPU has a matrix unit (AMX), the logits
-come from a compiled kernel that does the same in registers, `csrc/cpu/linear_decomposed_kl_amx.cpp`. So do gradients of
+come from a compiled kernel that does the same in registers, `csrc/cpu/products_amx.cpp`. So do gradients of
 few columns: rows of the head are gathered on the way into the unit, and added to on the way out.
 
 In fp32 a chunk has about 64 rows, for which a general matrix product packs the head and waits for memory. There all
-three are compiled kernels that walk the head once; `csrc/cpu/linear_decomposed_kl_kernels.h` says what that saves.
+three are compiled kernels that walk the head once; `csrc/cpu/products_kernels.h` says what that saves.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ class Products:
                 torch.mm(weight[part], hidden.t(), out=logits)
                 torch.ops.vgs_kernels_native.transpose(logits, out[:, part])
         elif self._streamed and weight.stride(1) == 1:
-            torch.ops.vgs_kernels_native.logits(hidden, weight, -1, out)
+            torch.ops.vgs_kernels_native.logits(hidden, weight, out)
         elif out.dtype != hidden.dtype:
             torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         else:
@@ -62,7 +60,7 @@ class Products:
     def hidden_gradient(self, logit_gradient: Tensor, weight: Tensor, out: Tensor) -> None:
         """out (n, w) = logit_gradient (n, v) @ weight (v, w)."""
         if self._streamed and weight.stride(1) == 1:
-            torch.ops.vgs_kernels_native.hidden_gradient(logit_gradient, weight, -1, out)
+            torch.ops.vgs_kernels_native.hidden_gradient(logit_gradient, weight, out)
         else:
             torch.mm(logit_gradient, weight, out=out)
 
@@ -98,7 +96,7 @@ class Products:
     def head_gradient(self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w)."""
         if self._streamed and out.dtype == torch.float32 and out.stride(1) == 1:
-            torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, -1, out)
+            torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, out)
             return
         if out.is_cuda and out.dtype != hidden.dtype:
             if accumulate:

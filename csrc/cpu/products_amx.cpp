@@ -6,7 +6,7 @@
 // rounded, and leave in whole cache lines past the caches, since a chunk of logits does not fit in any.
 //
 // Gathered products: the gathered rows are those of which pairs are wanted, interleaved once for all rows of the result.
-#include "linear_decomposed_kl_amx.h"
+#include "products_amx.h"
 
 #include <immintrin.h>
 

@@ -1,11 +1,11 @@
-// From lists of torch tensors to `GradientPair`s. Used by the launchers of gradient_gramian and combine_gradients.
+// From lists of torch tensors to `GradientPair`s.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/common.h"
-#include "gradient_gramian_pairs.h"
+#include "cpu/tensors.h"
+#include "gradient_pairs.h"
 
 namespace vgs {
 

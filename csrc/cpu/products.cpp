@@ -1,7 +1,5 @@
-// CPU helpers of linear_decomposed_kl: what torch has no operator for, or only a slow one. The schemas and who calls them
-// are in ../linear_decomposed_kl.cpp.
+// Products of a chunk of tokens with a head, where torch has none or only a slow one: checks and threads.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -9,11 +7,11 @@
 #include <memory>
 #include <new>
 #include <numeric>
-#include <tuple>
 #include <vector>
 
-#include "common.h"
-#include "linear_decomposed_kl_amx.h"
+#include "kernels.h"
+#include "products_amx.h"
+#include "tensors.h"
 #if defined(VGS_HAVE_AMX) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -112,10 +110,10 @@ void check_product(std::initializer_list<const Tensor*> matrices, bool fit) {
 
 // out (v, w) = or += gradient (n, v)^T hidden (n, w), float32. Every entry is one sum over n in order, whichever thread
 // computes it.
-void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, int64_t cpu_level, Tensor out) {
+void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, Tensor out) {
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = gradient.size(1);
   check_product({&gradient, &hidden, &out}, gradient.size(0) == n && out.size(0) == vocab && out.size(1) == width);
-  const Kernels& kernels = kernels_of_level(cpu_level);
+  const ProductKernels& kernels = vgs::kernels().products;
   const auto panels = cache_lines<float>(n * round_up(width, kernels.panel_columns));
   kernels.pack_hidden(floats(hidden), hidden.stride(0), n, width, panels.get());
   const int64_t bands = (vocab + kernels.tile_rows - 1) / kernels.tile_rows;
@@ -128,10 +126,10 @@ void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate
 }
 
 // out (n, w) = gradient (n, v) weight (v, w), float32. Threads share the width; every entry is one sum over v in order.
-void hidden_gradient(const Tensor& gradient, const Tensor& weight, int64_t cpu_level, Tensor out) {
+void hidden_gradient(const Tensor& gradient, const Tensor& weight, Tensor out) {
   const int64_t n = gradient.size(0), vocab = gradient.size(1), width = weight.size(1);
   check_product({&gradient, &weight, &out}, weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
-  const Kernels& kernels = kernels_of_level(cpu_level);
+  const ProductKernels& kernels = vgs::kernels().products;
   if (n == 0) return;
   const int64_t panels = round_up(width, kernels.panel_columns) / kernels.panel_columns;
   const int64_t scratch_rows = n + kernels.tile_rows + kernels.panel_columns;
@@ -144,10 +142,10 @@ void hidden_gradient(const Tensor& gradient, const Tensor& weight, int64_t cpu_l
 }
 
 // out (n, v) = hidden (n, w) weight (v, w)^T, float32. Threads share the vocabulary.
-void logits(const Tensor& hidden, const Tensor& weight, int64_t cpu_level, Tensor out) {
+void logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
   check_product({&hidden, &weight, &out}, weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
-  const Kernels& kernels = kernels_of_level(cpu_level);
+  const ProductKernels& kernels = vgs::kernels().products;
   const int64_t padded = round_up(n, kernels.group) * width;
   const auto panels = cache_lines<float>(padded);
   std::fill_n(panels.get(), padded, 0.0f);
@@ -208,16 +206,6 @@ void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) 
                 std::min(vocab, end * amx::kBlock), scratch.get());
   });
 #endif
-}
-
-// The entries of `indices`, each of which must be at least 0 and less than `size`.
-const int64_t* checked_indices(const Tensor& indices, int64_t size) {
-  STD_TORCH_CHECK(indices.is_contiguous() && indices.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "columns must be contiguous int64");
-  const auto* index = static_cast<const int64_t*>(indices.data_ptr());
-  for (int64_t k = 0; k < indices.numel(); ++k)
-    STD_TORCH_CHECK(index[k] >= 0 && index[k] < size, "columns holds ", index[k], ", the vocabulary ", size);
-  return index;
 }
 
 // out (n, w) = gradient (n, k) weight[columns], bfloat16, on the matrix unit. The gathered rows of the weight never exist as
@@ -283,84 +271,6 @@ void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, con
 #endif
 }
 
-// out (n, k) = matrix[:, columns]. Few columns in a row, each a cache line of its own: they are fetched ahead.
-template <class T>
-void gather_entries(const Tensor& matrix, const int64_t* column, int64_t count, Tensor& out) {
-  constexpr int64_t kAhead = 128;
-  torch::stable::parallel_for(0, matrix.size(0), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* const from = static_cast<const T*>(matrix.data_ptr()) + row * matrix.stride(0);
-      T* const to = static_cast<T*>(out.data_ptr()) + row * out.stride(0);
-      for (int64_t k = 0; k < count; ++k) {
-        __builtin_prefetch(from + column[std::min(k + kAhead, count - 1)]);
-        to[k] = from[column[k]];
-      }
-    }
-  });
-}
-
-void gather_columns(const Tensor& matrix, const Tensor& columns, Tensor out) {
-  const int64_t count = columns.numel();
-  STD_TORCH_CHECK(matrix.dim() == 2 && out.dim() == 2 && out.size(0) == matrix.size(0) && out.size(1) == count,
-                  "out must have a row for each of matrix, and a column for each of columns");
-  STD_TORCH_CHECK((matrix.stride(1) == 1 || matrix.size(1) == 1) && (out.stride(1) == 1 || count <= 1),
-                  "matrix and out must have unit stride in the last dimension");
-  STD_TORCH_CHECK(matrix.scalar_type() == out.scalar_type(), "out must have the dtype of matrix");
-  const int64_t* const column = checked_indices(columns, matrix.size(1));
-  switch (element_size(element_of(matrix, "matrix"))) {
-    case 2: return gather_entries<uint16_t>(matrix, column, count, out);
-    case 4: return gather_entries<uint32_t>(matrix, column, count, out);
-    default: return gather_entries<uint64_t>(matrix, column, count, out);
-  }
-}
-
-// The columns of a matrix that carry all but `first` of its Frobenius norm, from the squares of their norms, and in a
-// second row of `columns` which among them carry all but `second`, a larger part; ascending. The smallest columns are
-// dropped: with a histogram of the squares by their leading bits (an eighth of an octave a bin) everything below the
-// largest bin edge whose sum is still at most tolerance^2 of the total. Returns how many were kept for each.
-std::tuple<int64_t, int64_t> select_columns(const Tensor& squares, double first, double second, Tensor columns) {
-  const int64_t width = squares.numel();
-  STD_TORCH_CHECK(squares.is_contiguous() && element_of(squares, "squares") == kFloat32,
-                  "squares must be contiguous float32");
-  STD_TORCH_CHECK(columns.is_contiguous() && columns.numel() >= 2 * width &&
-                      columns.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "columns must be a contiguous int64 buffer of at least two rows of the vocabulary");
-  const float* const square = static_cast<const float*>(squares.data_ptr());
-  int64_t* const column = static_cast<int64_t*>(columns.data_ptr());
-
-  constexpr int kShift = 20;  // the sign, 8 exponent and 3 mantissa bits of a float remain
-  const auto bin_of = [&](float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits >> kShift;
-  };
-  constexpr size_t kBins = size_t{1} << (32 - kShift);
-  std::vector<double> sums(2 * kBins, 0.0);  // of even and of odd columns: sums of one bin would wait for each other
-  for (int64_t v = 0; v < width; ++v) sums[v % 2 * kBins + bin_of(square[v])] += square[v];
-  double total = 0.0;
-  for (size_t bin = 0; bin < kBins; ++bin) total += sums[bin] += sums[kBins + bin];
-  const auto lowest_bin = [&](double tolerance) {
-    // Beside NaN and inf nothing is small.
-    const double most = std::isfinite(total) ? tolerance * tolerance * total : -1.0;
-    uint32_t bin = 0;
-    double dropped = 0.0;
-    while (bin < kBins && dropped + sums[bin] <= most) dropped += sums[bin++];
-    return bin;
-  };
-  const uint32_t lowest_of_first = lowest_bin(first), lowest_of_second = lowest_bin(second);
-  int64_t* const among_them = column + width;
-  int64_t count = 0, fewer = 0;
-  for (int64_t v = 0; v < width; ++v) {
-    column[count] = v;
-    count += bin_of(square[v]) >= lowest_of_first;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    among_them[fewer] = i;
-    fewer += bin_of(square[column[i]]) >= lowest_of_second;
-  }
-  return {count, fewer};
-}
-
 }  // namespace
 }  // namespace vgs
 
@@ -372,8 +282,6 @@ STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("matrix_unit_logits", TORCH_BOX(&vgs::matrix_unit_logits));
   m.impl("matrix_unit_hidden_gradient", TORCH_BOX(&vgs::matrix_unit_hidden_gradient));
   m.impl("matrix_unit_head_gradient", TORCH_BOX(&vgs::matrix_unit_head_gradient));
-  m.impl("gather_columns", TORCH_BOX(&vgs::gather_columns));
-  m.impl("select_columns", TORCH_BOX(&vgs::select_columns));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CompositeExplicitAutograd, m) {

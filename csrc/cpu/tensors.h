@@ -1,4 +1,4 @@
-// Shared by the CPU implementations: dtypes of tensors and the choice of the instruction-set level.
+// What the launchers ask of torch's tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,7 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "decomposed_kl.h"
+#include "element.h"
 
 namespace vgs {
 
@@ -21,14 +21,16 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* name)
   }
 }
 
-inline int64_t element_size(Element element) {
-  return element == kFloat64 ? 8 : element == kFloat32 ? 4 : 2;
+inline int64_t element_size(Element element) { return kElementSize[element]; }
+
+// The entries of `indices`, each of which must be at least 0 and less than `size`.
+inline const int64_t* checked_indices(const torch::stable::Tensor& indices, int64_t size) {
+  STD_TORCH_CHECK(indices.is_contiguous() && indices.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "columns must be contiguous int64");
+  const auto* index = static_cast<const int64_t*>(indices.data_ptr());
+  for (int64_t k = 0; k < indices.numel(); ++k)
+    STD_TORCH_CHECK(index[k] >= 0 && index[k] < size, "columns holds ", index[k], ", the vocabulary ", size);
+  return index;
 }
-
-// 2 AVX-512, 1 AVX2 with FMA and F16C, 0 whatever the compiler targets by default.
-int highest_level();
-
-// The kernels of a level, of the highest one if `level` is negative. Raises where the CPU has no such level.
-const Kernels& kernels_of_level(int64_t level);
 
 }  // namespace vgs

@@ -2,13 +2,16 @@
 // Internal linkage throughout, as in simd.h.
 #pragma once
 
-#include "decomposed_kl.h"
+#include "element.h"
 #include "simd.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
+namespace gradients {
+
+using namespace vgs;
 
 constexpr int64_t kBlock = 4096;  // entries; two buffers of float fill half of a first-level cache or less
 
@@ -60,18 +63,18 @@ void widen_entries(const In* from, int64_t n, float* to) {
   memcpy(to + i, &last, (n - i) * sizeof(float));
 }
 
-void widen_block(const void* from, vgs::Element element, int64_t offset, int64_t n, float* to) {
+void widen_block(const void* from, Element element, int64_t offset, int64_t n, float* to) {
   switch (element) {
-    case vgs::kBFloat16: return widen_entries(static_cast<const BFloat16*>(from) + offset, n, to);
-    case vgs::kFloat16: return widen_entries(static_cast<const Float16*>(from) + offset, n, to);
-    case vgs::kFloat32: return widen_entries(static_cast<const float*>(from) + offset, n, to);
-    case vgs::kFloat64:
+    case kBFloat16: return widen_entries(static_cast<const BFloat16*>(from) + offset, n, to);
+    case kFloat16: return widen_entries(static_cast<const Float16*>(from) + offset, n, to);
+    case kFloat32: return widen_entries(static_cast<const float*>(from) + offset, n, to);
+    case kFloat64:
       for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(static_cast<const double*>(from)[offset + i]);
   }
 }
 
-void widen_block(const void* from, vgs::Element element, int64_t offset, int64_t n, double* to) {
-  if (element == vgs::kFloat64) {
+void widen_block(const void* from, Element element, int64_t offset, int64_t n, double* to) {
+  if (element == kFloat64) {
     memcpy(to, static_cast<const double*>(from) + offset, n * sizeof(double));
     return;
   }
@@ -94,13 +97,14 @@ void narrow_entries(const T* from, int64_t n, Out* to) {
 }
 
 template <class T>
-void narrow_block(const T* from, int64_t n, void* to, vgs::Element element, int64_t offset) {
+void narrow_block(const T* from, int64_t n, void* to, Element element, int64_t offset) {
   switch (element) {
-    case vgs::kBFloat16: return narrow_entries(from, n, static_cast<BFloat16*>(to) + offset);
-    case vgs::kFloat16: return narrow_entries(from, n, static_cast<Float16*>(to) + offset);
-    case vgs::kFloat32: return narrow_entries(from, n, static_cast<float*>(to) + offset);
-    case vgs::kFloat64: return narrow_entries(from, n, static_cast<double*>(to) + offset);
+    case kBFloat16: return narrow_entries(from, n, static_cast<BFloat16*>(to) + offset);
+    case kFloat16: return narrow_entries(from, n, static_cast<Float16*>(to) + offset);
+    case kFloat32: return narrow_entries(from, n, static_cast<float*>(to) + offset);
+    case kFloat64: return narrow_entries(from, n, static_cast<double*>(to) + offset);
   }
 }
 
+}  // namespace gradients
 }  // namespace

@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "cpu/decomposed_kl.h"  // Element
+#include "cpu/element.h"
 
 namespace vgs {
 

@@ -1,12 +1,11 @@
-// Walks the chunks of lists of gradients with torch's threads. Used by the CPU launchers of gradient_gramian and
-// combine_gradients.
+// Walks the chunks of lists of gradients with torch's threads.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
-#include "gradient_gramian_pairs.h"
+#include "gradient_pairs.h"
+#include "tensors.h"
 
 namespace vgs {
 
@@ -47,13 +46,6 @@ class Chunks {
 
 inline const void* entry(const void* data, Element element, int64_t index) {
   return data ? static_cast<const char*>(data) + index * element_size(element) : nullptr;
-}
-
-// The level to run: the highest where `level` is negative. Raises where the CPU has no such level.
-inline int64_t checked_level(int64_t level) {
-  STD_TORCH_CHECK(level <= highest_level(), "this CPU or build has instruction-set level ", highest_level(), ", level ",
-                  level, " was asked for");
-  return level < 0 ? highest_level() : level;
 }
 
 }  // namespace vgs

@@ -1,6 +1,5 @@
 // Products in bfloat16 on the matrix unit of recent Intel CPUs (AMX): the logits of a chunk, and products with few gathered
-// rows, which both gradients of a filtered chunk are. Called by linear_decomposed_kl.cpp only, where the CPU has the unit.
-// No library headers: also included by the unit that is compiled for it.
+// rows, which both gradients of a filtered chunk are. No library templates: see kernels.h.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// Float32 matrix products of linear_decomposed_kl for one instruction-set level.
+// Float32 matrix products of a chunk for one instruction-set level.
 //
 // The chunk's rows are few (n, about 64) and the other matrix is the size of the head, so what matters is that the head
 // is walked once, in order, fetched ahead of the arithmetic, and never copied as a whole, as a general matrix product
@@ -7,10 +7,11 @@
 //   n rows of the chunk    v vocabulary    w width    kTile x kColumns accumulators, all in registers
 #pragma once
 
-#include "decomposed_kl.h"
+#include "products.h"
 #include "simd.h"
 
 namespace {
+namespace products {
 
 constexpr int kVectors = 2;
 constexpr int kTile = kRegisterBytes == 64 ? 14 : 6;  // of 32 or 16 registers
@@ -289,5 +290,11 @@ void hidden_gradient(const float* gradient, int64_t gradient_stride, const float
   hidden_gradient_of_height<kTile>((n + tiles - 1) / tiles, gradient, gradient_stride, weight, weight_stride, n, vocab,
                                    out, out_stride, begin, end, scratch);
 }
+
+}  // namespace products
+
+constexpr vgs::ProductKernels kProducts = {
+    products::kTile,  products::kColumns,    products::pack_hidden, products::head_gradient, products::kGroup,
+    products::kLogitBand, products::logits, products::kBand,       products::hidden_gradient};
 
 }  // namespace

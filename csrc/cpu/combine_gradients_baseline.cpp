@@ -1,2 +1,0 @@
-#define VGS_LEVEL baseline
-#include "combine_gradients_kernels.h"

@@ -1,2 +1,0 @@
-#define VGS_LEVEL baseline
-#include "decomposed_kl_kernels.h"

@@ -1,2 +1,0 @@
-#define VGS_LEVEL avx512
-#include "gradient_gramian_kernels.h"

@@ -1,2 +1,0 @@
-#define VGS_LEVEL baseline
-#include "gradient_gramian_kernels.h"
