@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vgs_distill import VGSTrainer, families
+from vgs_distill import VGSTrainer
+from vgs_distill.inputs import families
 from vgs_distill.inputs.families import check_teacher_reads_the_same
 from vgs_distill.inputs.modalities import AUDIO, MODALITIES, Modality
 from vgs_distill.masking import Batch, masked_view, stack_views

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..config import VGSConfig
 from ..errors import InputError, TrainingStopped
+from ..models.weights import load_weights
 
 logger = logging.get_logger(__name__)
 
@@ -120,9 +121,32 @@ class AtomicCheckpoints(Trainer):
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """transformers', which takes a stream, not knowing its length, to be in its first epoch for ever."""
-        position = super()._init_training_state(*args)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """transformers' reads the names of the hub as if they were the model's own, and passes over what is left."""
+        if self.is_fsdp_enabled:  # whose checkpoints keep the model's names
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self._unwrapped_model(), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            assert self.state.best_model_checkpoint is not None
+            load_weights(self._unwrapped_model(), Path(self.state.best_model_checkpoint))
+
+    def _unwrapped_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """transformers', which takes a step more than `max_steps` of a run that had ended within an epoch, and takes a
+        stream, not knowing its length, to be in its first epoch for ever.
+        """
+        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        if self.state.global_step >= max_steps:
+            return epochs, 0
         return position if self.args.ignore_data_skip else self._resumed_position or position
 
     def _stream_position(self) -> tuple[int, int] | None:
