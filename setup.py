@@ -49,17 +49,22 @@ class Plan:
     native: bool
     cuda: bool
     reason: str
+    label: str  # behind the version and a plus: pip shows that, where it hides what a build prints
 
 
 def plan(sources: list[str] | None = None) -> Plan:
     """Decide what can be built here. Raises only where FORCE_CUDA asks for the impossible."""
     if os.environ.get("VGS_KERNELS_PURE_PYTHON") == "1":
-        return _without_extension("VGS_KERNELS_PURE_PYTHON=1 is set")
+        return _without_extension("VGS_KERNELS_PURE_PYTHON=1 is set", "pure")
     if sys.platform == "win32":
-        return _without_extension("the sources need GCC or Clang, which Windows builds of PyTorch do not use")
+        return _without_extension(
+            "the sources need GCC or Clang, which Windows builds of PyTorch do not use", "pure.on.windows"
+        )
     compiler = cxx_compiler()
     if compiler is None:
-        return _without_extension("no C++ compiler was found (c++, g++ or clang++ on the PATH, or $CXX)")
+        return _without_extension(
+            "no C++ compiler was found (c++, g++ or clang++ on the PATH, or $CXX)", "pure.no.compiler"
+        )
     nvcc = shutil.which("nvcc")
     if nvcc and not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
         os.environ["CUDA_HOME"] = _toolkit(nvcc)
@@ -67,14 +72,19 @@ def plan(sources: list[str] | None = None) -> Plan:
         import torch
     except ImportError:
         return _without_extension(
-            "torch cannot be imported at build time; install it first and use `pip install --no-build-isolation`"
+            "torch cannot be imported at build time; install it first and use `pip install --no-build-isolation`",
+            "pure.no.torch",
         )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
-        return _without_extension(f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}")
+        return _without_extension(
+            f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}", "pure.old.torch"
+        )
     missing = _missing_for_cuda(cuda_sources() if sources is None else sources)
     if missing and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {missing}")
-    return Plan(native=True, cuda=not missing, reason=missing)
+    if not missing:
+        return Plan(native=True, cuda=True, reason="", label=f"cu{(torch.version.cuda or '').replace('.', '')}")
+    return Plan(native=True, cuda=False, reason=missing, label="cpu.no.nvcc" if "nvcc" in missing else "cpu")
 
 
 def _toolkit(nvcc: str) -> str:
@@ -87,10 +97,10 @@ def _toolkit(nvcc: str) -> str:
     return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent)
 
 
-def _without_extension(reason: str) -> Plan:
+def _without_extension(reason: str, label: str) -> Plan:
     if os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {reason}")
-    return Plan(native=False, cuda=False, reason=reason)
+    return Plan(native=False, cuda=False, reason=reason, label=label)
 
 
 def _missing_for_cuda(sources: list[str]) -> str:
@@ -188,6 +198,13 @@ def extension_arguments(decision: Plan) -> dict:
     }
 
 
+def version(decision: Plan) -> str:
+    """The version with what was built behind a plus, such as 0.1.0+cpu; an sdist is built into nothing yet."""
+    public = re.search(r'__version__ = "(.+)"', (ROOT / "vgs_kernels" / "version.py").read_text())
+    assert public is not None
+    return public[1] if "sdist" in sys.argv else f"{public[1]}+{decision.label}"
+
+
 def announce(decision: Plan) -> None:
     if not decision.native:
         message = (
@@ -204,4 +221,4 @@ def announce(decision: Plan) -> None:
 if __name__ == "__main__":
     decision = plan()
     announce(decision)
-    setup(**(extension_arguments(decision) if decision.native else {}))
+    setup(version=version(decision), **(extension_arguments(decision) if decision.native else {}))

@@ -13,10 +13,9 @@ from typing import Any
 
 import datasets  # noqa: F401 - its log keeps the stderr of its first import, which must outlive one command
 import pytest
-from typer.testing import CliRunner
-from vgs_distill.commands.cli import app
 from vgs_distill.errors import InputError
 
+from tests.command_line import invoke
 from tests.conftest import Workspace
 
 PROMPT = [{"role": "user", "content": "what is this ?"}]
@@ -24,8 +23,8 @@ PROMPT = [{"role": "user", "content": "what is this ?"}]
 
 def refused(command: str, *arguments: str) -> str:
     """Run the command in this process, hold it to the rules above, and return its sentence."""
-    result = CliRunner().invoke(app, [command, *arguments])
-    assert result.exit_code == 2, (result.output, result.exception)
+    result = invoke([command, *arguments])
+    assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     *before, sentence = result.stderr.splitlines()  # before it: progress bars of datasets and transformers
     assert sentence.startswith("vgs: ")
@@ -332,5 +331,5 @@ def test_a_shell_sees_the_sentence_and_the_code(workspace: Workspace, tmp_path: 
 @pytest.mark.parametrize("flags", [["--debug"], []])
 def test_debug_lets_the_error_through(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VGS_DEBUG", "0" if flags else "1")
-    result = CliRunner().invoke(app, [*flags, "train", "--config", "./nowhere.yaml"])
-    assert isinstance(result.exception, InputError)
+    with pytest.raises(InputError):
+        invoke([*flags, "train", "--config", "./nowhere.yaml"])

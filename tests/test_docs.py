@@ -151,17 +151,17 @@ def test_the_commands_of_a_page_are_understood(page: str, desk: Path) -> None:
 
 def understand(command: list[str]) -> None:
     """Fails unless the program that the command names takes its arguments."""
-    import typer
     from accelerate.commands.launch import launch_command_parser
+    from vgs_distill.commands import cli
     from vgs_distill.commands.arguments import eval_parser, train_parser
-    from vgs_distill.commands.cli import app
 
     match command:
         case ["vgs", ("train" | "eval") as name, *arguments]:
             (train_parser if name == "train" else eval_parser)().parse([*arguments, "--use_cpu"])
-        case ["vgs", name, *arguments]:
-            subcommands: Any = typer.main.get_command(app)
-            subcommands.commands[name].make_context(name, list(arguments))
+        case ["vgs", ("demo" | "report" | "doctor") as name, *arguments]:
+            getattr(cli, f"{name}_parser")().parse_args(arguments)
+        case ["vgs", name, *_]:
+            assert name in cli.COMMANDS
         case ["accelerate", "launch", *arguments]:
             launched = launch_command_parser().parse_args(arguments)
             assert launched.module
@@ -179,8 +179,7 @@ def understand(command: list[str]) -> None:
 
 def test_the_quick_start_runs(desk: Path, workspace: Workspace) -> None:
     """Its commands as they stand, but for the size of the run."""
-    from typer.testing import CliRunner
-    from vgs_distill.commands.cli import app
+    from tests.command_line import invoke
 
     for block in blocks("index.md", "yaml"):
         (desk / block.title).write_text(block.code)
@@ -194,7 +193,7 @@ def test_the_quick_start_runs(desk: Path, workspace: Workspace) -> None:
     ran = []
     for command in commands("index.md"):
         if command[0] == "vgs" and command[1] in small:
-            result = CliRunner().invoke(app, [*command[1:], *small[command[1]]])
+            result = invoke([*command[1:], *small[command[1]]])
             assert result.exit_code == 0, result.output
             ran.append(command[1])
     assert set(ran) == small.keys()

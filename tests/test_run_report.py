@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
-from vgs_distill.commands.cli import app
 from vgs_distill.report.charts import Series, line_chart, number
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, read_run
 from vgs_distill.report.page import strength, visible
 from vgs_distill.report.run import render_run, write_report
 
+from tests.command_line import invoke
 from tests.html_page import Page
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\"'&amp;"
@@ -282,11 +281,11 @@ def test_a_run_that_starts_afresh_in_the_same_folder_forgets_the_old_one(run_dir
 
 def test_the_command_writes_one_file(run_dir: Path, tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
-    result = CliRunner().invoke(app, ["report", str(run_dir)])
+    result = invoke(["report", str(run_dir)])
     assert result.exit_code == 0, result.output
     assert set(tmp_path.rglob("*")) - before == {run_dir / "report.html"}
     other = tmp_path / "other.html"
-    assert CliRunner().invoke(app, ["report", str(run_dir), "--output", str(other)]).exit_code == 0
+    assert invoke(["report", str(run_dir), "--output", str(other)]).exit_code == 0
     assert other.read_text() == (run_dir / "report.html").read_text()
 
 
@@ -306,7 +305,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path: Path, content: dict[Path, str]
         (folder / name).write_text(text)
     if content is not None:
         folder.mkdir(exist_ok=True)
-    result = CliRunner().invoke(app, ["report", str(folder)])
+    result = invoke(["report", str(folder)])
     assert result.exit_code == 2
     assert result.stderr.startswith("vgs: ")
     assert sentence in result.stderr
@@ -315,7 +314,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path: Path, content: dict[Path, str]
 
 
 def test_an_output_that_cannot_be_written_is_one_sentence(run_dir: Path) -> None:
-    result = CliRunner().invoke(app, ["report", str(run_dir), "--output", str(run_dir / "none" / "report.html")])
+    result = invoke(["report", str(run_dir), "--output", str(run_dir / "none" / "report.html")])
     assert result.exit_code == 2
     assert "cannot write" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
-from vgs_distill.commands.cli import app
 
+from tests.command_line import invoke
 from tests.conftest import Workspace
 
 
 def vgs(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = invoke(arguments)
     assert result.exit_code == 0, result.output
     return result.output
 

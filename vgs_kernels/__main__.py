@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -11,7 +12,11 @@ from . import __version__, backend
 
 def report() -> str:
     """The report as text."""
-    lines = [f"vgs-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}", ""]
+    try:
+        built = version("vgs-kernels")  # with what the build made: 0.1.0+cpu
+    except PackageNotFoundError:
+        built = f"{__version__} (not installed)"
+    lines = [f"vgs-kernels {built}, torch {torch.__version__}, Python {platform.python_version()}", ""]
     rows = backend.status()
     name_width, device_width = (max(len(getattr(row, field)) for row in rows) for field in ("op", "device"))
     for row in rows:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .compatibility import check_trl
 
-check_trl()
-
 if TYPE_CHECKING:
     from .config import VGSConfig
     from .inputs.data import load_rows
@@ -31,4 +29,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_trl()
     return getattr(import_module(_MODULES[name], __name__), name)

@@ -15,8 +15,6 @@ import pytest
 import torch
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value, Video
 from torch import Tensor
-from typer.testing import CliRunner
-from vgs_distill.commands.cli import app
 from vgs_distill.errors import InputError
 from vgs_distill.inputs.dataset_checks import check_dataset
 from vgs_distill.inputs.families import EvidenceTokens, check_modality, check_teacher_reads_the_same, placeholder_ids
@@ -25,6 +23,7 @@ from vgs_distill.masking import masked_view, with_evidence
 from vgs_distill.report.log import LOG_FILE
 from vgs_distill.trainer import _batch_of
 
+from tests.command_line import invoke
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
 from tests.families.training import make_trainer, picture, processor_of, questions, sound, step_logs, video
 from tests.reference_formulas import textbook
@@ -317,16 +316,16 @@ def test_the_commands_train_and_evaluate_on_sounds(tmp_path: Path) -> None:
         "max_completion_length": 4, "per_device_train_batch_size": 2, "record_modules_every": 1,
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    result = CliRunner().invoke(app, ["train", *flags])
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = invoke(["train", *flags])
+    assert result.exit_code == 0, result.output
     assert '"audio tower"' in (tmp_path / "run" / LOG_FILE).read_text()
     evaluation = {
         "modality": "audio", "model_name_or_path": tmp_path / "run", "use_cpu": True, "max_completion_length": 4,
         "teacher_model_name_or_path": tmp_path / "teacher", "dataset_name": tmp_path / "rows.parquet",
         "dataset_test_split": "train", "answer_column": "answer", "output_file": tmp_path / "eval.json",
     }  # fmt: skip
-    result = CliRunner().invoke(app, ["eval", *(f"--{name}={value}" for name, value in evaluation.items())])
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = invoke(["eval", *(f"--{name}={value}" for name, value in evaluation.items())])
+    assert result.exit_code == 0, result.output
     heard, deaf = (json.loads((tmp_path / "eval.json").read_text())[name] for name in ("with_image", "without_image"))
     assert heard["vis"] > 0
     assert deaf["vis"] == 0

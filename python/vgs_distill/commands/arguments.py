@@ -23,6 +23,7 @@ from trl import DistillationConfig, ModelConfig, TrlParser
 
 from ..config import VGSConfig
 from ..errors import InputError, nearest, one_sentence
+from .parsing import refused
 
 
 @dataclass
@@ -136,11 +137,7 @@ class SettingsParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """argparse's way to refuse a value, without its usage text."""
-        message = re.sub(r"^argument --(\w+)\S*: ", r"\1: ", message)
-        if choice := re.fullmatch(r"(\w+): invalid choice: '(.*)' \(choose from (.*)\)", message):
-            known = choice[3].replace("'", "").split(", ")
-            message = f"{choice[1]} cannot be {choice[2]!r}{nearest(choice[2], known) or f'; choose from {choice[3]}'}"
-        raise InputError(message)
+        raise refused(message)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         hints = get_type_hints(dtype)

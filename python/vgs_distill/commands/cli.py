@@ -3,199 +3,231 @@
 Exit codes: 0 fine, 1 failed on the way, 2 bad input, 130 stopped by hand. Bad input is one sentence without a
 traceback, unless `vgs --debug` or VGS_DEBUG=1 asks for it.
 
-Layer: cli. Heavy imports happen inside the commands, so that `vgs --help` answers at once.
+The standard library only, until a command is known: help answers at once, and `vgs doctor` runs where torch is all
+that is installed.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from ..compatibility import install, installed, summary, trl_problem
+from ..errors import InputError, TrainingStopped, nearest
+from .parsing import Parser
 
-from vgs_distill.errors import InputError, TrainingStopped
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Distil vision-language models with visual gradient steering.",
-)
+DESCRIPTION = "Distil vision-language models with visual gradient steering."
 
 
-# Their flags are the fields of dataclasses, which the parser of the command knows; typer hands all of them on.
-_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-_Rest = Annotated[list[str] | None, typer.Argument(metavar="[--config FILE] [--FIELD VALUE]...")]
+@dataclass(frozen=True)
+class Command:
+    """One subcommand; `run` takes the arguments behind its name and returns the exit code."""
+
+    run: Callable[[Sequence[str]], int]
+    summary: str
+    extra: str | None  # what has to be installed for it, beside the kernels
 
 
-@app.callback()
-def _vgs(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, as VGS_DEBUG=1 does.")] = False) -> None:
-    """Distil vision-language models with visual gradient steering."""
-    if debug:
-        os.environ["VGS_DEBUG"] = "1"
+def _train(arguments: Sequence[str]) -> int:
+    from .train import train
+
+    train(arguments)
+    return 0
 
 
-@app.command(context_settings=_PASS_ON)
-def train(arguments: _Rest = None) -> None:
-    """Distil a teacher into a student of your own, from a YAML file and flags. --help lists every field."""
-    with _one_sentence():
-        from vgs_distill.commands.train import train as run
+def _eval(arguments: Sequence[str]) -> int:
+    from .evaluate import evaluate
 
-        run(arguments or [])
+    evaluate(arguments)
+    return 0
 
 
-@app.command("eval", context_settings=_PASS_ON)
-def evaluate(arguments: _Rest = None) -> None:
-    """Measure a model with and without its images: accuracy, and the divergence from a teacher. --help lists all."""
-    with _one_sentence():
-        from vgs_distill.commands.evaluate import evaluate as run
+def demo_parser() -> Parser:
+    parser = Parser(
+        prog="vgs demo",
+        description="Train a small Qwen3-VL student from a teacher, on this machine, without a GPU. The teacher is "
+        "trained first and kept for the next time. From one start the student then goes through monolithic on-policy "
+        "distillation (OPD) and through visual gradient steering (VGS), and answers questions about pictures it has "
+        "never seen. Leaves results.json, report.html and the students, which transformers loads.",
+    )
+    add = parser.add_argument
+    add(
+        "--task",
+        choices=("digits", "shapes"),
+        default="digits",
+        help="Handwritten digits, or coloured shapes, in a grid. (default: digits)",
+    )
+    add("--seeds", type=int, default=1, help="Number of student starts; every method runs from each. (default: 1)")
+    add(
+        "--decomposition",
+        choices=("matched", "bayes", "teacher_prior"),
+        action="append",
+        help="Steered variants beside the monolithic baseline; repeat for several. (default: matched)",
+    )
+    add(
+        "--steering",
+        choices=("exact", "amortized"),
+        action="append",
+        help="How the variants get their gradient; repeat for both. (default: exact)",
+    )
+    add("--gamma", type=float, help="Share of the visual direction in [0, 1]. (default: 0.8, for bayes 0.7)")
+    add("--steps", type=int, help="Distillation steps. (default: the task's recipe)")
+    add("--output-dir", type=Path, help="Where results, report and students go. (default: runs/demo-TASK)")
+    add("--quick", action="store_true", help="Fewer steps and a smaller test set.")
+    add("--jobs", type=int, help="Worker processes. (default: one per processor)")
+    return parser
 
-        run(arguments or [])
 
+def _demo(arguments: Sequence[str]) -> int:
+    asked = demo_parser().parse_args(arguments)
+    from ..demo.run import DemoError, run_demo
 
-class Task(str, Enum):
-    digits = "digits"
-    shapes = "shapes"
-
-
-class Decomposition(str, Enum):
-    matched = "matched"
-    bayes = "bayes"
-    teacher_prior = "teacher_prior"
-
-
-class Steering(str, Enum):
-    exact = "exact"
-    amortized = "amortized"
-
-
-@app.command()
-def demo(
-    task: Annotated[
-        Task, typer.Option(help="digits: handwritten digits in a grid; shapes: coloured shapes in a grid.")
-    ] = Task.digits,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of student starts; every method runs from each.")] = 1,
-    decomposition: Annotated[
-        list[Decomposition] | None,
-        typer.Option(help="Steered variants beside the monolithic baseline; repeat for several. (default: matched)"),
-    ] = None,
-    steering: Annotated[
-        list[Steering] | None,
-        typer.Option(help="How the variants get their gradient; repeat for both. (default: exact)"),
-    ] = None,
-    gamma: Annotated[
-        float | None,
-        typer.Option(help="Share of the visual direction in [0, 1]. (default: 0.8, for bayes 0.7)"),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Distillation steps. (default: the task's recipe)")] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Where results, report and students go. (default: runs/demo-TASK)")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and a smaller test set.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Worker processes. (default: one per processor)")] = None,
-) -> None:
-    """Train a small Qwen3-VL student from a teacher, on this machine, without a GPU.
-
-    The teacher is trained first and kept for the next time. From one start the student then goes through monolithic
-    on-policy distillation (OPD) and through visual gradient steering (VGS), and answers questions about pictures it
-    has never seen. Leaves results.json, report.html and the students, which transformers loads.
-    """
-    from vgs_distill.demo.run import DemoError, run_demo
-
+    if asked.seeds < 1:
+        raise InputError("seeds must be 1 or more")
     try:
-        with _one_sentence():
-            run_demo(
-                task.value,
-                seeds=range(seeds),
-                decompositions=[d.value for d in decomposition or [Decomposition.matched]],
-                steering=[s.value for s in steering or [Steering.exact]],
-                gamma=gamma,
-                steps=steps,
-                output_dir=output_dir or Path("runs") / f"demo-{task.value}",
-                quick=quick,
-                jobs=jobs,
-            )
+        run_demo(
+            asked.task,
+            seeds=range(asked.seeds),
+            decompositions=asked.decomposition or ["matched"],
+            steering=asked.steering or ["exact"],
+            gamma=asked.gamma,
+            steps=asked.steps,
+            output_dir=asked.output_dir or Path("runs") / f"demo-{asked.task}",
+            quick=asked.quick,
+            jobs=asked.jobs,
+        )
     except DemoError as error:
-        _fail(str(error), code=1)
+        return _fail(str(error), code=1)
+    return 0
 
 
-@app.command()
-def report(
-    run_dir: Annotated[Path, typer.Argument(help="Output directory of a training run, finished or not.")],
-    output: Annotated[Path | None, typer.Option(help="The file to write. (default: RUN_DIR/report.html)")] = None,
-) -> None:
-    """Write one self-contained HTML page about a training run: losses, gradients, time, and what the student wrote.
-
-    The page needs no network and no script, reads on a phone and prints; a run that still trains may be reported too.
-    Accuracies are those that `vgs eval --output_file` left as eval*.json in RUN_DIR or its checkpoint-* folders.
-    """
-    from vgs_distill.report.run import write_report
-
-    with _one_sentence():
-        typer.echo(f"Written: {write_report(run_dir, output)}")
+def report_parser() -> Parser:
+    parser = Parser(
+        prog="vgs report",
+        description="Write one self-contained HTML page about a training run: losses, gradients, time, and what the "
+        "student wrote. The page needs no network and no script, reads on a phone and prints; a run that still trains "
+        "may be reported too. Accuracies are those that `vgs eval --output_file` left as eval*.json in RUN_DIR or its "
+        "checkpoint-* folders.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="Output directory of a run, finished or not.")
+    parser.add_argument("--output", type=Path, help="The file to write. (default: RUN_DIR/report.html)")
+    return parser
 
 
-@app.command()
-def doctor() -> None:
-    """Say which backend runs every kernel here and why nothing faster does; test all, with exit code 1 if one errs."""
-    from rich.console import Console
+def _report(arguments: Sequence[str]) -> int:
+    asked = report_parser().parse_args(arguments)
+    from ..report.run import write_report
 
-    from vgs_distill.commands.doctor import doctor as run
-
-    if not run(Console()):
-        raise typer.Exit(1)
+    print(f"Written: {write_report(asked.run_dir, asked.output)}")
+    return 0
 
 
-@app.command(context_settings=_PASS_ON)
-def bench(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[NAME]... [OPTIONS]")] = None,
-) -> None:
-    """Measure the kernels against plain torch, TRL and Liger, and write docs/benchmarks.md. --help lists the options.
+def doctor_parser() -> Parser:
+    return Parser(
+        prog="vgs doctor",
+        description="Say which backend runs every kernel here and why nothing faster does, with versions and devices; "
+        "test all of them, with exit code 1 if one errs. Needs torch only.",
+    )
 
-    The benchmarks write records and documentation into the repository, so they are part of it and not of the package.
-    """
-    import vgs_kernels
 
-    repository = Path(vgs_kernels.__file__).resolve().parent.parent
+def _doctor(arguments: Sequence[str]) -> int:
+    doctor_parser().parse_args(arguments)
+    from .doctor import doctor
+
+    return 0 if doctor() else 1
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    """The benchmarks write records and documentation into the repository: part of it and not of the package."""
+    found = importlib.util.find_spec("vgs_kernels")
+    assert found is not None
+    assert found.origin is not None
+    repository = Path(found.origin).resolve().parent.parent
     if not (repository / "benchmarks" / "__main__.py").exists():
-        _fail(
+        raise InputError(
             "the benchmarks are in the repository, not in the installed package: clone it, "
             "`pip install --no-build-isolation -e '.[bench]'` there, and call `vgs bench` again"
         )
-    command = [sys.executable, "-m", "benchmarks", *(arguments or [])]
-    raise typer.Exit(subprocess.run(command, cwd=repository, check=False).returncode)
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=repository, check=False).returncode
 
 
-@contextmanager
-def _one_sentence() -> Iterator[None]:
+COMMANDS = {
+    "train": Command(_train, "distil a teacher into a student of your own, from a YAML file and flags", "train"),
+    "eval": Command(_eval, "measure a model with and without its images: accuracy, divergence from a teacher", "train"),
+    "report": Command(_report, "write one HTML page about a run: losses, gradients, what the student wrote", "train"),
+    "demo": Command(_demo, "train a small Qwen3-VL student from a teacher on this machine, without a GPU", "demo"),
+    "doctor": Command(_doctor, "say which backend runs every kernel and why nothing faster does; test all", None),
+    "bench": Command(_bench, "measure the kernels against plain torch, TRL and Liger", "bench"),
+}
+
+
+def parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    parser = Parser(
+        prog="vgs",
+        usage="vgs [--debug] COMMAND [ARGUMENT]...",
+        description=f"{DESCRIPTION}\n\ncommands:\n{listing}\n\n`vgs COMMAND --help` lists the arguments of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, as VGS_DEBUG=1 does")
+    parser.add_argument("--version", action="store_true", help="show the version and how it was built")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `vgs` with these arguments and return its exit code; `--help` ends in SystemExit, as argparse does."""
+    name = None
     try:
-        yield
+        asked = parser().parse_args(arguments)
+        if asked.debug:
+            os.environ["VGS_DEBUG"] = "1"
+        if asked.version:
+            print(summary())
+            return 0
+        name = asked.command
+        if name is None:
+            parser().print_help()
+            return 2
+        if name not in COMMANDS:
+            remedy = nearest(name, COMMANDS) or "; vgs --help lists them"
+            raise InputError(f"vgs has no command {name!r}{remedy}")
+        command = COMMANDS[name]
+        if command.extra is not None and (problem := trl_problem(installed("trl"))) is not None:
+            return _fail(problem)
+        return command.run(asked.arguments)
     except InputError as error:
         if os.environ.get("VGS_DEBUG", "0") not in ("", "0"):
             raise
-        _fail(str(error))
+        return _fail(str(error))
     except TrainingStopped as error:
-        _fail(str(error), code=1)
+        return _fail(str(error), code=1)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        extra = COMMANDS[name].extra if name in COMMANDS else None
+        if extra is None or module in ("", "vgs_distill", "vgs_kernels"):
+            raise
+        return _fail(f"vgs {name} needs {module}, which is not installed; install it with: {install(extra)}")
+    except KeyboardInterrupt:
+        return _fail("stopped; what had finished is on disk", code=130)
 
 
-def _fail(sentence: str, code: int = 2) -> None:
-    typer.echo(f"vgs: {sentence}", err=True)
-    raise typer.Exit(code)
+def _fail(sentence: str, code: int = 2) -> int:
+    print(f"vgs: {sentence}", file=sys.stderr)
+    return code
 
 
 def main() -> None:
     """Entry point of the `vgs` script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("vgs: stopped; what had finished is on disk", err=True)
-        sys.exit(130)
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """`vgs doctor`: which backend runs every op and why nothing faster does, versions, devices, and a self-test.
 
-Layer: cli; calls the public functions of `vgs_kernels`. Imports torch and none of the libraries it asks about.
+Imports torch and none of the libraries it asks about, so that it runs where torch is all there is.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from vgs_kernels.__main__ import report
 from vgs_kernels.selftest import Check, self_test
 
+from ..compatibility import installed, trl_problem
+
 # Needed by the engine, then used only where asked for, with what asks for it.
-_NEEDED = ("transformers", "trl", "accelerate", "datasets", "peft", "safetensors")
+_NEEDED = ("transformers", "trl", "accelerate", "datasets", "peft", "safetensors", "rich")
 _OPTIONAL = {
     "triton": "kernels on GPUs",
     "flash-attn": "attn_implementation: flash_attention_2",
@@ -28,20 +28,18 @@ _OPTIONAL = {
 }
 
 
-def doctor(console: Console) -> bool:
+def doctor() -> bool:
     """Print the report; return whether every self-test passed."""
-    console.print(report(), highlight=False, soft_wrap=True)
-    console.print(_versions())
-    for line in devices():
-        console.print(line, highlight=False, soft_wrap=True)
+    print(report(), end="\n\n")
+    print(_versions(), end="\n\n")
+    print(*devices(), sep="\n", end="\n\n", flush=True)
     checks = self_test()
-    console.print(_table(checks))
+    print(_table(checks))
     wrong = [check for check in checks if not check.passed]
     for check in wrong:
-        console.print(
+        print(
             f"{check.op} computes wrongly on {check.device} with {check.backend}: avoid it with "
-            'backend="reference" or VGS_KERNELS_BACKEND=reference, and report it with the lines above.',
-            soft_wrap=True,
+            'backend="reference" or VGS_KERNELS_BACKEND=reference, and report it with the lines above.'
         )
     return not wrong
 
@@ -67,28 +65,24 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _versions() -> Table:
-    table = Table(title="Libraries", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("library", "version", "used by"):
-        table.add_column(column)
-    for name, use in [*((name, "every run") for name in _NEEDED), *_OPTIONAL.items()]:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            found = "not installed"
-        table.add_row(name, found, use)
-    return table
+def _versions() -> str:
+    rows = [("library", "version", "used by")]
+    for name, use in [*((name, "the engine") for name in _NEEDED), *_OPTIONAL.items()]:
+        rows.append((name, installed(name) or "not installed", use))
+    problem = trl_problem(installed("trl"))
+    return "\n".join([*_columns(rows), *([problem] if problem else [])])
 
 
-def _table(checks: list[Check]) -> Table:
-    title = "Self-test: relative error against float64, beside that of plain torch"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("op", "device", "backend", "dtype"):
-        table.add_column(column, no_wrap=True)
-    for column in ("error", "torch", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+def _table(checks: list[Check]) -> str:
+    rows = [("op", "device", "backend", "dtype", "error", "torch", "")]
     for check in checks:
-        verdict = "ok" if check.passed else "WRONG"
         errors = f"{check.error:.1e}", f"{check.plain_error:.1e}"
-        table.add_row(check.op, check.device, check.backend, check.dtype, *errors, verdict)
-    return table
+        rows.append((check.op, check.device, check.backend, check.dtype, *errors, "ok" if check.passed else "WRONG"))
+    return "\n".join(["Self-test: relative error against float64, beside that of plain torch", *_columns(rows)])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
