@@ -83,6 +83,9 @@ class VGSConfig(DistillationConfig):
             rows have their prompt checked); None for all.
         record_completions_every: Steps from one record of sampled completions to the next, for the report: a few rows
             with their images and log q - log r of every token, from passes that the step runs anyway; 0 for none.
+        record_teacher_answers: Record beside a completion what the teacher itself answers, greedily. It costs as many
+            passes of the teacher over a few rows as its longest answer has tokens, at recording steps only, and changes
+            nothing in the run. A teacher that is sharded or not beside the student is not asked.
         record_modules_every: Steps from one record of the gradients' norms and cosine in every module to the next (with
             ``"amortized"`` at the first refresh from there on); 0 for none.
     """
@@ -168,6 +171,13 @@ class VGSConfig(DistillationConfig):
     )
     record_completions_every: int = field(
         default=100, metadata={"help": "Steps from one record of sampled completions to the next; 0 for none."}
+    )
+    record_teacher_answers: bool = field(
+        default=True,
+        metadata={
+            "help": "Beside each recorded completion the teacher's own, greedy: a pass of the teacher per token of it, "
+            "at recording steps only."
+        },
     )
     record_modules_every: int = field(
         default=0, metadata={"help": "Steps from one record of the gradients of every module to the next; 0 for none."}

@@ -60,7 +60,9 @@ from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
 from .models.teacher import load_student, load_teacher, place_teacher, shared_vocabulary, student_config
 from .report.recording import RunRecorder
+from .report.teacher_answers import TeacherAnswers
 from .report.timing import StepTimer
+from .report.trackers import Trackers
 from .resilience.checkpoints import AtomicCheckpoints
 from .resilience.interruption import Interruption
 from .resilience.nonfinite import SkippedUpdates, describe_rows, describe_step
@@ -234,7 +236,11 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
         self._cut_off = math.nan  # share of the last rollouts without an end
         self._interruption = Interruption()
         self.add_callback(self._interruption)
-        self._recorder = RunRecorder(args, self.model, self.teacher_model)
+        answers = TeacherAnswers(
+            args, self.teacher_model, self.processing_class, self.generation_config, self.accelerator
+        )
+        trackers = Trackers(self.callback_handler.callbacks)
+        self._recorder = RunRecorder(args, self.model, self.teacher_model, answers, trackers)
         self.add_callback(self._recorder)
 
     # ------------------------------------------------------------------ the step
@@ -422,7 +428,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             output |= self._text_prompts(inputs, output["prompt_ids"], output["prompt_mask"])
         if self._training:
             self._cut_off = self._metrics["train"]["completions/clipped_ratio"][-1]
-            self._recorder.mark_examples(self.state.global_step + 1, output, inputs)
+            with self._timer.span("recording"):
+                self._recorder.mark_examples(self.state.global_step + 1, output, inputs)
         return output
 
     def _without_long_prompts(self, inputs: list[dict[str, Any]], limit: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -497,7 +504,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt", *IMAGE.columns, *self._modality.columns]
+            self._signature_columns = ["prompt", "answer", *IMAGE.columns, *self._modality.columns]
 
     def _generate(self, prompts: list[Any]) -> Any:
         """TRL's, with an empty list for a row without images: image processors do not take TRL's None."""
@@ -658,7 +665,8 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
             self._metrics[self._mode][name].append(value)
 
     def _record_completions(self, inputs: dict[str, Any], contribution: Tensor | None) -> None:
-        self._recorder.record_completions(self.state.global_step + 1, inputs, contribution, self._tokenizer)
+        with self._timer.span("recording"):
+            self._recorder.record_completions(self.state.global_step + 1, inputs, contribution, self._tokenizer)
 
     def _modules_to_record(self) -> dict[str, list[int]]:
         if not self._recorder.modules_due(self.state.global_step + 1):
@@ -669,7 +677,7 @@ class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _record_times(self) -> None:
         times = self._timer.flush()
-        step = times.pop("step")
+        step = times.pop("step") - times.pop("recording", 0.0)
         parts = {name: times.get(name, 0.0) for name in ("rollout", "teacher", "steering")}
         parts["student"] = step - sum(parts.values())
         if self.args.steering != "none":

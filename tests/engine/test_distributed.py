@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from vgs_distill.report.log import read_run
 
 from tests.engine.distributed_worker import CASES, case_name
 
@@ -26,7 +27,8 @@ def run(mode: str, output_dir: Path) -> dict[str, Any]:
             port = probe.getsockname()[1]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
         command = [*launcher, *command[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(output_dir / f"{mode}.pt", weights_only=True)
@@ -53,6 +55,12 @@ def test_two_processes_train_as_one(mode: str, single: dict[str, Any], tmp_path:
         for key, parameter in expected["parameters"].items():
             torch.testing.assert_close(got["parameters"][key], parameter, atol=1e-5, rtol=0)
         torch.testing.assert_close(got["losses"], expected["losses"], atol=1e-5, rtol=0)
+    log = read_run(tmp_path / "run")
+    if mode == "ddp":
+        assert log.teacher_silent is None
+        assert all(record["teacher"] is not None for record in log.completions)
+    else:
+        assert log.teacher_silent == "it is sharded, and would write only with all processes at once"
 
 
 def test_accumulation_and_checkpointing_change_nothing_on_one_process(single: dict[str, Any]) -> None:

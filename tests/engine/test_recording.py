@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerControl, TrainerState
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.masking import drop_evidence
+from vgs_distill.masking import drop_evidence, with_evidence
 from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, RunLog, read_run
 from vgs_distill.report.recording import COMPLETIONS_PER_RECORD, RunRecorder, token_texts
 from vgs_distill.report.run import render_run
+from vgs_distill.report.teacher_answers import TeacherAnswers
+from vgs_distill.report.trackers import Trackers
 from vgs_distill.trainer import _batch_of
 
 from tests.engine.test_trainer import BatchTap, step_logs, with_images_removed
@@ -101,11 +104,11 @@ def test_the_contribution_is_the_difference_of_two_log_probabilities(make_traine
         length = int(batch.completion_mask[row].sum())
         assert record["log_ratios"] == pytest.approx(expected[row, :length].tolist(), abs=1e-4)
         assert "".join(record["tokens"]) == trainer._tokenizer.decode(batch.completion_ids[row, :length])
-        assert record["prompt"] == inputs["examples"][row]["prompt"][0]["content"]
+        assert record["prompt"] == inputs["examples"][row].row["prompt"][0]["content"]
 
 
 def test_recording_does_not_change_the_training(make_trainer: Callable[..., VGSTrainer]) -> None:
-    students = []
+    students, states = [], []
     for every in (0, 1):
         trainer = make_trainer(
             record_completions_every=every, record_modules_every=every, gradient_accumulation_steps=2
@@ -113,8 +116,85 @@ def test_recording_does_not_change_the_training(make_trainer: Callable[..., VGST
         trainer.train()
         assert bool(recorded(trainer).completions) == bool(every)
         students.append(trainer.model.state_dict())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
     for name, value in students[0].items():
         assert torch.equal(value, students[1][name]), name
+
+
+# ---------------------------------------------------------------------- the teacher's answer and the reference
+
+
+def test_the_teacher_answers_what_it_finds_likeliest(make_trainer: Callable[..., VGSTrainer], prompts: Dataset) -> None:
+    trainer = make_trainer(with_images_removed(prompts, lambda row: row % 2 == 0), max_steps=1)
+    tap = BatchTap(trainer)
+    trainer.train()
+    (inputs,) = tap.batches
+    batch = _batch_of(inputs)
+    ends, banned = trainer.eos_token_ids, trainer.generation_config.suppress_tokens
+    for row, record in zip(RunRecorder.marked_rows(inputs), recorded(trainer).completions, strict=True):
+        # One prompt at a time, the whole of it read again for every token: no padding and no cache.
+        prompt = batch.prompt_ids[row][batch.prompt_mask[row].bool()][None]
+        marked = inputs["examples"][row].row
+        fields = trainer._tokenize_prompts([with_evidence(marked, trainer._modality, trainer.processing_class)])[2]
+        seen = {name: torch.as_tensor(value) for name, value in fields.items() if name not in _PER_TOKEN}
+        written: list[int] = []
+        while len(written) < 6:
+            ids = torch.cat([prompt, torch.tensor([written], dtype=torch.long)], dim=1)
+            types = {"mm_token_type_ids": (ids == trainer.model.config.image_token_id).int()}
+            with torch.no_grad():
+                logits = trainer.teacher_model(input_ids=ids, **types, **seen).logits[0, -1]
+            logits[banned] = -math.inf
+            written.append(int(logits.argmax()))
+            if written[-1] in ends:
+                written.pop()
+                break
+        assert record["teacher"] == trainer._tokenizer.decode(written, skip_special_tokens=True)
+        assert bool(record["images"]) == bool(seen)
+
+
+_PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"record_teacher_answers": False}, "record_teacher_answers is off"),
+        ({"teacher_device": "offload"}, "it is not beside the student (teacher_device is 'offload')"),
+        ({"teacher_device": "cpu"}, "it is not beside the student (teacher_device is 'cpu')"),
+    ],
+)
+def test_a_teacher_that_is_not_asked_says_why(
+    make_trainer: Callable[..., VGSTrainer], settings: dict[str, Any], reason: str
+) -> None:
+    trainer = make_trainer(max_steps=1, **settings)
+    trainer.train()
+    log = recorded(trainer)
+    assert [record["teacher"] for record in log.completions] == [None] * COMPLETIONS_PER_RECORD
+    assert log.teacher_silent == reason
+    assert reason in Page(render_run(log)).text
+
+
+def test_a_teacher_that_fails_to_write_does_not_end_the_run(
+    make_trainer: Callable[..., VGSTrainer], make_model: Callable[..., Any]
+) -> None:
+    teacher = make_model(2, width=48).eval()
+    teacher.generate = None  # as a model without the method
+    trainer = make_trainer(teacher=teacher, record_completions_every=1)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert {record["teacher"] for record in recorded(trainer).completions} == {None}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"), [("red", "red"), (["red", "crimson"], "red | crimson"), (3, "3"), (None, None)]
+)
+def test_the_reference_is_the_answer_of_the_row(
+    make_trainer: Callable[..., VGSTrainer], prompts: Dataset, answer: Any, reference: str | None
+) -> None:
+    trainer = make_trainer(prompts.add_column("answer", [answer] * len(prompts)), max_steps=1)
+    trainer.train()
+    assert [record["reference"] for record in recorded(trainer).completions] == [reference] * COMPLETIONS_PER_RECORD
 
 
 def test_monolithic_runs_record_completions_without_contribution(make_trainer: Callable[..., VGSTrainer]) -> None:
@@ -147,10 +227,12 @@ def test_a_resumed_run_continues_its_log(make_trainer: Callable[..., VGSTrainer]
 
 
 @pytest.fixture
-def make_recorder(tmp_path: Path, make_model: Callable[..., Any]) -> Callable[..., RunRecorder]:
+def make_recorder(tmp_path: Path, make_model: Callable[..., Any], processor: Any) -> Callable[..., RunRecorder]:
     def make(**settings: Any) -> RunRecorder:
         config = VGSConfig(output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, **settings)
-        return RunRecorder(config, make_model(1), make_model(2))
+        teacher = make_model(2)
+        answers = TeacherAnswers(config, teacher, processor, GenerationConfig(), Accelerator(cpu=True))
+        return RunRecorder(config, make_model(1), teacher, answers, Trackers([]))
 
     return make
 

@@ -19,6 +19,7 @@ from vgs_distill.inputs.families import check_teacher_reads_the_same
 from vgs_distill.inputs.modalities import AUDIO, MODALITIES, Modality
 from vgs_distill.masking import Batch, masked_view, stack_views
 from vgs_distill.models.modules import parameters_by_module
+from vgs_distill.report.log import read_run
 from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES
@@ -68,6 +69,24 @@ def test_three_steps(family: str, decomposition: str, image_mask: str, tmp_path:
         assert row["gradient/norm_vis"] > 0
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert any(word in name for name in moved for word in ("vision", "visual", "audio_tower")), "the tower learns too"
+
+
+@every_family
+def test_the_teacher_writes_answers_that_change_nothing(family: str, tmp_path: Path) -> None:
+    students = []
+    for asked in (False, True):
+        folder = tmp_path / str(asked)
+        trainer = make_trainer(
+            family, str(folder), (1, 2), record_completions_every=1, record_teacher_answers=asked, max_steps=2
+        )
+        trainer.train()
+        log = read_run(folder)
+        assert (log.teacher_silent is None) == asked
+        assert len(log.completions) == 4
+        assert all((record["teacher"] is not None) == asked for record in log.completions)
+        students.append(trainer.model.state_dict())
+    for name, value in students[0].items():
+        assert torch.equal(value, students[1][name]), name
 
 
 @every_family

@@ -21,6 +21,7 @@ class RunLog:
     run_dir: Path
     settings: dict[str, Any] = field(default_factory=dict)
     max_steps: int = 0
+    teacher_silent: str | None = None  # why there are no answers of the teacher
     ended_at: int | None = None  # the step at which training returned; None while it runs, or if it was killed
     last_time: float = 0.0  # of the last record, seconds since 1970
     sessions: list[list[tuple[int, float]]] = field(default_factory=list)  # per (re)start: step and time of each log
@@ -41,6 +42,7 @@ class RunLog:
         if kind == "start":
             self._forget_after(step)
             self.settings, self.max_steps, self.ended_at = record["settings"], record["max_steps"], None
+            self.teacher_silent = record.get("teacher_silent")
             self.sessions = [*(self.sessions if step else []), [(step, record["time"])]]
         elif kind == "metrics":
             self.steps.setdefault(step, {}).update(record["values"])

@@ -3,16 +3,18 @@
     RUN_DIR/recording/log.jsonl    one JSON object a line, `kind` says which (below)
     RUN_DIR/recording/images/      pictures that completions belong to, named by their content
 
-    start        a (resumed) training begins at `step`, of `max_steps`; `settings` of the run. What was logged before
-                 for later steps is superseded.
+    start        a (resumed) training begins at `step`, of `max_steps`; `settings` of the run; why there are no answers
+                 of the teacher, `teacher_silent`, null where there are. What was logged before for later steps is
+                 superseded.
     metrics      `values`: what the trainer logged after `step`
     completion   one of `step`: `prompt`, `images` (file names), `tokens` (texts), and `log_ratios`, log q - log r of
-                 each token in nats, teacher with against teacher without the image; null where no masked teacher ran
+                 each token in nats, teacher with against teacher without the image; null where no masked teacher ran;
+                 `reference`, the row's column `answer`, and `teacher`, what it writes itself: null where there is none
     modules      `norms_lang`, `norms_vis`, `cosines` of the two gradients at `step`, per module in `names`
     end          training returned at `step`
 
 Every record carries `step` and `time` (seconds since 1970). A line is appended by one write; one that a crash cut off
-is no JSON, and the reader (`report/log.py`) passes over it. Called by the trainer; decides nothing about training.
+is no JSON, and the reader (`log.py`) passes over it. What is recorded decides nothing about training.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ from trl import DistillationConfig
 
 from ..config import VGSConfig
 from .log import IMAGE_FOLDER, LOG_FILE
+from .teacher_answers import TeacherAnswers
+from .trackers import Trackers
 
 logger = logging.get_logger(__name__)
 
@@ -61,10 +65,27 @@ _TRL_SETTINGS = (
 )
 
 
+@dataclass(frozen=True)
+class Marked:
+    """A dataset row whose completion is to be recorded, as it travels with its batch."""
+
+    row: Mapping[str, Any]
+    teacher: str | None  # what the teacher itself answers
+
+
 class RunRecorder(TrainerCallback):
     """Appends to the log of a run, on the main process only. A disk that refuses ends the recording, not the run."""
 
-    def __init__(self, config: VGSConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        config: VGSConfig,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        teacher_answers: TeacherAnswers,
+        trackers: Trackers,
+    ) -> None:
+        self._teacher_answers = teacher_answers
+        self._trackers = trackers
         self._run_dir = Path(config.output_dir or ".")
         self._completions = _Interval(config.record_completions_every)
         self._modules = _Interval(config.record_modules_every)
@@ -81,7 +102,13 @@ class RunRecorder(TrainerCallback):
         with self._disk():
             (self._run_dir / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
             _end_last_line(self._run_dir / LOG_FILE)
-        self._append("start", state.global_step, max_steps=state.max_steps, settings=self._settings)
+        self._append(
+            "start",
+            state.global_step,
+            max_steps=state.max_steps,
+            settings=self._settings,
+            teacher_silent=self._teacher_answers.silent,
+        )
 
     def on_log(
         self,
@@ -92,6 +119,9 @@ class RunRecorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._append("metrics", state.global_step, values=_finite_numbers(logs or {}))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trackers.show(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,7 +134,9 @@ class RunRecorder(TrainerCallback):
     def mark_examples(self, step: int, batch: dict[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
         """Where `step` is due, send the first few dataset rows along with their batch, which is shuffled and split."""
         if self._completions.due(step):
-            marked = [dict(example) for example in examples[:COMPLETIONS_PER_RECORD]]
+            rows = [dict(example) for example in examples[:COMPLETIONS_PER_RECORD]]
+            answers = self._teacher_answers(rows) if self._recording else [None] * len(rows)
+            marked = [Marked(row, answer) for row, answer in zip(rows, answers, strict=True)]
             batch["examples"] = [*marked, *[None] * (len(examples) - len(marked))]
 
     @staticmethod
@@ -122,18 +154,20 @@ class RunRecorder(TrainerCallback):
         """Write down the marked rows of a micro-batch."""
         for row in self.marked_rows(batch) if self._recording else []:
             length = int(batch["completion_mask"][row].sum())
-            example = batch["examples"][row]
+            marked = batch["examples"][row]
             images: list[str] = []
             with self._disk():
-                images.extend(map(self._keep_image, _images(example)))
-            self._append(
-                "completion",
-                step,
-                prompt=_prompt_text(example["prompt"]),
-                images=images,
-                tokens=token_texts(tokenizer, batch["completion_ids"][row, :length].tolist()),
-                log_ratios=None if log_ratios is None else _rounded(log_ratios[row, :length]),
-            )
+                images.extend(map(self._keep_image, _images(marked.row)))
+            completion = {
+                "prompt": _prompt_text(marked.row["prompt"]),
+                "images": images,
+                "tokens": token_texts(tokenizer, batch["completion_ids"][row, :length].tolist()),
+                "log_ratios": None if log_ratios is None else _rounded(log_ratios[row, :length]),
+                "reference": _reference(marked.row),
+                "teacher": marked.teacher,
+            }
+            self._append("completion", step, **completion)
+            self._trackers.add(completion, [self._run_dir / IMAGE_FOLDER / name for name in images])
 
     def modules_due(self, step: int) -> bool:
         return self._modules.due(step)
@@ -257,3 +291,11 @@ def _prompt_text(prompt: Any) -> str:
 def _images(example: Mapping[str, Any]) -> list[Any]:
     images = example.get("images", [example.get("image")])
     return [image for image in images or [] if image is not None]
+
+
+def _reference(example: Mapping[str, Any]) -> str | None:
+    """The right answer, where the row has one; several right ones in a line."""
+    answer = example.get("answer")
+    if isinstance(answer, list | tuple):
+        return " | ".join(map(str, answer))
+    return None if answer is None else str(answer)

@@ -59,6 +59,7 @@ def render_run(log: RunLog) -> str:
             evaluations=log.evaluations,
             time=_time(log),
             completions=_completions(log),
+            teacher_silent=log.teacher_silent,
             scales={
                 "cosine": [_tint(value, 1.0) for value in (-1.0, -0.5, 0.0, 0.5, 1.0)],
                 "contribution": [_tint(value, SATURATION) for value in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)],
@@ -359,6 +360,8 @@ def _sample(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "pictures": [picture for picture in pictures if picture is not None],
         "tokens": _colored(record["tokens"], ratios),
         "total": sum(finite) if finite else None,
+        "teacher": record.get("teacher"),
+        "reference": record.get("reference"),
     }
 
 
