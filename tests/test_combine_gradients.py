@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vgs_kernels import VisualGradientSteering, combine_gradients, gradient_gramian
+from vgs_kernels import VisualGradientSteering, backend, combine_gradients, gradient_gramian
 
 from .test_gradient_gramian import BACKENDS, DTYPES, SHAPES, Gradients, gradients
 
@@ -151,8 +151,9 @@ def test_clipping_equals_clip_grad_norm_after_the_combination(name: str, max_nor
     out = fresh(((300, 40), (7,), (65537,)), torch.float32)
     norm = combine_gradients(lang, vis, weights, out=out, max_norm=max_norm, backend=name)
     found = torch.cat([result.view(-1) for result in out])
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
-    torch.testing.assert_close(norm.double(), expected.norm(), rtol=1e-6, atol=0.0)
+    limit = 1e-6 if name == "native" else 3e-6  # plain torch sums in fp32
+    assert (found - expected).norm() <= limit * expected.norm()
+    torch.testing.assert_close(norm.double(), expected.norm(), rtol=limit, atol=0.0)
 
 
 def test_autocast_does_not_coarsen_the_norm() -> None:
@@ -167,7 +168,7 @@ def test_autocast_does_not_coarsen_the_norm() -> None:
 def test_opcheck() -> None:
     lang, vis = gradients(shapes=((5, 4), (3,)))
     out = fresh(((5, 4), (3,)), torch.float32)
-    torch.library.opcheck(torch.ops.vgs_kernels_native.combine.default, (lang, vis, WEIGHTS, -1, out))
+    torch.library.opcheck(torch.ops.vgs_kernels_native.combine.default, (lang, vis, WEIGHTS, out))
 
 
 def test_shards_are_combined_where_they_are(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -176,10 +177,9 @@ def test_shards_are_combined_where_they_are(tmp_path) -> None:  # type: ignore[n
         mesh = init_device_mesh("cpu", (1,))
         lang, vis = gradients(shapes=((6, 5), (7,)))
         sharded = [[distribute_tensor(g, mesh, [Shard(0)]) for g in list_] for list_ in (lang, vis)]
-        with pytest.raises(ValueError, match="sharded gradients need gramian="):
-            combine_gradients(*sharded, WEIGHTS, out=sharded[0])
-        gramian = gradient_gramian(*sharded, process_group=mesh.get_group())
-        combine_gradients(*sharded, WEIGHTS, out=sharded[0], gramian=gramian)
+        with pytest.raises(ValueError, match=r"out\[0\] is placed as None"):
+            combine_gradients(*sharded, WEIGHTS, out=lang)  # type: ignore[arg-type]
+        combine_gradients(*sharded, WEIGHTS, out=sharded[0])
         out = [g.full_tensor() for g in sharded[0]]
     finally:
         torch.distributed.destroy_process_group()
@@ -194,7 +194,10 @@ def test_shards_are_combined_where_they_are(tmp_path) -> None:  # type: ignore[n
         ({"weights": torch.ones(3)}, "weights must have shape"),
         ({"max_norm": 0.0}, "max_norm must be positive"),
         ({"gramian": torch.ones(3)}, "gramian must have shape"),
-        ({"out": [torch.ones(3, dtype=torch.int32)]}, "out must be float32, bfloat16"),
+        ({"gramian": torch.ones(2, 2, device="meta")}, "gramian must have shape"),
+        ({"out": [torch.ones(3, device="meta")]}, "out and gradients are on both cpu and meta"),
+        ({"out": [torch.ones(3).to_sparse()]}, "out and gradients must be dense"),
+        ({"out": [torch.ones(3, dtype=torch.int32)]}, "out and gradients must be float32, bfloat16"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
@@ -202,3 +205,23 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict, message: str) ->
     with pytest.raises(ValueError, match=message):
         combine_gradients([torch.ones(3)], [torch.ones(3)], **(fitting | arguments))
     assert fitting["out"][0].eq(7.0).all()
+
+
+def test_the_backend_that_was_asked_for_forms_the_gramian_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    resolve = backend.resolve
+    monkeypatch.setattr(
+        backend, "resolve", lambda op, device, name=None: asked.append(name) or resolve(op, device, name)
+    )
+    combine_gradients([torch.ones(3)], [torch.ones(3)], WEIGHTS, out=[torch.empty(3)], backend="reference")
+    assert asked == ["reference", "reference"]
+
+
+@pytest.mark.parametrize("size", [1e-18, 0.5e19])
+def test_the_norm_is_right_where_its_square_is_not_a_float32(size: float) -> None:
+    first, second = [torch.full((4,), size)], [torch.full((4,), size)]
+    out = [torch.empty(4)]
+    norm = combine_gradients(
+        first, second, torch.tensor([2.0, 1.0]), out=out, gramian=torch.full((2, 2), 4.0 * size**2)
+    )
+    torch.testing.assert_close(norm, torch.tensor(6.0 * size))

@@ -1,8 +1,8 @@
 """Steering policies: functions from the 2x2 Gramian of (lang, vis) gradients to their two weights.
 
 Everything happens on the device of the Gramian, without host synchronisation: `torch.where` stands in the place of
-branches. Layer: public API; pure torch on tensors of four numbers, so there is no backend to choose. The rules of
-TorchJD are policies, too: `torchjd_adapter.py`.
+branches. Pure torch on tensors of four numbers, so there is no backend to choose. The rules of TorchJD are policies,
+too: `torchjd_adapter.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class VisualGradientSteering:
 
     Called with the Gramian of (g_lang, g_vis), shape (2, 2), returns the two weights
     ``[(1 - gamma) / |g_lang|, gamma / |g_vis|]``, shape (2,), same dtype and device. A component whose norm is zero or
-    not finite gets weight 0, so that the weights are always finite; `usable` tells which ones that are.
+    not finite gets weight 0, so that the weights are always finite.
 
     Args:
         gamma: In [0, 1]; 0 follows language alone, 1 vision alone. The paper uses 0.7 to 0.9.
@@ -66,13 +66,6 @@ class VisualGradientSteering:
         if self.scale == "preserve":
             weights = weights * _length_of_sum(gramian, usable) / _length_of_combination(gramian, usable, weights)
         return weights
-
-    def usable(self, gramian: Tensor) -> Tensor:
-        """Which of (g_lang, g_vis) take part: norm finite and not zero. Shape (2,), bool, on the Gramian's device.
-
-        Ask for it beside the weights, and read it when the step's other metrics are read: that costs no wait.
-        """
-        return usable_components(gramian)
 
     def __repr__(self) -> str:
         return (

@@ -1,7 +1,7 @@
 """TorchJD's weightings as steering policies.
 
 A TorchJD `Weighting` maps the Gramian of several gradients to one weight each, which is what a steering policy does for
-two. Layer: public API. TorchJD is an optional dependency, imported when a policy is made.
+two. TorchJD is an optional dependency, imported when a policy is made.
 """
 
 from __future__ import annotations
@@ -36,10 +36,6 @@ class TorchJDSteering:
             raise ValueError(f"{self.weighting} returned weights of shape {tuple(weights.shape)}, not (2,)")
         weights = weights.detach().to(dtype=gramian.dtype, device=gramian.device)
         return torch.where(usable & torch.isfinite(weights), weights, 0.0)
-
-    def usable(self, gramian: Tensor) -> Tensor:
-        """As `VisualGradientSteering.usable`."""
-        return usable_components(gramian)
 
     def __repr__(self) -> str:
         return f"from_torchjd({self.weighting})"

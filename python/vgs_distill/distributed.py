@@ -16,9 +16,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -56,15 +54,6 @@ def average_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Te
         work.wait()
         gradient.div_(torch.distributed.get_world_size())
     return list(whole)
-
-
-def shard_group(gradients: Sequence[Tensor]) -> ProcessGroup | None:
-    """The group over which sharded gradients add up to the whole; None where gradients are whole."""
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            return mesh.get_group(mesh.ndim - 1)  # with hybrid sharding the leading dimension holds replicas
-    return None
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

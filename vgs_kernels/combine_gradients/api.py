@@ -1,7 +1,4 @@
-"""`combine_gradients`: the public function. Validates, folds clipping into the weights, returns the norm.
-
-Layer: public API. Chooses through `vgs_kernels.backend`.
-"""
+"""`combine_gradients`: the public function. Validates, folds clipping into the weights, returns the norm."""
 
 from __future__ import annotations
 
@@ -9,15 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .. import backend as backends
-from ..gradient_gramian.api import DTYPES, check_gradient_lists, gradient_gramian, local_shard
+from ..gradient_gramian.api import check_alike, check_gradient_lists, check_gradients, gradient_gramian, local_shard
 
 
 def combine_gradients(
-    grads_lang: Sequence[Tensor | None],
-    grads_vis: Sequence[Tensor | None],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
     weights: Tensor,  # (2,)
     *,
     out: Sequence[Tensor],
@@ -27,21 +23,21 @@ def combine_gradients(
 ) -> Tensor:
     r"""Combine two gradients in place, and clip the result's global norm without another pass.
 
-    $$g = c\,(w_0 L + w_1 V), \quad c = \min\bigl(1, \text{max_norm} / (\lVert w_0 L + w_1 V\rVert +
-    10^{-6})\bigr), \quad \lVert w_0 L + w_1 V\rVert^2 = w^\top G w$$
+    $$g = c\,(w_0 A + w_1 B), \quad c = \min\bigl(1, \text{max_norm} / (\lVert w_0 A + w_1 B\rVert +
+    10^{-6})\bigr), \quad \lVert w_0 A + w_1 B\rVert^2 = w^\top G w$$
 
-    with G the `gradient_gramian` of (L, V). ``c`` is that of ``torch.nn.utils.clip_grad_norm_``.
+    with G the `gradient_gramian` of (A, B). ``c`` is that of ``torch.nn.utils.clip_grad_norm_``.
 
     Args:
-        grads_lang: L, one tensor per parameter; None counts as zero.
-        grads_vis: V, of the same shapes; None counts as zero.
+        first: A, one tensor per parameter; None counts as zero.
+        second: B, of the same shapes; None counts as zero.
         weights: w, shape (2,), on the device of the gradients; read there. A weight of 0 removes its component
             even where that holds inf or NaN.
-        out: Where g goes, one tensor per parameter; may be the tensors of ``grads_lang`` or ``grads_vis`` beside them,
-            but must not overlap them in any other way.
+        out: Where g goes, one tensor per parameter, placed like its gradients; may be the tensors of ``first`` or
+            ``second`` beside them, but must not overlap them in any other way.
         max_norm: Largest global norm of g; None for no clipping.
-        gramian: G, if it is already known; computed otherwise. Sharded gradients (DTensor) need it, summed over their
-            processes: one process alone does not know the norm.
+        gramian: G, if it is already known; computed otherwise. Plain tensors that are parts of gradients need it, made
+            with their ``process_group``: one process alone does not know the norm.
         backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
@@ -51,38 +47,35 @@ def combine_gradients(
         ValueError: What `gradient_gramian` raises, or ``out``, ``weights``, ``max_norm`` or
             ``gramian`` do not fit; nothing has been written.
     """
-    device, _ = check_gradient_lists(grads_lang, grads_vis)
-    if len(out) != len(grads_lang):
-        raise ValueError(f"out has {len(out)} tensors for {len(grads_lang)} gradients; pass one per parameter")
-    for index, (lang, vis, result) in enumerate(zip(grads_lang, grads_vis, out, strict=True)):
-        source = lang if lang is not None else vis
-        if source is not None and source.shape != result.shape:
-            raise ValueError(f"out[{index}] has shape {tuple(result.shape)}, its gradient {tuple(source.shape)}")
-        if result.dtype not in DTYPES:
-            raise ValueError(f"out must be float32, bfloat16, float16 or float64, got {result.dtype}")
+    device, _ = check_gradient_lists(first, second)
+    if len(out) != len(first):
+        raise ValueError(f"out has {len(out)} tensors for {len(first)} gradients; pass one per parameter")
+    for index, (a, b, result) in enumerate(zip(first, second, out, strict=True)):
+        gradient = a if a is not None else b
+        if gradient is not None:
+            check_alike(f"out[{index}]", result, "its gradient", gradient)
+    check_gradients("out and gradients", out, device)
     if weights.shape != (2,) or weights.device != device:
         raise ValueError(f"weights must have shape (2,) on {device}, got {tuple(weights.shape)} on {weights.device}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    if gramian is None and any(isinstance(gradient, DTensor) for gradient in (*grads_lang, *grads_vis)):
-        raise ValueError("sharded gradients need gramian=gradient_gramian(..., process_group=...)")
-    if gramian is not None and gramian.shape != (2, 2):
-        raise ValueError(f"gramian must have shape (2, 2), got {tuple(gramian.shape)}")
+    if gramian is not None and (gramian.shape != (2, 2) or gramian.device != device):
+        raise ValueError(f"gramian must have shape (2, 2) on {device}, got {tuple(gramian.shape)} on {gramian.device}")
     chosen = backends.resolve("combine_gradients", device, backend)
     if gramian is None:
-        gramian = gradient_gramian(grads_lang, grads_vis)
+        gramian = gradient_gramian(first, second, backend=backend)
     weights = weights.to(gramian.dtype)
     # A component of weight 0 may have a non-finite norm, which must not come back as 0 * inf.
     kept = weights != 0
-    gramian = torch.where(kept[:, None] & kept[None, :], gramian, 0.0)
-    # Spelled out: autocast would run `weights @ gramian` in 16 bits.
-    norm = (weights[:, None] * gramian * weights).sum().clamp(min=0.0).sqrt()
+    # In float64, because the squares of norms that float32 holds may leave its range.
+    squares = weights.double()[:, None] * torch.where(kept[:, None] & kept, gramian, 0.0).double() * weights.double()
+    norm = squares.sum().clamp(min=0.0).sqrt().to(gramian.dtype)
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         weights, norm = weights * factor, norm * factor
     backends.load("combine_gradients", chosen).combine(
-        [local_shard(g) for g in grads_lang],
-        [local_shard(g) for g in grads_vis],
+        [local_shard(g) for g in first],
+        [local_shard(g) for g in second],
         weights,
         [local_shard(g) for g in out],
     )

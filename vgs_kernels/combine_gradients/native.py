@@ -25,20 +25,20 @@ def problem(device_type: str) -> str | None:
 
 
 def combine(
-    lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]
 ) -> None:
     """As `reference.combine`. Tensors that are not dense in memory in one common order go through a copy."""
     if not out:
         return
     nothing = out[0].new_empty(0)
     _ops.combine(
-        [nothing if g is None else g for g in lang],
-        [nothing if g is None else g for g in vis],
+        [nothing if g is None else g for g in first],
+        [nothing if g is None else g for g in second],
         weights.contiguous(),
         out,
     )
 
 
 @torch.library.register_fake("vgs_kernels_native::combine")
-def _(lang, vis, weights, out):  # type: ignore[no-untyped-def]
+def _(first, second, weights, out):  # type: ignore[no-untyped-def]
     return None

@@ -1,6 +1,6 @@
 """Reference backend of `combine_gradients`: plain torch, one tensor at a time.
 
-A backend module offers one function, `combine`. Called by `combine_gradients/api.py` only.
+A backend module offers one function, `combine`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def combine(
-    lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]
 ) -> None:
-    """out = weights[0] * lang + weights[1] * vis, tensor by tensor; None counts as zero; out may be lang or vis.
+    """out = weights[0] * first + weights[1] * second, tensor by tensor; None counts as zero.
 
-    A weight of 0 removes its component even where that holds inf or NaN.
+    `out` may be the tensors of `first` or `second`. A weight of 0 removes its component even where it holds inf or NaN.
     """
-    for a, b, result in zip(lang, vis, out, strict=True):
+    for a, b, result in zip(first, second, out, strict=True):
         total = None
         for weight, gradient in ((weights[0], a), (weights[1], b)):
             if gradient is None:

@@ -1,16 +1,13 @@
-"""`gradient_gramian`: the public function. Validates, reduces over processes, shapes the result.
-
-Layer: public API. Chooses through `vgs_kernels.backend`.
-"""
+"""`gradient_gramian`: the public function. Validates, sums over the processes that hold parts, shapes the result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .. import backend as backends
 
@@ -21,25 +18,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def gradient_gramian(
-    grads_lang: Sequence[Tensor | None],
-    grads_vis: Sequence[Tensor | None],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
     *,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The 2×2 Gramian of two gradients that are spread over lists of tensors.
 
-    $$G = \begin{pmatrix} \langle L, L\rangle & \langle L, V\rangle \\
-    \langle V, L\rangle & \langle V, V\rangle \end{pmatrix}$$
+    $$G = \begin{pmatrix} \langle A, A\rangle & \langle A, B\rangle \\
+    \langle B, A\rangle & \langle B, B\rangle \end{pmatrix}$$
 
-    where L and V are the concatenations of the two lists. Everything steering needs follows from it: both norms, their
+    where A and B are the concatenations of the two lists. Everything steering needs follows from it: both norms, their
     cosine, and the norm of any combination.
 
     Args:
-        grads_lang: Gradients of the language part, one per parameter, any shapes; None counts as zero.
-        grads_vis: Gradients of the visual part, of the same shapes; None counts as zero.
-        process_group: Sum the three numbers over this group, for parameters sharded across processes (FSDP). Leave
-            out when every process holds whole, already averaged gradients (DDP).
+        first: A, one tensor per parameter, any shapes; None counts as zero.
+        second: B, of the same shapes; None counts as zero.
+        process_group: Sum what plain tensors give over this group: they are parts of gradients, of which every process
+            holds its own. Leave out when every process holds whole, already averaged gradients (DDP). A DTensor says
+            by its placements which processes hold its parts (FSDP2, tensor parallelism): it is summed over those,
+            replicas counted once, whatever this argument says.
         backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
@@ -57,55 +56,86 @@ def gradient_gramian(
         tensor([[25.,  3.],
                 [ 3.,  1.]])
     """
-    device, dtype = check_gradient_lists(grads_lang, grads_vis)
-    chosen = backends.resolve("gradient_gramian", device, backend)
-    lang, vis = [local_shard(g) for g in grads_lang], [local_shard(g) for g in grads_vis]
-    products = backends.load("gradient_gramian", chosen).inner_products(lang, vis, dtype)
-    if process_group is not None:
-        torch.distributed.all_reduce(products, group=process_group)
-    return products[[0, 1, 1, 2]].reshape(2, 2)
+    device, dtype = check_gradient_lists(first, second)
+    kernels = backends.load("gradient_gramian", backends.resolve("gradient_gramian", device, backend))
+    total = None
+    for groups, indices in _by_groups(first, second, process_group).items():
+        products = kernels.inner_products(
+            [local_shard(first[i]) for i in indices], [local_shard(second[i]) for i in indices], dtype
+        )
+        for group in groups:
+            torch.distributed.all_reduce(products, group=group)
+        total = products if total is None else total + products
+    assert total is not None  # at least one tensor was given
+    return torch.stack([total[0], total[1], total[1], total[2]]).reshape(2, 2)
+
+
+def _by_groups(
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], process_group: ProcessGroup | None
+) -> dict[tuple[ProcessGroup, ...], list[int]]:
+    """Indices of the pairs, by the groups of processes over which their inner products are summed one after another."""
+    of_plain_tensors = () if process_group is None else (process_group,)
+    found: dict[tuple[ProcessGroup, ...], list[int]] = {}
+    for index, pair in enumerate(zip(first, second, strict=True)):
+        gradient = pair[0] if pair[0] is not None else pair[1]
+        if gradient is not None:
+            groups = _groups_of_parts(gradient) if isinstance(gradient, DTensor) else of_plain_tensors
+            found.setdefault(groups, []).append(index)
+    return found
+
+
+def _groups_of_parts(gradient: DTensor) -> tuple[ProcessGroup, ...]:
+    """Of every dimension of the mesh that holds different parts; those that hold replicas are left out."""
+    mesh = gradient.device_mesh
+    return tuple(mesh.get_group(i) for i, p in enumerate(gradient.placements) if not isinstance(p, Replicate))
 
 
 def check_gradient_lists(
-    grads_lang: Sequence[Tensor | None], grads_vis: Sequence[Tensor | None]
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None]
 ) -> tuple[torch.device, torch.dtype]:
     """Return the device of the gradients and the dtype to accumulate in."""
-    if len(grads_lang) != len(grads_vis):
+    if len(first) != len(second):
         raise ValueError(
-            f"grads_lang has {len(grads_lang)} entries and grads_vis {len(grads_vis)}; "
+            f"first has {len(first)} entries and second {len(second)}; "
             "pass one per parameter in both, None where there is no gradient"
         )
-    given = [g for g in (*grads_lang, *grads_vis) if g is not None]
+    given = [gradient for gradient in (*first, *second) if gradient is not None]
     if not given:
         raise ValueError("every gradient is None; pass at least one tensor")
-    for index, (lang, vis) in enumerate(zip(grads_lang, grads_vis, strict=True)):
-        if lang is None or vis is None:
-            continue
-        if lang.shape != vis.shape:
-            raise ValueError(
-                f"gradient {index} has shape {tuple(lang.shape)} in grads_lang but {tuple(vis.shape)} in grads_vis"
-            )
-        if _placements(lang) != _placements(vis):
-            raise ValueError(
-                f"gradient {index} is placed as {_placements(lang)} in grads_lang but {_placements(vis)} in grads_vis; "
-                "redistribute one of them"
-            )
-    device = given[0].device
-    for gradient in given:
-        if gradient.device != device:
-            raise ValueError(f"gradients are on both {device} and {gradient.device}; call once per device and add")
-        if gradient.layout != torch.strided:
-            raise ValueError(f"gradients must be dense, got {gradient.layout}; an Embedding has sparse=False")
-        if gradient.dtype not in DTYPES:
-            raise ValueError(f"gradients must be float32, bfloat16, float16 or float64, got {gradient.dtype}")
-        if any(isinstance(placement, Partial) for placement in _placements(gradient) or ()):
-            raise ValueError("a gradient is a DTensor with a Partial placement; reduce it first (redistribute)")
+    for index, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a is not None and b is not None:
+            check_alike(f"second[{index}]", b, f"first[{index}]", a)
+    check_gradients("gradients", given, given[0].device)
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in given) else torch.float32
-    return device, dtype
+    return given[0].device, dtype
 
 
-def _placements(gradient: Tensor) -> tuple[object, ...] | None:
-    return gradient.placements if isinstance(gradient, DTensor) else None
+def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors of one parameter have one shape and, as DTensors, one mesh and placement."""
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {other_name} has {tuple(other.shape)}")
+    if _placement(tensor) != _placement(other):
+        raise ValueError(
+            f"{name} is placed as {_placement(tensor)}, but {other_name} as {_placement(other)}; "
+            "redistribute one of them"
+        )
+
+
+def check_gradients(name: str, tensors: Iterable[Tensor], device: torch.device) -> None:
+    """What the kernels take: dense tensors on one device, of a dtype that they compute in, reduced."""
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{name} are on both {device} and {tensor.device}; call once per device and add")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, got {tensor.layout}; an Embedding has sparse=False")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if isinstance(tensor, DTensor) and any(isinstance(placement, Partial) for placement in tensor.placements):
+            raise ValueError(f"{name} hold a DTensor with a Partial placement; reduce it first (redistribute)")
+
+
+def _placement(tensor: Tensor) -> object:
+    return (tensor.placements, tensor.device_mesh) if isinstance(tensor, DTensor) else None
 
 
 def local_shard(gradient: Tensor | None) -> Tensor | None:

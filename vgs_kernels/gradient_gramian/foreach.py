@@ -4,8 +4,6 @@ The tensors of a batch are gathered into one buffer (`torch.cat`, a few launches
 multiplied there: the number of launches follows the number of entries, not of tensors, and a CPU still has a batch in
 its cache when it multiplies it. torch's own `_foreach` functions have no inner product. This is a module of its own and
 not the reference, which stays a loop over pairs that anyone can check, and that this one is tested against.
-
-Called by `gradient_gramian/api.py` only; `combine_gradients/foreach.py` shares the batches.
 """
 
 from __future__ import annotations
@@ -23,15 +21,15 @@ GPU_BATCH = 2**22
 Piece = tuple[int, int, int]  # (index of the tensor, first entry, last entry + 1)
 
 
-def inner_products(lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+def inner_products(first: Sequence[Tensor | None], second: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """As `reference.inner_products`."""
-    device = next(g.device for g in (*lang, *vis) if g is not None)
+    device = next(g.device for g in (*first, *second) if g is not None)
     total = torch.zeros(3, dtype=dtype, device=device)
-    sizes = [max(0 if g is None else g.numel() for g in pair) for pair in zip(lang, vis, strict=True)]
-    flat_lang, flat_vis = flattened(lang), flattened(vis)
+    sizes = [max(0 if g is None else g.numel() for g in pair) for pair in zip(first, second, strict=True)]
+    flat_first, flat_second = flattened(first), flattened(second)
     buffers = batch_buffers(2, sizes, dtype, device)
     for batch in batches(sizes, device):
-        a, b = gathered(flat_lang, batch, buffers[0]), gathered(flat_vis, batch, buffers[1])
+        a, b = gathered(flat_first, batch, buffers[0]), gathered(flat_second, batch, buffers[1])
         total += torch.stack([a.dot(a), a.dot(b), b.dot(b)])
     return total
 

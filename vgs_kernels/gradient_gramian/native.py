@@ -25,16 +25,16 @@ def problem(device_type: str) -> str | None:
     return f"the compiled extension was built without {device_type} kernels"
 
 
-def inner_products(lang: Sequence[Tensor | None], vis: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+def inner_products(first: Sequence[Tensor | None], second: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """As `reference.inner_products`. Tensors that are not dense in memory in one common order are copied first."""
-    nothing = next(g for g in (*lang, *vis) if g is not None).new_empty(0)
+    nothing = next(g for g in (*first, *second) if g is not None).new_empty(0)
     return _ops.inner_products(
-        [nothing if g is None else g for g in lang],
-        [nothing if g is None else g for g in vis],
+        [nothing if g is None else g for g in first],
+        [nothing if g is None else g for g in second],
         dtype == torch.float64,
     )
 
 
 @torch.library.register_fake("vgs_kernels_native::inner_products")
-def _(lang, vis, float64):  # type: ignore[no-untyped-def]
-    return lang[0].new_empty(3, dtype=torch.float64 if float64 else torch.float32)
+def _(first, second, float64):  # type: ignore[no-untyped-def]
+    return first[0].new_empty(3, dtype=torch.float64 if float64 else torch.float32)

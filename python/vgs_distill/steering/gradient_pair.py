@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vgs_kernels import combine_gradients, gradient_gramian
 
-from ..distributed import average_gradients, shard_group
+from ..distributed import average_gradients
 
 Policy = Callable[[Tensor], Tensor]
 _NO_MODULES: Mapping[str, Sequence[int]] = MappingProxyType({})
@@ -126,15 +126,14 @@ class GradientPair:
                 present.append(index)
         if not present:
             return None
-        group = shard_group(out)
         scales = torch.ones(2, device=out[0].device) if scales is None else scales
         by_module = {
-            name: rescaled(gradient_gramian([lang[i] for i in own], [vis[i] for i in own], process_group=group), scales)
+            name: rescaled(gradient_gramian([lang[i] for i in own], [vis[i] for i in own]), scales)
             for name, indices in modules.items()
             if (own := [i for i in indices if i in present])
         }
         lang, vis = [lang[i] for i in present], [vis[i] for i in present]
-        gramian = gradient_gramian(lang, vis, process_group=group)
+        gramian = gradient_gramian(lang, vis)
         measured = rescaled(gramian, scales)
         weights = policy(measured)
         combine_gradients(lang, vis, weights * scales.to(weights), out=out, gramian=gramian)
