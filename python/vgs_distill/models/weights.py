@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -37,7 +38,8 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 def _load_model(model: PreTrainedModel, folder: Path) -> dict[str, set[str]]:
     """Names of weights by what is wrong with them. Takes the memory of a second model, on the CPU."""
-    read, found = type(model).from_pretrained(
+    kind: Any = type(model)
+    read, found = kind.from_pretrained(
         folder,
         config=model.config,
         attn_implementation="eager",  # never run; others ask for a device or a dtype
