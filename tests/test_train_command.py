@@ -30,16 +30,6 @@ def history(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 
-def test_help_reads_from_steering_to_transformers() -> None:
-    text = vgs("train", "--help")
-    sections = ["steering (vgs):", "data:", "models:", "distillation and rollouts (TRL):", "training (transformers):"]
-    places = [text.index(f"\n{section}\n") for section in sections]
-    assert places == sorted(places)
-    assert places[0] < text.index("--gamma FLOAT") < places[1] < text.index("--dataset_name STR") < places[2]
-    assert places[2] < text.index("--teacher_model_name_or_path STR") < places[3]
-    assert "--answer_column STR" in vgs("eval", "--help")
-
-
 def test_a_run_leaves_a_model_a_processor_and_what_repeats_it(workspace: Workspace, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

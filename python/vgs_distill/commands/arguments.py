@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
-from trl import DistillationConfig, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
 from ..config import VGSConfig
-from ..errors import InputError, nearest, one_sentence
+from ..errors import InputError, one_sentence
+from .fields import hint, unknown_flag
 from .parsing import refused
 
 
@@ -88,29 +87,15 @@ class EvalArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where a GPU is present."})
 
 
-_MODEL_FIELDS = re.compile("(teacher_)?model_.*|trust_remote_code|teacher_.*")  # of VGSConfig, beside ModelConfig's
-
-
 class SettingsParser(TrlParser):
-    """TRL's parser with the fields in groups, wrong names answered by the nearest right one, and no tracebacks."""
+    """TRL's parser with wrong names answered by the nearest right one, and no tracebacks; help is in `fields.py`."""
 
-    def __init__(self, command: str, description: str, dataclass_types: Sequence[Any]) -> None:
+    def __init__(self, command: str, dataclass_types: Sequence[Any]) -> None:
         self.command = command
-        self._groups: dict[str, Any] = {}
         self._hints: dict[str, Any] = {}
         self._environment: dict[str, str] = {}
-        super().__init__(
-            dataclass_types,
-            prog=f"vgs {command}",
-            usage=f"vgs {command} --config run.yaml [--FIELD VALUE]...",
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument("--config", metavar="FILE", help="YAML file with any of the fields below.")
-        for action in self._actions:
-            if action.const is False:
-                action.help = argparse.SUPPRESS  # --no_FIELD, which --FIELD false says as well
+        super().__init__(dataclass_types, prog=f"vgs {command}", add_help=False, allow_abbrev=False)
+        self.add_argument("--config")
 
     def parse(self, arguments: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
         """The filled dataclasses, and every value as it stands in a YAML file.
@@ -122,9 +107,7 @@ class SettingsParser(TrlParser):
         from_file = [] if path is None else self._flags_of(path)
         namespace, unknown = self.parse_known_args([*from_file, *arguments])
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            name = flag.lstrip("-").replace("-", "_")
-            raise InputError(f"vgs {self.command} has no flag {flag!r}{nearest(name, self._hints)}")
+            raise unknown_flag(self.command, unknown[0], self._hints)
         values = vars(namespace)
         del values["config"]
         filled = []
@@ -145,18 +128,9 @@ class SettingsParser(TrlParser):
         for item in fields(dtype):
             if item.init:
                 item.type = hints[item.name]
-                self._parse_dataclass_field(self._group(dtype, item.name), item)
+                self._parse_dataclass_field(self, item)
                 if _kinds(hints[item.name]) == {float, str}:  # of which transformers would take numbers only
                     self._option_string_actions[f"--{item.name}"].type = _float_or_name
-
-    def _group(self, dtype: Any, name: str) -> Any:
-        """The help section of a field: that of the class which first declared it."""
-        if not self._groups:
-            for title in dict.fromkeys(_SECTIONS.values()):
-                self._groups[title] = self.add_argument_group(title)
-        origins = [base for base in reversed(dtype.__mro__) if base in _SECTIONS]
-        origin = next(base for base in origins if name in base.__dataclass_fields__)
-        return self._groups[_SECTIONS[ModelConfig if _MODEL_FIELDS.fullmatch(name) else origin]]
 
     def _find_config(self, arguments: Sequence[str]) -> Path | None:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -185,7 +159,7 @@ class SettingsParser(TrlParser):
                 os.environ.update(self._environment)
                 continue
             if key not in self._hints:
-                raise InputError(f"{str(path)!r} has an unknown key {key!r}{nearest(key, self._hints)}")
+                raise InputError(f"{str(path)!r} has an unknown key {key!r}{hint(key, self._hints)}")
             kinds = _kinds(self._hints[key])
             if value is None:
                 if type(None) not in kinds and self.get_default(key) is not None:
@@ -207,33 +181,6 @@ class SettingsParser(TrlParser):
         return flags
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling per flag; a default only where it says something."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        flag = action.option_strings[0] if action.dest != "help" else "-h, --help"
-        if action.nargs == 0:
-            return flag
-        kind = {"string_to_bool": "true|false"}.get(getattr(action.type, "__name__", ""))
-        return f"{flag} {action.metavar or kind or getattr(action.type, '__name__', 'value').upper()}"
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, [], "") else super()._get_help_string(action)
-
-
-_SECTIONS: dict[type, str] = {
-    VGSConfig: "steering (vgs)",
-    EvalArguments: "evaluation (vgs)",
-    DatasetArguments: "data",
-    DataArguments: "data",
-    ModelConfig: "models",
-    DistillationConfig: "distillation and rollouts (TRL)",
-    TrainingArguments: "training (transformers)",
-}
-
-
 def _float_or_name(text: str) -> float | str:
     try:
         return float(text)
@@ -249,24 +196,12 @@ def _kinds(hint: Any) -> set[Any]:
 
 def train_parser() -> SettingsParser:
     """The parser of `vgs train`: VGSConfig, DataArguments, ModelConfig."""
-    return SettingsParser(
-        "train",
-        "Distil a vision-language teacher into a student on the student's own answers, with visual gradient steering. "
-        "Every field can stand in the YAML file or be given as a flag; a flag wins. Needed are output_dir, "
-        "model_name_or_path, teacher_model_name_or_path and dataset_name. The output folder receives checkpoints, the "
-        "final model with its processor, and run.yaml, from which the run can be repeated.",
-        (VGSConfig, DataArguments, ModelConfig),
-    )
+    return SettingsParser("train", (VGSConfig, DataArguments, ModelConfig))
 
 
 def eval_parser() -> SettingsParser:
     """The parser of `vgs eval`: EvalArguments, DatasetArguments, ModelConfig."""
-    return SettingsParser(
-        "eval",
-        "Measure a model with and without its images: accuracy by free generation against an answer column and, with "
-        "a teacher, the divergence from it on the model's own completions. Prints a table and writes JSON.",
-        (EvalArguments, DatasetArguments, ModelConfig),
-    )
+    return SettingsParser("eval", (EvalArguments, DatasetArguments, ModelConfig))
 
 
 def require(values: dict[str, Any], *names: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..compatibility import install, installed, summary, trl_problem
 from ..errors import InputError, TrainingStopped, nearest
+from . import fields
 from .parsing import Parser
 
 DESCRIPTION = "Distil vision-language models with visual gradient steering."
@@ -35,6 +36,8 @@ class Command:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    if fields.answer("train", arguments):
+        return 0
     from .train import train
 
     train(arguments)
@@ -42,6 +45,8 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
+    if fields.answer("eval", arguments):
+        return 0
     from .evaluate import evaluate
 
     evaluate(arguments)
