@@ -59,6 +59,7 @@ from .masking import Batch, with_evidence, without_evidence
 from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
 from .models.teacher import load_student, load_teacher, place_teacher, shared_vocabulary, student_config
+from .report.model_card import ModelCards
 from .report.recording import RunRecorder
 from .report.teacher_answers import TeacherAnswers
 from .report.timing import StepTimer
@@ -121,7 +122,7 @@ class _StepPlan:
         return self._proxy_squares
 
 
-class VGSTrainer(AtomicCheckpoints, DistillationTrainer):
+class VGSTrainer(ModelCards, AtomicCheckpoints, DistillationTrainer):  # type: ignore[misc] # TRL's own card differs, too
     """On-policy distillation of a model that sees or hears, with visual gradient steering.
 
     Takes what TRL's `DistillationTrainer` takes, with a `VGSConfig`. Per step it logs, besides TRL's metrics and

@@ -99,6 +99,7 @@ def build(
             with suppress(OSError):  # transformers makes the folder before it checks the rest
                 Path(config.output_dir).rmdir()
         raise InputError(one_sentence(error)) from error
+    trainer.dataset_name = data.dataset_name
     return trainer, checkpoint
 
 
@@ -117,9 +118,10 @@ def resume_point(output_dir: str, asked: str | None) -> str | None:
 
 
 def save(trainer: VGSTrainer) -> None:
-    """The final model and its processor in the output folder, as `from_pretrained` reads them."""
+    """The final model, its processor and its card in the output folder, as `from_pretrained` reads them."""
     if trainer.is_fsdp_enabled:
         # Shards are for resuming; accelerate would write nothing here.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    trainer.create_model_card()  # last: saving an adapter writes one of its own
     trainer.save_state()

@@ -45,6 +45,7 @@ from trl import DistillationConfig
 
 from ..config import VGSConfig
 from .log import IMAGE_FOLDER, LOG_FILE
+from .model_card import model_name
 from .teacher_answers import TeacherAnswers
 from .trackers import Trackers
 
@@ -89,7 +90,7 @@ class RunRecorder(TrainerCallback):
         self._run_dir = Path(config.output_dir or ".")
         self._completions = _Interval(config.record_completions_every)
         self._modules = _Interval(config.record_modules_every)
-        self._settings = {"student": _model_name(student), "teacher": _model_name(teacher)}
+        self._settings = {"student": model_name(student), "teacher": model_name(teacher)}
         self._settings |= {name: getattr(config, name) for name in (*_TRL_SETTINGS, *_own_settings())}
         self._recording = False
 
@@ -258,11 +259,6 @@ class _Interval:
 def _own_settings() -> list[str]:
     inherited = {field.name for field in fields(DistillationConfig)}
     return [field.name for field in fields(VGSConfig) if field.name not in inherited]
-
-
-def _model_name(model: PreTrainedModel) -> str:
-    """Where it was loaded from, or its class if it was built in memory."""
-    return model.config.name_or_path or type(model).__name__
 
 
 def _finite_numbers(logs: Mapping[str, Any]) -> dict[str, float]:
