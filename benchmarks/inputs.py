@@ -1,4 +1,4 @@
-"""Hidden states and heads that the benchmarks from hidden states share: spread-out logits and peaked ones."""
+"""Hidden states and heads that the benchmarks from hidden states share: spread-out, peaked and nearly converged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from benchmarks.harness.gates import BLOCK
 
 DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
 USES_MASKED_STUDENT = ("bayes", "matched")
@@ -99,3 +101,67 @@ def peaked_streams(tokens: int, heads: tuple[Tensor, Tensor], seed: int = 1) -> 
         peaks += missing * torch.empty(tokens, width, device=device).normal_(generator=generator)
         hidden.append(peaks.to(head.dtype))
     return Streams(hidden[0].requires_grad_(), hidden[1].requires_grad_(), *hidden[2:], *heads)
+
+
+def rotated_head(head: Tensor, teacher_width: int, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """A teacher's head that gives the student's logits, and the (teacher width, student width) map of hidden states.
+
+    The map has orthonormal columns, so that both heads round their own numbers and no product is shared.
+    """
+    width = head.shape[1]
+    generator = torch.Generator(head.device).manual_seed(seed)
+    square = torch.empty(teacher_width, teacher_width, device=head.device).normal_(generator=generator)
+    turn = torch.linalg.qr(square).Q[:, :width].contiguous()
+    blocks = [block.float() @ turn.t() for block in head.detach().split(BLOCK)]
+    return torch.cat([block.to(head.dtype) for block in blocks]), turn
+
+
+def converging_streams(
+    tokens: int, student_head: Tensor, teacher_width: int, deviation: float, divergence: float, seed: int = 1
+) -> Streams:
+    """A student close to its teacher: KL(p || q) and KL(p0 || r) of every token near `divergence`, in nats.
+
+    Logits have the given standard deviation over the vocabulary. What the image changes is a move of the hidden states
+    by a tenth of their size; what the student has not learnt is a move in a random direction, as large as it takes.
+    """
+    teacher_head, turn = rotated_head(student_head, teacher_width)
+    generator = torch.Generator(student_head.device).manual_seed(seed)
+
+    def noise(scale: float) -> Tensor:
+        return torch.empty(tokens, turn.shape[1], device=turn.device).normal_(0, scale, generator=generator)
+
+    masked = noise(deviation)
+    seeing = masked + noise(deviation / 10)
+    teachers, students = [], []
+    for view in (seeing, masked):
+        teacher = (view @ turn.t()).to(student_head.dtype)
+        direction = noise(1.0)
+        students.append(_at_divergence(view, direction, student_head, teacher, teacher_head, divergence))
+        teachers.append(teacher)
+    return Streams(
+        students[0].requires_grad_(), students[1].requires_grad_(), *teachers, student_head, teacher_head
+    )  # fmt: skip
+
+
+def _at_divergence(
+    view: Tensor, direction: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, divergence: float
+) -> Tensor:
+    """view + s * direction in the head's dtype, with s per token so that KL(student || teacher) is `divergence`.
+
+    Bisection, before the hidden states are rounded to the head's dtype, which moves the divergence once more.
+    """
+    target = logits_fp32(teacher, teacher_head).log_softmax(-1)
+    start, step = logits_fp32(view, head), logits_fp32(direction, head)
+    low, high = (torch.full((view.shape[0], 1), exponent, device=view.device) for exponent in (-4.0, 0.5))
+    for _ in range(20):
+        middle = (low + high) / 2
+        found = (start + 10**middle * step).log_softmax(-1)
+        below = (found.exp() * (found - target)).sum(-1, keepdim=True) < divergence
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (view + 10**low * direction).to(head.dtype)
+
+
+def logits_fp32(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden @ head.T with fp32 operands, without an fp32 copy of the head."""
+    wide = hidden.detach().float()
+    return torch.cat([wide @ block.float().t() for block in head.detach().split(BLOCK)], 1)

@@ -11,6 +11,7 @@ from benchmarks import peers
 from benchmarks.harness.gates import Check, Gate, accumulation_dtype, relative_error
 from benchmarks.inputs import DECOMPOSITIONS, USES_MASKED_STUDENT, Streams, peaked_streams, random_streams
 from benchmarks.oracle import Oracle
+from benchmarks.truth import Result
 
 GATE_TOKENS = 8
 GATE_KINDS = {"random": random_streams, "peaked": peaked_streams}
@@ -24,29 +25,31 @@ def run_gate(
     heads: tuple[Tensor, Tensor],
     tokens: int = GATE_TOKENS,
     decomposed: Callable[[str, Streams], tuple[Tensor, ...]] = peers.ours_decomposed,
-) -> tuple[Gate, dict[str, float]]:
-    """The gate on random and on peaked inputs, and the errors of TRL and Liger at KL(p || q), for the record.
+) -> tuple[Gate, dict[str, dict[str, float]]]:
+    """The gate on random and on peaked inputs, and the gradients' errors at KL(p || q) of ours, TRL and Liger.
 
     `decomposed` is what is gated in the place of our call; tests plant errors there.
     """
     checks: list[Check] = []
-    peer_errors: dict[str, float] = {}
+    errors_at_kl: dict[str, dict[str, float]] = {}
     for kind, make in GATE_KINDS.items():
         streams = make(tokens, heads)
         oracle = Oracle(streams)
         for decomposition in DECOMPOSITIONS:
             name = f"{kind} {decomposition}"
             checks += _check_decomposition(name, decomposition, streams, oracle, decomposed)
-        for name, divergence in PEER_DIVERGENCES.items() if kind == "random" else ():
+        for name, divergence in REVERSE_KL.items() if kind == "random" else ():
             try:
-                hidden, head = divergence(streams)
+                _loss, (hidden,), head = divergence(streams)
             except Exception as error:
                 print(f"  {name} does not run: {type(error).__name__}: {error}", flush=True)
                 continue
             full = oracle.parts("matched")  # its vis is KL(p || q)
-            peer_errors[f"{name} hidden gradient"] = relative_error(hidden, full.hidden["vis"])
-            peer_errors[f"{name} head gradient"] = relative_error(oracle.probe(head), full.head["vis"])
-    return Gate(tuple(checks)), peer_errors
+            errors_at_kl[name] = {
+                "hidden_gradient": relative_error(hidden, full.hidden["vis"]),
+                "head_gradient": relative_error(oracle.probe(head), full.head["vis"]),
+            }
+    return Gate(tuple(checks)), errors_at_kl
 
 
 def narrow_gate(heads: tuple[Tensor, Tensor], tokens: int = GATE_TOKENS) -> Gate:
@@ -73,11 +76,11 @@ def floor_of(dtype: torch.dtype, oracle: Oracle) -> float:
     return floor + FLOOR_RESULT_ROUNDINGS * torch.finfo(dtype).eps
 
 
-def _liger_eager(streams: Streams) -> tuple[Tensor, ...]:
-    return peers.liger_divergence(streams, compiled=False)
+def _liger_eager(streams: Streams) -> Result:
+    return peers.liger_reverse_kl(streams, compiled=False)
 
 
-PEER_DIVERGENCES = {"TRL": peers.trl_divergence, "Liger": _liger_eager}
+REVERSE_KL = {"teacher_prior_both": peers.ours_reverse_kl, "trl": peers.trl_reverse_kl, "liger": _liger_eager}
 
 
 def _check_decomposition(

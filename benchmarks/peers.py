@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.gates import accumulation_dtype
 from benchmarks.inputs import USES_MASKED_STUDENT, Streams
+from benchmarks.truth import Result
 from vgs_kernels import LinearDecomposedKL, LMHead, linear_decomposed_kl
 
 
@@ -37,7 +39,8 @@ def plain_parts(
     return lang, (p * ((lp - l0.detach()) - (lq - lr))).sum(-1)
 
 
-def plain_divergence(student: Tensor, teacher: Tensor) -> Tensor:  # (tokens, vocab) logits -> (tokens,)
+def standard(student: Tensor, teacher: Tensor) -> Tensor:  # (tokens, vocab) logits -> (tokens,)
+    """KL(p || q)."""
     lp, lq = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
     return (lp.exp() * (lp - lq)).sum(-1)
 
@@ -74,7 +77,7 @@ def naive_monolithic(streams: Streams, widen: bool = True) -> tuple[Tensor, ...]
     """KL(p || q) forward and backward over full logits: what monolithic distillation costs in plain torch."""
     with torch.no_grad():
         teacher = _logits(streams.teacher, streams.teacher_head, widen)
-    divergence = plain_divergence(_logits(streams.student, streams.student_head, widen), teacher).sum()
+    divergence = standard(_logits(streams.student, streams.student_head, widen), teacher).sum()
     return torch.autograd.grad(divergence, [streams.student, streams.student_head])
 
 
@@ -101,24 +104,65 @@ def compiled_decomposed(decomposition: str) -> Callable[[Streams], tuple[Tensor,
     return call
 
 
-def trl_divergence(streams: Streams) -> tuple[Tensor, ...]:
-    """TRL's chunked reverse KL to one teacher, forward and backward; called once per teacher it gives lang and full."""
+def reverse_kl(streams: Streams, logits_dtype: torch.dtype | None = None) -> Result:
+    """KL(p || q) in plain torch over full logits: of that dtype, or of the inputs' own; the softmax in fp32."""
+    with torch.no_grad():
+        teacher = _projected(streams.teacher, streams.teacher_head, logits_dtype)
+    student = _projected(streams.student, streams.student_head, logits_dtype)
+    return _with_gradients(standard(student, teacher).sum(), streams)
+
+
+def _projected(hidden: Tensor, head: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype or hidden.dtype
+    return (hidden.to(dtype) @ head.to(dtype).t()).to(accumulation_dtype(hidden.dtype))
+
+
+def compiled_reverse_kl(logits_dtype: torch.dtype | None = None) -> Callable[[Streams], Result]:
+    """`reverse_kl` under torch.compile; the first call compiles."""
+
+    def divergence(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
+        target = _projected(teacher, teacher_head, logits_dtype)
+        return standard(_projected(student, student_head, logits_dtype), target).sum()
+
+    compiled = torch.compile(divergence, dynamic=False)
+    return lambda streams: _with_gradients(compiled(streams.student, streams.teacher, *streams.heads), streams)
+
+
+def _with_gradients(loss: Tensor, streams: Streams) -> Result:
+    hidden, head = torch.autograd.grad(loss, [streams.student, streams.student_head])
+    return Result(loss.detach(), [hidden], head)
+
+
+def trl_reverse_kl(streams: Streams) -> Result:
+    """TRL's chunked divergence to one teacher, summed over the tokens."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     divergence, _entropy = ChunkedDivergenceFunction.apply(
         streams.student, streams.student_head, None, streams.teacher, streams.teacher_head, None, 1.0
     )
-    return torch.autograd.grad(divergence.sum(), [streams.student, streams.student_head])
+    return _with_gradients(divergence.sum(), streams)
 
 
-def liger_divergence(streams: Streams, compiled: bool = True) -> tuple[Tensor, ...]:
+def liger_reverse_kl(streams: Streams, compiled: bool = True, chunk_size: int = 1024) -> Result:
     """Liger's chunked distillation loss to one teacher (JSD with beta 1: reverse KL), summed over the tokens."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled, chunk_size=chunk_size
+    )
     labels = torch.zeros(streams.tokens, dtype=torch.long, device=streams.student.device)
     mean = loss(streams.student, streams.student_head, streams.teacher, streams.teacher_head, labels)
-    return torch.autograd.grad(mean * streams.tokens, [streams.student, streams.student_head])
+    return _with_gradients(mean * streams.tokens, streams)
+
+
+def liger_fused_reverse_kl(streams: Streams) -> Result:
+    """Liger's fused linear JSD with beta 1, summed over the tokens. Its kernel is Triton: it needs a GPU."""
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    mean = LigerFusedLinearJSDFunction.apply(
+        streams.student, streams.student_head, streams.teacher, streams.teacher_head, None, 1.0
+    )
+    return _with_gradients(mean * streams.tokens, streams)
 
 
 def ours(decomposition: str, streams: Streams, weights: Tensor | None = None, **options: object) -> LinearDecomposedKL:
@@ -145,3 +189,8 @@ def ours_objective(decomposition: str, streams: Streams, weights: Tensor, **opti
     objective = ours(decomposition, streams, weights, **options).objective
     assert objective is not None
     return torch.autograd.grad(objective, streams.all_leaves(decomposition))
+
+
+def ours_reverse_kl(streams: Streams) -> Result:
+    """KL(p || q): the visual part of `matched`."""
+    return _with_gradients(ours("matched", streams).vis, streams)

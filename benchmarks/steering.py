@@ -157,7 +157,7 @@ def _holders(gradients: Gradients) -> list[nn.Parameter]:
 def line_up(lang: Gradients, vis: Gradients, size: int, device: str) -> Lineup:
     policy = VisualGradientSteering(GAMMA)
     gramian = gradient_gramian(lang, vis)
-    against = {"floor": "floor", "baseline": "naive"}
+    against = {"floor": "floor", "ours": "ours"}
     lineup = Lineup(device)
     lineup.add("copy", "a copy of one gradient", copy_call(size, device), bytes_moved=2 * size)
     lineup.add("gramian", "gradient_gramian", lambda: gradient_gramian(lang, vis), bytes_moved=2 * size)
@@ -166,11 +166,11 @@ def line_up(lang: Gradients, vis: Gradients, size: int, device: str) -> Lineup:
         lambda: combine_gradients(lang, vis, policy(gramian), out=lang, max_norm=MAX_NORM, gramian=gramian),
         bytes_moved=3 * size,
     )  # fmt: skip
-    lineup.add("ours", "steering, clipped", lambda: ours(lang, vis), bytes_moved=5 * size, **against)
+    lineup.add("ours", "steering, clipped", lambda: ours(lang, vis), bytes_moved=5 * size, floor="floor")
     lineup.add("fallback", "the same without the extension", lambda: ours(lang, vis, "foreach"), **against)
     lineup.add("foreach", "_foreach_, in place, without the inner product", lambda: foreach(lang, vis), **against)
     lineup.add("foreach_dot", "the same with norms by dot", lambda: foreach_dot(lang, vis), **against)
-    lineup.add("naive", "flatten, combine, bring back", lambda: naive(lang, vis))
+    lineup.add("naive", "flatten, combine, bring back", lambda: naive(lang, vis), ours="ours")
     try:
         lineup.add("torchjd", "TorchJD, Jacobians to gradients", torchjd_call(lang, vis), **against)
     except ImportError as error:

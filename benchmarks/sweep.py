@@ -78,7 +78,7 @@ def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
                         f"{name}@{value}", f"{LABELS[name]}, {axis} {value}", timing.seconds,
                         peak_bytes=timing.peak_bytes, note=timing.problem or "",
                         floor=floor.name if name == "teacher_prior_both" else None,
-                        baseline=f"naive_decomposed@{value}" if name == "teacher_prior_both" else None,
+                        ours=f"teacher_prior_both@{value}" if name == "naive_decomposed" else None,
                     )
                 )  # fmt: skip
         print(f"  {axis} {value}: {seconds_text(rows[-2].median)}", flush=True)

@@ -174,10 +174,7 @@ def measure(name: str, turns: int, refresh_every: int) -> Record:
             # A step that measures both gradients is a step of exact steering; its share is added below.
             logs[method] += [row for row in found[1:] if "steering/refreshed" not in row]
             print(f"turn {turn + 1} of {turns}: {method} {_median(found[1:], 'step_time'):.3f} s a step", flush=True)
-    rows = [
-        Row(method, method, [row["step_time"] for row in logs[method]], baseline=None if method == "opd" else "opd")
-        for method in METHODS
-    ]
+    rows = [Row(method, method, [row["step_time"] for row in logs[method]]) for method in METHODS]
     parts = {
         method: {part: _median(logs[method], f"time/{part}") for part in PARTS if f"time/{part}" in logs[method][0]}
         for method in METHODS

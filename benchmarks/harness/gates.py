@@ -1,4 +1,4 @@
-"""The correctness gate: errors against fp64, each beside what plain torch makes in the same dtype."""
+"""The correctness gate: errors against fp64, each beside that of the most exact peer in the same dtype."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Check:
 
     name: str
     error: float
-    plain_error: float  # of plain torch in the same dtype
+    peer_error: float  # of the most exact peer in the same dtype
     floor: float
 
     @property
     def allowed(self) -> float:
-        return 2 * self.plain_error + self.floor
+        return 2 * self.peer_error + self.floor
 
     @property
     def passed(self) -> bool:
@@ -44,7 +44,7 @@ class Gate:
         worst = sorted(self.checks, key=lambda check: check.error / check.allowed if check.allowed else 0, reverse=True)
         shown = [check for check in self.checks if not check.passed] or worst[:2]
         lines += [
-            f"  {'ok ' if c.passed else 'BAD'} {c.name}: error {c.error:.2e}, plain torch {c.plain_error:.2e}, "
+            f"  {'ok ' if c.passed else 'BAD'} {c.name}: error {c.error:.2e}, most exact peer {c.peer_error:.2e}, "
             f"allowed {c.allowed:.2e}"
             for c in shown
         ]

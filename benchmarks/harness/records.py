@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 from benchmarks.harness.gates import Check, Gate
 from benchmarks.harness.machine import hardware, versions
 
-SCHEMA = 2
+SCHEMA = 3
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 
 
@@ -27,8 +28,9 @@ class Row:
     bytes_moved: int | None = None  # by the byte model that the record names
     peak_bytes: int | None = None  # above inputs and gradients
     floor: str | None = None  # name of the row that holds this one's floor
-    baseline: str | None = None  # name of the row that this one's speedup is against
+    ours: str | None = None  # name of our row that does the same work
     calls: int = 1  # the figure is this many times the median of `seconds` (one call per teacher: 2)
+    errors: dict[str, float] = field(default_factory=dict)  # of the loss and the gradients, against fp64
     note: str = ""
 
     @property
@@ -77,6 +79,7 @@ class Record:
     environment: dict[str, Any]
     targets: list[Target] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # bandwidths, entropies, methods
+    error_floor: float = 0.0  # below which no two rows' errors are told apart
     sources: str = ""  # `source_digest`
 
     def row(self, name: str) -> Row | None:
@@ -90,6 +93,17 @@ class Record:
         if first is None or second is None or first.median is None or second.median is None:
             return None
         return first.median / second.median
+
+    def more_exact(self, peer: Row) -> bool:
+        """Whether our row of the same work has an error beyond twice the peer's: a speedup over it would be none."""
+        ours = self.row(peer.ours) if peer.ours else None
+        if ours is None:
+            return False
+        return any(
+            math.isfinite(error) and not ours.errors[key] <= 2 * error + self.error_floor
+            for key, error in peer.errors.items()
+            if key in ours.errors
+        )
 
     @property
     def slug(self) -> str:
@@ -112,6 +126,7 @@ class Record:
             environment=data["environment"],
             targets=[Target(**target) for target in data["targets"]],
             facts=data["facts"],
+            error_floor=data["error_floor"],
             sources=data["sources"],
         )
 
