@@ -229,13 +229,16 @@ def test_an_output_dir_that_cannot_be_written(workspace: Workspace, tmp_path: Pa
     assert "cannot write to the output directory" in refused("train", "--config", config)
 
 
-def test_an_output_dir_of_another_run(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint-7", "run.yaml", "README.md"])
+def test_an_output_dir_of_something_else(name: str, workspace: Workspace, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "model.safetensors").write_text("mine")
+    (run / name).write_text("mine")
     config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run))
-    assert "is not empty; choose another one, or continue" in refused("train", "--config", config)
-    assert entries(run) == ["model.safetensors"]
+    sentence = refused("train", "--config", config)
+    assert f"holds {name!r}, which the run would overwrite; choose another one, or continue" in sentence
+    assert entries(run) == [name]
+    assert (run / name).read_text() == "mine"
 
 
 def test_no_output_dir(workspace: Workspace, tmp_path: Path) -> None:

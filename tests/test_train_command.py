@@ -56,6 +56,71 @@ def test_a_run_leaves_a_model_a_processor_and_what_repeats_it(workspace: Workspa
     assert [row["step"] for row in history(run) if "steering/gamma" in row] == [1, 2, 3]
 
 
+def final_model(run: Path) -> dict[str, tuple[int, bytes]]:
+    """The files of the run's folder that are no records, with their times and contents."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir() if path.is_file()}
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    return (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_is_repeated_elsewhere_and_a_finished_one_left_alone(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    whole = train(workspace, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    resumed = tmp_path / "resumed"
+    resume = ["--resume_from_checkpoint", str(whole / "checkpoint-1")]
+    vgs("train", "--config", str(whole / "run.yaml"), "--output_dir", str(resumed), *resume)
+    assert same_weights(resumed, whole)
+    settings = yaml.safe_load((resumed / "run.yaml").read_text())
+    assert settings["resume_from_checkpoint"] is None
+    assert settings["output_dir"] == str(resumed)
+    vgs("train", "--config", str(resumed / "run.yaml"), "--output_dir", str(tmp_path / "again"))
+    assert history(tmp_path / "again")[0]["step"] == 1
+    assert same_weights(tmp_path / "again", whole)
+
+    before = final_model(whole)
+    assert "run.yaml" in before
+    vgs("train", "--config", str(whole / "run.yaml"), "--resume_from_checkpoint", "true")
+    vgs(
+        "train",
+        "--config",
+        str(whole / "run.yaml"),
+        "--resume_from_checkpoint",
+        str(whole / "checkpoint-2"),
+        "--max_steps",
+        "2",
+    )
+    assert final_model(whole) == before
+    (whole / "trainer_state.json").unlink()  # the last file of a model: its saving was cut off
+    (whole / "model.safetensors").write_bytes(b"half")
+    vgs("train", "--config", str(whole / "run.yaml"), "--resume_from_checkpoint", "true")
+    assert same_weights(whole, resumed)
+    assert (whole / "trainer_state.json").exists()
+
+
+def test_a_start_that_failed_leaves_a_folder_to_start_in(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run))
+    result = invoke(["train", "--config", config, "--max_prompt_length", "1"])
+    assert result.exit_code == 2
+    assert "longer than max_prompt_length=1" in result.output  # found in the first step
+    assert sorted(path.name for path in run.iterdir()) == ["recording"]
+    (run / "log.txt").write_text("as a shell writes it")
+    vgs("train", "--config", config, "--save_strategy", "steps", "--save_steps", "1")
+    assert [row["step"] for row in history(run) if "steering/gamma" in row] == [1, 2]
+
+    before = (run / "run.yaml").read_text()
+    again = ["train", "--config", str(run / "run.yaml"), "--resume_from_checkpoint", "true"]
+    result = invoke([*again, "--max_steps", "3", "--decomposition", "bayes"])
+    assert result.exit_code == 2
+    assert "was trained with decomposition='matched'" in result.output
+    result = invoke([*again, "--max_steps", "3", "--max_prompt_length", "1"])
+    assert result.exit_code == 2
+    assert (run / "run.yaml").read_text() == before
+
+
 def test_the_environment_of_a_run_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vgs_distill.commands.arguments import train_parser
 

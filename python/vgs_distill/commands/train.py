@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import ModelConfig, get_peft_config
 
 from ..config import VGSConfig
@@ -24,10 +23,9 @@ from ..inputs.modalities import MODALITIES
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
 from ..resilience.checkpoints import find_checkpoint
 from ..resilience.output_dir import check_output_dir
+from ..resilience.run_folder import RunFile, in_the_way, saved_step
 from ..trainer import VGSTrainer
 from .arguments import DataArguments, require, train_parser
-
-RUN_FILE = "run.yaml"  # every argument of the run, in its output folder
 
 
 def train(arguments: Sequence[str]) -> Path:
@@ -38,8 +36,7 @@ def train(arguments: Sequence[str]) -> Path:
     """
     (config, data, model), values = train_parser().parse(arguments)
     trainer, checkpoint = build(config, data, model, values)
-    if trainer.is_world_process_zero():
-        Path(config.output_dir).joinpath(RUN_FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+    trainer.add_callback(RunFile(values))
     trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer)
     return Path(config.output_dir)
@@ -108,17 +105,23 @@ def resume_point(output_dir: str, asked: str | None) -> str | None:
     folder = check_output_dir(output_dir)
     if asked is None or asked.lower() == "false":
         # Of several processes the first asks: it may be writing while the others still start.
-        if os.environ.get("RANK", "0") == "0" and folder.exists() and any(folder.iterdir()):
+        if os.environ.get("RANK", "0") == "0" and (name := in_the_way(folder)) is not None:
             raise InputError(
-                f"the output directory {output_dir!r} is not empty; choose another one, or continue what is there "
-                "with resume_from_checkpoint=true"
+                f"the output directory {output_dir!r} holds {name!r}, which the run would overwrite; choose another "
+                "one, or continue what is there with resume_from_checkpoint=true"
             )
         return None
     return str(find_checkpoint(folder, True if asked.lower() == "true" else asked))
 
 
 def save(trainer: VGSTrainer) -> None:
-    """The final model, its processor and its card in the output folder, as `from_pretrained` reads them."""
+    """The final model, its processor and its card in the output folder, as `from_pretrained` reads them.
+
+    A resumed run that had been finished leaves what is there, but for a model that was not saved to its end.
+    """
+    assert trainer.args.output_dir is not None
+    if not trainer.took_a_step and saved_step(Path(trainer.args.output_dir)) >= trainer.state.global_step:
+        return
     if trainer.is_fsdp_enabled:
         # Shards are for resuming; accelerate would write nothing here.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

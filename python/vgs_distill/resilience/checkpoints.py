@@ -63,6 +63,7 @@ class AtomicCheckpoints(Trainer):
     """A `Trainer` whose checkpoints appear whole; the two methods below say what they carry besides its own."""
 
     args: VGSConfig
+    _initial_global_step: int  # transformers': where `train` began
     _staging: Path | None = None  # while a checkpoint is written
     _resumed_position: tuple[int, int] | None = None  # in a stream: epoch, micro-batches of it
 
@@ -88,6 +89,11 @@ class AtomicCheckpoints(Trainer):
         self._restore_checkpoint_state(state["state"])
         self._resumed_position = state["stream_position"]
         return super().train(str(folder), *args, **kwargs)
+
+    @property
+    def took_a_step(self) -> bool:
+        """Whether the last `train` went beyond where it resumed; of a finished run it does not."""
+        return self.state.global_step > self._initial_global_step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
@@ -202,8 +208,8 @@ def find_checkpoint(run_dir: Path, asked: str | Literal[True]) -> Path:
     folder = last_checkpoint(run_dir) if asked is True else Path(asked)
     if folder is None:
         raise InputError(
-            f"there is no whole checkpoint in {str(run_dir)!r} to resume from; to start from the beginning, leave out "
-            "resume_from_checkpoint and choose an empty output_dir"
+            f"there is no whole checkpoint in {str(run_dir)!r} to resume from; leave out resume_from_checkpoint to "
+            "start from the beginning"
         )
     if not folder.is_dir():
         raise InputError(
