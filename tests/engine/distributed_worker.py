@@ -14,6 +14,13 @@ from typing import Any
 
 GLOBAL_BATCH = 8
 STEPS = 5
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
 CASES = [
     (steering, decomposition, checkpointing, accumulation)
     for steering, decomposition in (("exact", "matched"), ("exact", "teacher_prior"), ("amortized", "matched"))
@@ -99,13 +106,7 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
 def main() -> None:
     output_dir, mode = Path(sys.argv[1]), sys.argv[2]
     if mode == "fsdp2":
-        os.environ |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-        }
+        os.environ |= FSDP2
     import torch
 
     torch.set_num_threads(1)

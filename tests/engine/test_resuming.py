@@ -22,11 +22,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from vgs_distill.config import VGSConfig
 from vgs_distill.resilience.checkpoints import STAGING, last_checkpoint
 
+from tests.engine.distributed_worker import FSDP2
 from tests.small_run import ON_CPU, build_student
 
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and then forks for every run
@@ -126,11 +128,13 @@ def train(
 
         setattr(trainer, die_in, die)
     trainer.train(resume_from_checkpoint=resume and last_checkpoint(output_dir) is not None)
+    final = {name: whole(p).detach().contiguous() for name, p in trainer.model.named_parameters()}
     if trainer.accelerator.is_main_process:
-        save_file(
-            {name: p.detach().contiguous() for name, p in trainer.model.named_parameters()},
-            output_dir / "final.safetensors",
-        )
+        save_file(final, output_dir / "final.safetensors")
+
+
+def whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class Run:
@@ -226,7 +230,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def start_two(output_dir: Path, **options: Any) -> list[Run]:
+def start_two(output_dir: Path, shard: bool, **options: Any) -> list[Run]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -235,23 +239,27 @@ def start_two(output_dir: Path, **options: Any) -> list[Run]:
         Run(
             output_dir,
             {**CASES["full-amortized"], "per_device_train_batch_size": 1},
-            environment={**shared, "RANK": rank, "LOCAL_RANK": rank},
+            environment={**shared, **(FSDP2 if shard else {}), "RANK": rank, "LOCAL_RANK": rank},
             **options,
         )
         for rank in "01"
     ]
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_a_signal_to_one_process_stops_both_and_they_resume(shard: bool, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert [run.exit_code() for run in start_two(straight)] == [0, 0]
-    runs = start_two(stopped)
+    assert [run.exit_code() for run in start_two(straight, shard)] == [0, 0]
+    runs = start_two(stopped, shard)
     runs[1].wait_for_step(3)
     runs[1].signal(signal.SIGTERM)
     assert [run.exit_code() for run in runs] == [143, 143]
-    assert last_checkpoint(stopped) in (stopped / "checkpoint-4", stopped / "checkpoint-5")
-    assert [run.exit_code() for run in start_two(stopped, resume=True)] == [0, 0]
-    assert_equal(load_file(stopped / "final.safetensors"), load_file(straight / "final.safetensors"))
+    last = last_checkpoint(stopped)
+    assert last in (stopped / "checkpoint-4", stopped / "checkpoint-5")
+    assert (last / "model.safetensors").exists() != shard
+    for _ in range(2):  # the second time there is nothing left to do
+        assert [run.exit_code() for run in start_two(stopped, shard, resume=True)] == [0, 0]
+        assert_equal(load_file(stopped / "final.safetensors"), load_file(straight / "final.safetensors"))
 
 
 class Memory(TrainerCallback):
