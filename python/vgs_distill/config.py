@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl import DistillationConfig
 
@@ -16,13 +17,17 @@ from vgs_kernels.steering import SCALES
 from vgs_kernels.types import DECOMPOSITIONS
 
 from .inputs.modalities import MODALITIES
+from .steering.gamma import ADAPTIVE, GAMMA_SCHEDULES
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 STEERING_MODES = ("exact", "amortized", "none")
 IMAGE_MASKS = ("drop", "blank", "attention")
-GAMMA_SCHEDULES = ("constant", "linear", "cosine")
 RUNAWAY_ACTIONS = ("fallback", "warn", "stop", "none")
-ADAPTIVE = "adaptive"
 OFFLOAD = "offload"
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 @dataclass
@@ -38,7 +43,7 @@ class VGSConfig(DistillationConfig):
         decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
             (equations: `vgs_kernels.decomposed_kl`).
         gamma: Share of the visual direction in [0, 1]; the value a schedule ends at. ``"adaptive"`` gives the part of
-            the loss that has made less progress the larger share (`vgs_distill.steering.adaptive_gamma`).
+            the loss that has made less progress the larger share (`vgs_distill.steering.gamma`).
         gamma_min, gamma_max: Bounds of an adaptive gamma; it starts in their middle.
         gamma_schedule: ``"constant"``, or ``"linear"`` / ``"cosine"`` from `gamma_start` at the first step to `gamma`
             at the last.
@@ -187,6 +192,11 @@ class VGSConfig(DistillationConfig):
         # Before transformers starts what the launcher asked for: DeepSpeed, process groups.
         self._check()
         super().__post_init__()
+
+    def select(self, kind: type[Settings], **more: Any) -> Settings:
+        """What one part of the engine needs: its dataclass `kind` filled by name, and with `more`."""
+        names = [item.name for item in fields(kind) if hasattr(self, item.name)]
+        return kind(**{name: getattr(self, name) for name in names}, **more)
 
     @property
     def weighs_tokens(self) -> bool:

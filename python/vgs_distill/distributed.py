@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -30,13 +30,13 @@ def allow_fsdp_on_cpu(state: PartialState) -> None:
 
 
 @contextmanager
-def two_backward_passes(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Forward and backward passes inside leave gradients that `GradientPair` may keep apart."""
+def two_backward_passes(model: nn.Module) -> Iterator[None]:
+    """Forward and backward passes inside leave gradients that may be kept apart."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
         return
-    if accelerator.is_fsdp2 and isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)  # accelerate sets its own value again after the micro-batch
     yield
 
@@ -56,8 +56,17 @@ def average_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Te
     return list(whole)
 
 
+def process_count() -> int:
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _is_distributed():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -20,6 +20,9 @@ from .inputs.families import EvidenceTokens, Family
 from .inputs.modalities import IMAGE, MODALITIES, Modality, evidence_of
 from .models.heads import backbone
 
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_MULTIMODAL_KEYS = (*(key for modality in MODALITIES.values() for key in modality.keys), *TOKEN_TYPES)
+
 # Far below any real pixel, and not 0 in any dtype that models run in.
 _NOT_ZERO = torch.finfo(torch.float16).tiny
 
@@ -35,6 +38,19 @@ class Batch(NamedTuple):
     text_prompt_ids: Tensor | None = None  # (rows, text prompt), the prompts without their evidence; `drop` needs them
     text_prompt_mask: Tensor | None = None  # (rows, text prompt)
 
+    @classmethod
+    def of(cls, rollout: Mapping[str, Any]) -> Batch:
+        """The part of a rollout that models read."""
+        return cls(
+            rollout["prompt_ids"],
+            rollout["prompt_mask"],
+            rollout["completion_ids"],
+            rollout["completion_mask"],
+            multimodal_inputs(rollout),
+            rollout.get("text_prompt_ids"),
+            rollout.get("text_prompt_mask"),
+        )
+
     @property
     def input_ids(self) -> Tensor:
         return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
@@ -42,6 +58,11 @@ class Batch(NamedTuple):
     @property
     def attention_mask(self) -> Tensor:
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+
+def multimodal_inputs(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward pass reads besides tokens, under the names of the processor."""
+    return {name: rollout[name] for name in _MULTIMODAL_KEYS if name in rollout}
 
 
 def rows_with_evidence(batch: Batch, tokens: EvidenceTokens) -> Tensor:

@@ -74,7 +74,7 @@ def test_old_checkpoints_go_and_what_stays_is_safetensors_and_json(
     assert get_last_checkpoint(str(run)) == str(last_checkpoint(run)) == str(run / "checkpoint-3")
     assert (run / "checkpoint-3" / "model.safetensors").exists()
     state = json.loads((run / "checkpoint-3" / STATE_FILE).read_text())
-    assert state["state"]["predictor"]
+    assert state["state"]["steering"]["predictor"]
     transformers_own = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
     assert {
         name for name in state["files"] if not name.endswith((".json", ".safetensors", ".jinja"))

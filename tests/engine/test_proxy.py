@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from vgs_distill import VGSTrainer
-from vgs_distill.steering.gradient_pair import GramianPredictor
+from vgs_distill.steering.predictor import GramianPredictor
 from vgs_distill.steering.proxy import GradientProxy
 
 from tests.engine.test_trainer import with_images_removed

@@ -20,14 +20,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerControl, TrainerState
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.masking import drop_evidence, with_evidence
+from vgs_distill.masking import Batch, drop_evidence, with_evidence
 from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, RunLog, read_run
 from vgs_distill.report.recording import COMPLETIONS_PER_RECORD, RunRecorder, token_texts
 from vgs_distill.report.run import render_run
 from vgs_distill.report.teacher_answers import TeacherAnswers
 from vgs_distill.report.trackers import Trackers
-from vgs_distill.trainer import _batch_of
 
 from tests.engine.test_trainer import BatchTap, step_logs, with_images_removed
 from tests.html_page import Page
@@ -86,7 +85,7 @@ def test_the_contribution_is_the_difference_of_two_log_probabilities(make_traine
     tap = BatchTap(trainer)
     trainer.train()
     (inputs,) = tap.batches
-    batch = _batch_of(inputs)
+    batch = Batch.of(inputs)
     masked = drop_evidence(batch)
 
     def log_probs(view: Any) -> torch.Tensor:
@@ -130,7 +129,7 @@ def test_the_teacher_answers_what_it_finds_likeliest(make_trainer: Callable[...,
     tap = BatchTap(trainer)
     trainer.train()
     (inputs,) = tap.batches
-    batch = _batch_of(inputs)
+    batch = Batch.of(inputs)
     ends, banned = trainer.eos_token_ids, trainer.generation_config.suppress_tokens
     for row, record in zip(RunRecorder.marked_rows(inputs), recorded(trainer).completions, strict=True):
         # One prompt at a time, the whole of it read again for every token: no padding and no cache.

@@ -10,22 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.resilience.checkpoints import STATE_FILE
-from vgs_distill.steering.gradient_pair import (
-    GradientPair,
-    GramianPredictor,
-    RunningAverage,
-    direction_cosine,
-    hedged,
-    no_gradient,
-    weight_ratio,
-)
+from vgs_distill.steering.gradient_pair import GradientPair, direction_cosine, no_gradient, weight_ratio
+from vgs_distill.steering.predictor import GramianPredictor, RunningAverage, hedged
+from vgs_distill.steering.step import LossParts, SteeringSettings, SteeringStep
 
 from tests.engine.test_trainer import step_logs
 from vgs_kernels import VisualGradientSteering
+
+CPU = torch.device("cpu")
 
 
 def gramian(lang: float, vis: float, cosine: float = 0.0) -> torch.Tensor:
@@ -71,9 +67,9 @@ def test_a_pair_without_any_gradient_leaves_none() -> None:
     layer = nn.Linear(2, 2)
     pair = GradientPair(layer.parameters())
     pair.accumulate_lang()
-    no_gradient(torch.device("cpu")).backward()
+    no_gradient(CPU).backward()
     pair.accumulate_vis()
-    no_gradient(torch.device("cpu")).backward()
+    no_gradient(CPU).backward()
     pair.end_micro_batch()
     assert pair.combine(VisualGradientSteering(), replicated=False) is None
     assert layer.weight.grad is None
@@ -84,7 +80,7 @@ def pair(lang: float, vis: float) -> torch.Tensor:
 
 
 def test_the_predictor_scales_the_proxy() -> None:
-    predictor = GramianPredictor(refresh_every=4, drift=3.0)
+    predictor = GramianPredictor(refresh_every=4, drift=3.0, device=CPU)
     assert predictor.refresh_due()
     predictor.refresh(gramian(8.0, 18.0, 0.5), pair(2.0, 2.0))
     torch.testing.assert_close(predictor.predict(), gramian(8.0, 18.0, 0.5))
@@ -100,14 +96,14 @@ def test_the_predictor_scales_the_proxy() -> None:
 
 
 def test_a_refresh_is_due_on_schedule_and_on_drift() -> None:
-    predictor = GramianPredictor(refresh_every=3, drift=2.0)
+    predictor = GramianPredictor(refresh_every=3, drift=2.0, device=CPU)
     predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
     due = []
     for _ in range(3):
         due.append(predictor.refresh_due())
         predictor.observe(pair(1.0, 1.0))
     assert due == [False, False, True]
-    predictor = GramianPredictor(refresh_every=100, drift=2.0)
+    predictor = GramianPredictor(refresh_every=100, drift=2.0, device=CPU)
     predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
     predictor.observe(pair(1.0, 4.0 * 1.5))  # one step beyond; the average of steps is not
     assert not predictor.refresh_due()
@@ -120,7 +116,7 @@ def test_a_refresh_is_due_on_schedule_and_on_drift() -> None:
 
 
 def test_a_component_that_appears_is_measured_at_once() -> None:
-    predictor = GramianPredictor(refresh_every=100, drift=2.0)
+    predictor = GramianPredictor(refresh_every=100, drift=2.0, device=CPU)
     predictor.refresh(gramian(1.0, 0.0), pair(1.0, 0.0))
     assert torch.equal(predictor.predict(), gramian(1.0, 0.0))
     predictor.observe(pair(1.0, 0.0))
@@ -134,7 +130,7 @@ def test_a_component_that_appears_is_measured_at_once() -> None:
 
 
 def test_without_measuring_the_proxy_stands_for_the_gramian() -> None:
-    predictor = GramianPredictor(refresh_every=0, drift=2.0)
+    predictor = GramianPredictor(refresh_every=0, drift=2.0, device=CPU)
     torch.testing.assert_close(predictor.predict(), torch.eye(2))
     torch.testing.assert_close(predictor.predict(pair(3.0, 5.0)), gramian(3.0, 5.0))
     predictor.observe(pair(4.0, 100.0))
@@ -166,11 +162,11 @@ def test_a_run_that_never_measures_trains(make_trainer: Callable[..., VGSTrainer
 
 
 def test_the_state_survives_json() -> None:
-    predictor = GramianPredictor(refresh_every=5, drift=2.0)
+    predictor = GramianPredictor(refresh_every=5, drift=2.0, device=CPU)
     predictor.refresh(gramian(0.3, 0.7, -0.2), pair(0.11, 0.13))
     predictor.observe(pair(0.17, 0.19))
-    copy = GramianPredictor(refresh_every=5, drift=2.0)
-    copy.load_state_dict(json.loads(json.dumps(predictor.state_dict())), torch.device("cpu"))
+    copy = GramianPredictor(refresh_every=5, drift=2.0, device=CPU)
+    copy.load_state_dict(json.loads(json.dumps(predictor.state_dict())))
     assert torch.equal(copy.predict(), predictor.predict())
     assert copy.state_dict() == predictor.state_dict()
 
@@ -213,7 +209,7 @@ def test_a_hedge_keeps_the_bounds_of_the_policy(scale: str) -> None:
 
 
 def test_the_hedge_grows_with_the_errors_of_predictions() -> None:
-    predictor, policy = GramianPredictor(refresh_every=4, drift=3.0), VisualGradientSteering(0.8)
+    predictor, policy = GramianPredictor(refresh_every=4, drift=3.0, device=CPU), VisualGradientSteering(0.8)
     predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
     torch.testing.assert_close(predictor.weights(policy), policy(predictor.predict()))
     predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(2.0, 2.0))  # the ratio was right
@@ -226,7 +222,7 @@ def test_the_hedge_grows_with_the_errors_of_predictions() -> None:
     assert weight_ratio(predictor.weights(policy)) > 1.1 * weight_ratio(policy(predictor.predict()))
     weights = []
     for error in (math.e, 3e18):  # the second counts as the first
-        predictor = GramianPredictor(refresh_every=4, drift=3.0)
+        predictor = GramianPredictor(refresh_every=4, drift=3.0, device=CPU)
         predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(1.0, error**2))
         weights.append(predictor.weights(policy))
     torch.testing.assert_close(*weights)
@@ -269,3 +265,18 @@ def test_a_resumed_amortized_run_ends_with_the_same_parameters(
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_step_is_planned_on_the_device_of_the_run(tmp_path: Path) -> None:
+    """The meta device stands for a GPU: before the first step, too, nothing may lie elsewhere."""
+    config = VGSConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, steering="amortized", refresh_every=0)
+    meta = torch.device("meta")
+    layer = nn.Linear(3, 2, device=meta)
+    step = SteeringStep(config.select(SteeringSettings), meta)
+    step.plan(layer, step=0, total_steps=1, micro_batches=2)
+    lang, vis = layer(torch.empty(4, 3, device=meta)).square().sum(0)
+    with step.micro_batch():
+        objective = step.run_back(LossParts(lang, vis, torch.ones(4, device=meta), None), backward=Tensor.backward)
+        assert objective.device == meta
+        objective.backward()
+    assert layer.weight.grad is not None

@@ -31,7 +31,7 @@ def test_the_scaled_weights_of_a_step_have_mean_one() -> None:
         weights.end_step()
     restored = VisualTokenWeights(True, CPU)
     assert torch.equal(restored.expected_scales(), torch.ones(2))
-    restored.load_state_dict(weights.state_dict(), CPU)
+    restored.load_state_dict(weights.state_dict())
     torch.testing.assert_close(restored.expected_scales(), weights.scales())
 
 

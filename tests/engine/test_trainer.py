@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, TrainerCallback
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.trainer import _batch_of
+from vgs_distill.masking import Batch
 
 from tests.reference_formulas import visual_weights
 from vgs_kernels.types import DECOMPOSITIONS
@@ -94,7 +94,7 @@ def textbook_gradients(
     teacher_smoothing: float = 0.0,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Both parameter gradients by autograd through log_softmax, with the prompts masked by hand."""
-    batch = _batch_of(inputs)
+    batch = Batch.of(inputs)
     config = student.config
     fence = [config.image_token_id, config.vision_start_token_id, config.vision_end_token_id]
 

@@ -20,7 +20,6 @@ from vgs_distill.inputs.modalities import AUDIO, MODALITIES, Modality
 from vgs_distill.masking import Batch, masked_view, stack_views
 from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import read_run
-from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES
 from tests.families.training import make_trainer, processor_of, step_logs
@@ -108,7 +107,7 @@ def test_its_modules_are_told_apart(family: str) -> None:
 
 def rollout(trainer: VGSTrainer, rows: int = 4) -> Batch:
     trainer.model.eval()
-    return _batch_of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(rows)]))
+    return Batch.of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(rows)]))
 
 
 def hidden(trainer: VGSTrainer, batch: Batch) -> Tensor:
@@ -214,7 +213,7 @@ def test_the_loss_is_the_textbook_one_on_the_model_s_own_logits(family: str, tmp
     inputs = trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)])
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, inputs)
-    batch = _batch_of(inputs)
+    batch = Batch.of(inputs)
 
     def log_probs(model: Any) -> Tensor:
         with torch.no_grad():

@@ -19,9 +19,8 @@ from vgs_distill.errors import InputError
 from vgs_distill.inputs.dataset_checks import check_dataset
 from vgs_distill.inputs.families import EvidenceTokens, check_modality, check_teacher_reads_the_same, placeholder_ids
 from vgs_distill.inputs.modalities import AUDIO, VIDEO, evidence_of
-from vgs_distill.masking import masked_view, with_evidence
+from vgs_distill.masking import Batch, masked_view, with_evidence
 from vgs_distill.report.log import LOG_FILE
-from vgs_distill.trainer import _batch_of
 
 from tests.command_line import invoke
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
@@ -43,7 +42,7 @@ def test_both_parts_are_those_of_the_logits_of_two_prompts(family: str, decompos
     trainer = make_trainer(family, str(tmp_path), (1, 0, 2), student, teacher, decomposition=decomposition)
     trainer.model.eval()
     rows = [trainer.train_dataset[row] for row in range(4)]
-    batch = _batch_of(inputs := trainer._prepare_inputs(rows))
+    batch = Batch.of(inputs := trainer._prepare_inputs(rows))
     with torch.no_grad():
         result = trainer._compute_loss(trainer.model, inputs, 1.0)
 
@@ -91,7 +90,7 @@ def test_both_parts_are_those_of_the_logits_of_two_prompts(family: str, decompos
 def test_the_masked_view_differs_by_the_evidence_only(family: str, tmp_path: Path) -> None:
     trainer = make_trainer(family, str(tmp_path), (1, 2))
     trainer.model.eval()
-    batch = _batch_of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)]))
+    batch = Batch.of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)]))
     views = {
         mask: masked_view(mask, batch, trainer._evidence_tokens, trainer._family, trainer.model)
         for mask in trainer._modality.masks

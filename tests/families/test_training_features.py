@@ -14,8 +14,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vgs_distill import VGSTrainer
+from vgs_distill.masking import Batch
 from vgs_distill.models.heads import backbone
-from vgs_distill.trainer import _batch_of
 
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
 from tests.families.training import make_trainer, processor_of, questions, step_logs
@@ -155,7 +155,7 @@ def test_padded_vocabularies_are_compared_where_both_have_entries(tmp_path: Path
             FAMILY, str(tmp_path), student=small_model(1, vocabulary=ours), teacher=small_model(2, 48, theirs)
         )
         trainer.model.eval()
-        batch = _batch_of(inputs := trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)]))
+        batch = Batch.of(inputs := trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)]))
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model, inputs)
             logits = [

@@ -16,7 +16,6 @@ import json
 import re
 import string
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from ..errors import InputError, one_sentence
 from ..inputs.data import load_rows
 from ..inputs.families import EvidenceTokens, Family, check_modality, family_of
 from ..inputs.modalities import IMAGE, MODALITIES, evidence_of
-from ..loss import MicroBatchLoss, decomposed_loss
+from ..loss import DecomposedLoss, LossSettings
 from ..masking import Batch, with_evidence, without_evidence
 from ..models.heads import backbone
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
@@ -166,11 +165,16 @@ class _Evaluator:
         teacher: PreTrainedModel | None,
     ) -> None:
         self.settings = settings
-        self.loss_config = loss_config
+        self.loss = DecomposedLoss(
+            loss_config.select(LossSettings),
+            evidence_tokens,
+            family,
+            run_student=_hidden_states,
+            run_teacher=_hidden_states,
+        )
         self.pattern = pattern
         self.processor: Any = processor
         self.tokenizer: Any = self.processor.tokenizer
-        self.family = family
         self.evidence_tokens = evidence_tokens
         self.student: Any = student
         self.teacher = teacher
@@ -192,7 +196,7 @@ class _Evaluator:
             completions += texts
             tokens += float(mask.sum())
             if self.teacher is not None:
-                sums += self._score(self.teacher, batch, mask).sums()[:4].cpu().double()
+                sums += self.loss(self.student, self.teacher, batch, mask, 1.0).sums()[:4].cpu().double()
         full, lang, vis, entropy = [None] * 4 if self.teacher is None else (sums / max(tokens, 1.0)).tolist()
         return Measured(sum(right) / len(right), tokens / len(right), full, lang, vis, entropy, tuple(completions))
 
@@ -245,21 +249,6 @@ class _Evaluator:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
-        )
-
-    def _score(self, teacher: PreTrainedModel, batch: Batch, mask: Tensor) -> MicroBatchLoss:
-        return decomposed_loss(
-            self.loss_config,
-            self.student,
-            teacher,
-            batch,
-            mask,
-            1.0,
-            self.evidence_tokens,
-            self.family,
-            run_student=_hidden_states,
-            run_teacher=_hidden_states,
-            span=lambda name: nullcontext(),
         )
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from datasets import IterableDataset
 from safetensors import SafetensorError
@@ -59,20 +59,22 @@ _SAME_RUN = (
 _TORCH_SAVE_FAILED = ("inline_container", "PytorchStreamWriter", "iostream")  # it raises a bare RuntimeError
 
 
+class Stateful(Protocol):
+    """What goes on in a resumed run from where it was. Its state is plain values, for JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class AtomicCheckpoints(Trainer):
-    """A `Trainer` whose checkpoints appear whole; the two methods below say what they carry besides its own."""
+    """A `Trainer` whose checkpoints appear whole, and carry the state of `checkpoint_parts` besides its own."""
 
     args: VGSConfig
     _initial_global_step: int  # transformers': where `train` began
+    checkpoint_parts: dict[str, Stateful]
     _staging: Path | None = None  # while a checkpoint is written
     _resumed_position: tuple[int, int] | None = None  # in a stream: epoch, micro-batches of it
-
-    def _checkpoint_state(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        raise NotImplementedError
-
-    def _restore_checkpoint_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers', from a whole checkpoint only; True: the last whole one in the output directory.
@@ -86,7 +88,8 @@ class AtomicCheckpoints(Trainer):
         folder = find_checkpoint(Path(self._get_output_dir(None)), resume_from_checkpoint)
         state = read_state(folder)
         check_settings(folder, state["settings"], self.args)
-        self._restore_checkpoint_state(state["state"])
+        for name, part in self.checkpoint_parts.items():
+            part.load_state_dict(state["state"][name])
         self._resumed_position = state["stream_position"]
         return super().train(str(folder), *args, **kwargs)
 
@@ -112,7 +115,8 @@ class AtomicCheckpoints(Trainer):
                 if self.args.should_save:
                     settings = {key: getattr(self.args, key) for key in (*_SAME_LOSS, *_SAME_RUN)}
                     position = self._stream_position()
-                    state = {"settings": settings, "stream_position": position, "state": self._checkpoint_state()}
+                    parts = {part: stateful.state_dict() for part, stateful in self.checkpoint_parts.items()}
+                    state = {"settings": settings, "stream_position": position, "state": parts}
                     write_state(self._staging / name, state)
                     _publish(self._staging / name, run_dir / name)
             finally:

@@ -45,6 +45,24 @@ class SkippedUpdates:
                 "the last checkpoint"
             )
 
+    def state_dict(self) -> dict[str, int]:
+        return {"in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.in_a_row = state["in_a_row"]
+
+
+def describe_tokens(inputs: dict[str, Any], places: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Tokens of a micro-batch whose loss is not finite; `places`: row and completion position of each, (count, 2)."""
+    row, position = places[0].tolist()
+    token = tokenizer.decode(inputs["completion_ids"][row, position])
+    rows = describe_rows(inputs, places[:, 0].unique().tolist(), tokenizer)
+    return (
+        f"the loss of {len(places)} token(s) is not finite, first at completion position {position} ({token!r}) of row "
+        f"{row}, in {rows} of the micro-batch: the student put probability where a teacher has none, or an input is "
+        "not finite"
+    )
+
 
 def describe_rows(inputs: dict[str, Any], rows: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Rows of a micro-batch by position and the beginning of their prompt."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import sum_over_processes
-from .gradient_pair import RunningAverage
+from .predictor import RunningAverage
 
 
 class VisualTokenWeights:
@@ -24,7 +24,7 @@ class VisualTokenWeights:
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
         self.enabled = enabled
-        self._average = RunningAverage(1)  # of the mean, over steps
+        self._average = RunningAverage(1, device)  # of the mean, over steps
         self._ones = torch.ones(2, device=device)
         self._sums = torch.zeros(2, device=device)  # of the weights and of their number, on this process
         self._over_processes: Tensor | None = None  # the same
@@ -65,5 +65,5 @@ class VisualTokenWeights:
     def state_dict(self) -> dict[str, Any]:
         return self._average.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self._average.load_state_dict(state, device)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average.load_state_dict(state)

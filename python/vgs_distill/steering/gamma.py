@@ -1,15 +1,43 @@
-"""gamma that follows the progress of the two parts of the loss: `gamma="adaptive"`.
-
-Used by the trainer, with the losses of each step that it has on the host anyway and that all processes share.
-"""
+"""gamma over a run: constant, by a schedule, or by the progress of the two parts of the loss."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+ADAPTIVE = "adaptive"
+GAMMA_SCHEDULES = ("constant", "linear", "cosine")
 
 _START_STEPS = 10  # averaged into the level that progress is measured from
 _AVERAGE_STEPS = 20  # of the exponential average that is the present level
 _LARGEST_MOVE = 0.01  # of gamma, per step
+
+
+class ScheduledGamma:
+    """gamma by the number of the step: `end` throughout, or linear or along a cosine from `start` to `end`."""
+
+    def __init__(self, schedule: str, start: float, end: float) -> None:
+        self.schedule = schedule
+        self.start = start
+        self.end = end
+
+    def at(self, step: int, total_steps: int) -> float:
+        """gamma for the update number `step` (from 0) out of `total_steps`; the last has `end`."""
+        if self.schedule == "constant" or total_steps <= 1:
+            return self.end
+        progress = min(step / (total_steps - 1), 1.0)
+        if self.schedule == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        return self.start + progress * (self.end - self.start)
+
+    def observe(self, lang: float, vis: float) -> None:
+        """A schedule does not depend on the losses."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: gamma follows from the step."""
 
 
 class AdaptiveGamma:
@@ -36,8 +64,11 @@ class AdaptiveGamma:
         self._start = [0.0, 0.0]  # of lang and vis
         self._level = [0.0, 0.0]
 
+    def at(self, step: int, total_steps: int) -> float:
+        return self.gamma
+
     def observe(self, lang: float, vis: float) -> None:
-        """Take in the losses of a step; both must be finite."""
+        """Take in the losses of a step, the same on all processes; both must be finite."""
         losses = (lang, vis)
         self._steps += 1
         if self._steps <= _START_STEPS:
@@ -58,5 +89,6 @@ class AdaptiveGamma:
         return {"gamma": self.gamma, "steps": self._steps, "start": self._start, "level": self._level}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gamma, self._steps = state["gamma"], state["steps"]
-        self._start, self._level = state["start"], state["level"]
+        if state:  # of a run whose gamma was a number there is nothing to go on from
+            self.gamma, self._steps = state["gamma"], state["steps"]
+            self._start, self._level = state["start"], state["level"]

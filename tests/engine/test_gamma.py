@@ -1,4 +1,4 @@
-"""gamma that follows the progress of the two parts: the rule, its bounds, and what survives a checkpoint."""
+"""gamma over a run: schedules; and gamma that follows the progress of the two parts: its rule, bounds and state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,28 @@ from typing import Any
 import pytest
 import torch
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.steering.adaptive_gamma import AdaptiveGamma
+from vgs_distill.steering.gamma import AdaptiveGamma
+from vgs_distill.steering.step import SteeringSettings, SteeringStep
 
 STEERINGS = [{"steering": "exact"}, {"steering": "amortized", "refresh_every": 3}]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.9, 0.9, 0.9, 0.9, 0.9]),
+        ("linear", [0.5, 0.6, 0.7, 0.8, 0.9]),
+        ("cosine", [0.5, 0.5585786, 0.7, 0.8414214, 0.9]),
+    ],
+)
+def test_schedules(tmp_path: Path, schedule: str, expected: list[float]) -> None:
+    config = VGSConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gamma=0.9, gamma_start=0.5, gamma_schedule=schedule
+    )
+    gamma = SteeringStep(config.select(SteeringSettings), torch.device("cpu")).gamma
+    assert [gamma.at(step, 5) for step in range(5)] == pytest.approx(expected)
+    assert gamma.at(0, 1) == 0.9
+    assert gamma.at(7, 5) == pytest.approx(0.9)
 
 
 def gammas(losses: Iterable[tuple[float, float]], lowest: float = 0.5, highest: float = 0.9) -> list[float]:

@@ -1,0 +1,244 @@
+"""Rollouts of TRL's `DistillationTrainer`, for prompts with images, video or audio, and with their masked view.
+
+TRL samples the completions; this file hands it prompts that its processor can take, and completes what it returns by
+what the loss needs besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import logging
+from trl import DistillationTrainer
+from trl.trainer.utils import pad
+
+from .config import VGSConfig
+from .distributed import allow_fsdp_on_cpu
+from .errors import InputError
+from .inputs.dataset_checks import check_dataset
+from .inputs.families import EvidenceTokens, check_modality, family_of, placeholder_ids
+from .inputs.modalities import IMAGE, MODALITIES, Modality
+from .masking import TOKEN_TYPES, with_evidence, without_evidence
+from .models.teacher import load_student, student_config
+from .report.timing import StepTimer
+from .resilience.sampler import EpochOrder
+
+logger = logging.get_logger(__name__)
+
+
+def loss_mask(rollout: dict[str, Any]) -> Tensor:
+    """The tokens that the student wrote itself, (rows, completion)."""
+    mask: Tensor = rollout["completion_mask"]
+    return mask if "tool_mask" not in rollout else mask * rollout["tool_mask"]
+
+
+class Rollouts(DistillationTrainer):
+    """A `DistillationTrainer` whose rollouts hold what a model that sees or hears reads, with or without its evidence.
+
+    Raises:
+        ValueError: the model does not read the modality, or a dataset row has no prompt or broken evidence.
+    """
+
+    args: VGSConfig
+    model: PreTrainedModel
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: VGSConfig,
+        train_dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+        **kwargs: Any,
+    ) -> None:
+        self._modality = MODALITIES[args.modality]
+        check_dataset(train_dataset, args.check_dataset_rows, self._modality, processing_class)
+        check_modality(student_config(model, args) if isinstance(model, str) else model.config, self._modality)
+        if isinstance(model, str) and self._modality is not IMAGE:  # TRL would look for its image token
+            model = load_student(model, args)
+        if args.distributed_state is not None:
+            allow_fsdp_on_cpu(args.distributed_state)
+        with nullcontext() if isinstance(model, str) else _image_token_named(model.config, self._modality):
+            super().__init__(
+                model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+            )
+        self._family = family_of(self.model.config)
+        self._evidence_tokens = EvidenceTokens.of(self.model.config, self.processing_class, self._modality)
+        self._stand_in: dict[str, Any] | None = None  # the last row whose prompt was not too long
+        self._timer = StepTimer(self.accelerator.device)
+
+    def _never_sample(self, vocab_size: int) -> None:
+        """Keep placeholders of evidence, and what is padding of a vocabulary of this size, out of completions."""
+        padding = range(vocab_size, self.model.config.get_text_config().vocab_size)
+        own = self.generation_config.suppress_tokens or []
+        banned = {*self._evidence_tokens.banned_while_sampling, *padding, *own}
+        self.generation_config.suppress_tokens = sorted(banned)
+        self.generation_kwargs["suppress_tokens"] = sorted(banned)
+        if self.args.use_vllm:  # whose sampling takes the tokens' text
+            words = self._tokenizer.convert_ids_to_tokens(self._evidence_tokens.banned_while_sampling)
+            options = self.vllm_generation.generation_kwargs
+            self.vllm_generation.generation_kwargs = {**options, "bad_words": [*options.get("bad_words", []), *words]}
+
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's, without the features of other micro-batches where a micro-batch has no evidence: towers fail."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self._evidence_tokens.is_placeholder(inputs["prompt_ids"]).any():
+            inputs = {name: value for name, value in inputs.items() if name not in self._modality.keys}
+        elif self._modality is not IMAGE:
+            inputs = {**inputs, **{name: torch.cat(inputs[name]) for name in self._modality.keys if name in inputs}}
+        elif self._family.counts_images:
+            counts = [count for count in inputs["num_images"] if count]
+            inputs = {**inputs, "batch_num_images": torch.tensor(counts, device=inputs["prompt_ids"].device)}
+        return inputs
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._family.needs_image and not all(self._evidence_count(row) for row in inputs):
+            raise InputError(
+                f"a row has no image, but the processor of model type {self.model.config.model_type!r} takes no prompt "
+                "without one; filter such rows out"
+            )
+        with self._timer.span("rollout"):
+            rows, left_out = self._without_long_prompts(inputs)
+            rollout = self._sample(rows)
+            if self.args.max_prompt_length is not None:
+                rollout["completion_mask"][left_out] = 0
+                rollout["num_items_in_batch"] = self.accelerator.gather(loss_mask(rollout).sum()).sum()
+            if self.args.steering != "none" and self.args.image_mask == "drop" and self._modality.features in rollout:
+                rollout |= self._text_prompts(rows, rollout["prompt_ids"], rollout["prompt_mask"])
+        self._rolled_out(rows, rollout)
+        return rollout
+
+    def _rolled_out(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> None:
+        """For a subclass that keeps record: `rows` are those that completions were sampled for, stand-ins included."""
+
+    def _sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, with what it lacks of other evidence than images and of some families."""
+        # Sampling changes shapes with every token, which torch.compile would follow with as many graphs.
+        with torch.compiler.set_stance("force_eager"):
+            if self._modality is IMAGE:
+                rollout: dict[str, Any] = super()._generate_and_score_completions(rows)
+            else:
+                messages = [{"prompt": self._messages(row)} for row in rows]
+                rollout = super()._generate_and_score_completions(messages)
+                rollout |= self._features(messages, rollout)
+        if self._family.pads_images:
+            rollout.pop("num_images", None)  # TRL would cut by images what is laid out by rows
+        if self._family.bidirectional_prompt and "token_type_ids" in rollout:
+            # TRL writes 0, as it does for other families; here that would let completion tokens see later ones.
+            rollout["token_type_ids"][:, rollout["prompt_ids"].size(1) :] = 1
+        return rollout
+
+    def _without_long_prompts(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+        """The rows with another one in place of each whose prompt is too long, and where those are.
+
+        An image is worth nothing when cut, and a question without its end little, so such rows are left out whole. The
+        stand-ins keep batches rectangular; their completions do not count.
+        """
+        limit = self.args.max_prompt_length
+        if limit is None:
+            return inputs, []
+        lengths = [len(self._tokenize_prompts([self._messages(row)])[0][0]) for row in inputs]
+        left_out = [index for index, length in enumerate(lengths) if length > limit]
+        if len(left_out) < len(inputs):
+            self._stand_in = inputs[lengths.index(min(lengths))]
+        if not left_out:
+            return inputs, left_out
+        if self._stand_in is None:
+            raise InputError(
+                f"every prompt so far is longer than max_prompt_length={limit} tokens, {self._modality.plural} "
+                f"included (the shortest has {min(lengths)}); raise the limit or make them smaller"
+            )
+        logger.warning(
+            "step %d: %d of %d prompts are longer than max_prompt_length=%d tokens, %s included (the longest has %d), "
+            "and are left out.",
+            self.state.global_step + 1, len(left_out), len(inputs), limit, self._modality.plural, max(lengths),
+        )  # fmt: skip
+        return [self._stand_in if index in left_out else row for index, row in enumerate(inputs)], left_out
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if not self._family.one_prompt_at_a_time:
+            return super()._tokenize_prompts(prompts)
+        rows = [super(Rollouts, self)._tokenize_prompts([prompt]) for prompt in prompts]
+        names = rows[0][2].keys() - {"labels"}  # of no use in sampling
+        fields = {name: [value for row in rows for value in row[2][name]] for name in names}
+        return [row[0][0] for row in rows], [(row[1] or [None])[0] for row in rows], fields
+
+    def _text_prompts(self, inputs: list[dict[str, Any]], prompt_ids: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
+        """The prompts without their evidence, tokenized and padded."""
+        if self._family.needs_image:  # no way to render them: what the processor adds for an image is its placeholders
+            kept = prompt_mask.bool() & ~self._evidence_tokens.is_placeholder(prompt_ids)
+            rows = [ids[keep] for ids, keep in zip(prompt_ids, kept, strict=True)]
+        else:
+            prompts = [without_evidence(row["prompt"]) for row in inputs]
+            rows = [torch.tensor(ids) for ids in self._tokenize_prompts(prompts)[0]]
+        padded = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left")
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
+        return {"text_prompt_ids": padded.to(prompt_ids.device), "text_prompt_mask": mask.to(prompt_ids.device)}
+
+    def _features(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> dict[str, Any]:
+        """What TRL keeps of images only: what the processor makes of the evidence, by row, and types of all tokens."""
+        counts = [self._evidence_count(row) for row in rows]
+        if not any(counts):
+            return {}
+        fields = self._tokenize_prompts([row["prompt"] for row in rows])[2]
+        device = self.accelerator.device
+        tensors = {name: torch.as_tensor(np.asarray(fields[name])) for name in self._modality.keys if name in fields}
+        output: dict[str, Any] = self._modality.split_by_row(send_to_device(tensors, device), counts)
+        total = rollout["prompt_ids"].size(1) + rollout["completion_ids"].size(1)
+        for name in TOKEN_TYPES:
+            if name in fields:  # a completion is text, of type 0
+                ends = rollout["completion_ids"].size(1)
+                types = pad([F.pad(torch.tensor(row), (0, ends)) for row in fields[name]], padding_side="left")
+                output[name] = F.pad(types, (total - types.size(1), 0)).to(device)
+        return output
+
+    def _messages(self, row: dict[str, Any]) -> Any:
+        """The prompt of a row with its evidence in it."""
+        return with_evidence(row, self._modality, self.processing_class)
+
+    def _evidence_count(self, row: dict[str, Any]) -> int:
+        messages = self._messages(row)
+        contents = [] if isinstance(messages, str) else [message["content"] for message in messages]
+        return sum(part["type"] == self._modality.name for content in contents for part in content)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "answer", *IMAGE.columns, *self._modality.columns]
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's, with an empty list for a row without images: image processors do not take TRL's None."""
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        if images is not None:
+            images = [row_images or [] for row_images in images]
+        return prompt_ids, completion_ids, tool_mask, images, tool_images
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochOrder:
+        sampler: Any = super()._get_train_sampler(dataset)
+        return EpochOrder(sampler, epoch=lambda: int(self.state.epoch or 0))
+
+
+@contextmanager
+def _image_token_named(config: PretrainedConfig, modality: Modality) -> Iterator[None]:
+    """TRL asks the config of every model with a processor for its image token, which one that only hears lacks."""
+    if modality is IMAGE or hasattr(config, "image_token_id"):
+        yield
+        return
+    config.image_token_id = placeholder_ids(config, modality=modality)[0]
+    try:
+        yield
+    finally:
+        del config.image_token_id
