@@ -7,6 +7,8 @@ import sys
 from dataclasses import MISSING, fields
 
 import pytest
+from trl import DistillationConfig
+from vgs_distill import VGSConfig
 from vgs_distill.commands.arguments import SettingsParser, _kinds, eval_parser, train_parser
 from vgs_distill.commands.fields import _HELP, _OTHER_NAMES, COMMON, fields_of
 
@@ -35,6 +37,14 @@ def test_the_sources_say_what_the_dataclasses_are(command: str) -> None:
         kinds = _kinds(parser._hints[name]) - {type(None)}
         for kind, shown in ((int, "INT"), (float, "FLOAT"), (bool, "true|false")):
             assert (found[name].kind == shown) == (kinds == {kind}), name
+
+
+def test_the_help_of_a_setting_of_the_engine_is_its_entry_in_the_docstring() -> None:
+    found, inherited = fields_of("train"), {item.name for item in fields(DistillationConfig)}
+    assert [item.name for item in fields(VGSConfig) if item.name not in inherited and not found[item.name].help] == []
+    assert found["gamma_max"].help == "Bounds of an adaptive gamma; it starts in their middle."
+    assert found["image_mask"].summary == "What the masked view of a prompt is: 'drop', 'blank' or 'attention'."
+    assert found["image_mask"].help.endswith("'attention': image tokens stay, but nothing attends to them.")
 
 
 def test_what_is_said_of_fields_is_of_fields_that_exist() -> None:

@@ -1,7 +1,6 @@
 """`VGSConfig`: every setting of a distillation run, with all defaults, in one serialisable dataclass.
 
-It extends TRL's `DistillationConfig` (which extends transformers' `TrainingArguments`) with the steering settings only.
-Layer: config; read by the trainer, never by the kernels.
+It extends TRL's `DistillationConfig`, which extends transformers' `TrainingArguments`, with the steering settings only.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl import DistillationConfig
@@ -16,6 +16,7 @@ from trl import DistillationConfig
 from vgs_kernels.steering import SCALES
 from vgs_kernels.types import DECOMPOSITIONS
 
+from .docstrings import attribute_texts
 from .inputs.modalities import MODALITIES
 from .steering.gamma import ADAPTIVE, GAMMA_SCHEDULES
 
@@ -27,61 +28,72 @@ IMAGE_MASKS = ("drop", "blank", "attention")
 RUNAWAY_ACTIONS = ("fallback", "warn", "stop", "none")
 OFFLOAD = "offload"
 
-Settings = TypeVar("Settings", bound="DataclassInstance")
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
+def _described_by_docstring(kind: type[Kind]) -> type[Kind]:
+    """Every field's help on a command line is what the docstring of its dataclass says of it."""
+    for name, text in attribute_texts(kind.__doc__).items():
+        item = kind.__dataclass_fields__[name]
+        item.metadata = MappingProxyType({**item.metadata, "help": text.replace("%", "%%")})
+    return kind
+
+
+@_described_by_docstring
 @dataclass
 class VGSConfig(DistillationConfig):
     """Settings of a `VGSTrainer` run; everything not listed here is TRL's and means what it means there.
 
     Attributes:
-        steering: ``"exact"`` measures the gradients of the language and the visual part over the whole accumulated
-            batch and recombines them, at the price of a second backward pass; ``"amortized"`` runs one backward pass
-            of the weighted sum, with weights predicted from the gradients of the last hidden states, and measures
-            exactly every `refresh_every` steps; ``"none"`` is monolithic on-policy distillation,
-            KL(student || teacher), by TRL's own loss, with no masked passes.
-        decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"``
-            (equations: `vgs_kernels.decomposed_kl`).
-        gamma: Share of the visual direction in [0, 1]; the value a schedule ends at. ``"adaptive"`` gives the part of
-            the loss that has made less progress the larger share (`vgs_distill.steering.gamma`).
+        steering: How a step gets its gradient: ``"exact"``, ``"amortized"`` or ``"none"``. ``"exact"`` measures the
+            gradients of the language and the visual part over the whole accumulated batch and recombines them, at the
+            price of a second backward pass; ``"amortized"`` runs one backward pass of the weighted sum, with weights
+            predicted from the gradients of the last hidden states, and measures exactly every `refresh_every` steps;
+            ``"none"`` is monolithic on-policy distillation, KL(student || teacher), by TRL's own loss, with no masked
+            passes.
+        decomposition: How the loss is split: ``"matched"``, ``"bayes"`` or ``"teacher_prior"`` (equations:
+            `vgs_kernels.decomposed_kl`).
+        gamma: Share of the visual direction in [0, 1], the value a schedule ends at; or ``"adaptive"``. That gives the
+            part of the loss that has made less progress the larger share (`vgs_distill.steering.gamma`).
         gamma_min, gamma_max: Bounds of an adaptive gamma; it starts in their middle.
         gamma_schedule: ``"constant"``, or ``"linear"`` / ``"cosine"`` from `gamma_start` at the first step to `gamma`
             at the last.
         gamma_start: Where a schedule starts, in [0, 1].
-        max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient); None for
-            no bound. It slows a language part that drifts; alone it does not keep ``teacher_prior`` from running away.
+        max_weight_ratio: Upper bound on (weight of the visual gradient) / (weight of the language gradient), or None.
+            It slows a language part that drifts; alone it does not keep ``teacher_prior`` from running away.
         steering_scale: ``"unit"``, as in the paper: the steered gradient has norm at most 1; ``"preserve"``: the norm
             of the sum of the two gradients, for optimizers whose step follows the size of the gradient.
-        token_steering: s ≥ 0, 0 for none: how much more of the visual part belongs to the tokens that hinge on the
-            image. With q and r the probabilities that the teacher gives a sampled token with and without the image, the
-            token weighs 1 + s (1 - min(q, r) / max(q, r)) in the visual part, between 1 and 1 + s; the language part
-            keeps equal weights. The visual part of a step is divided by the mean weight of its tokens (all
-            micro-batches and processes, rows with an image). After arXiv 2605.21924.
-        plausibility: α in [0, 1), 0 for none: a sampled token with q < α max q and r < α max r, implausible to the
-            teacher with and without the image, takes no part in the visual part. After arXiv 2210.15097.
-        teacher_smoothing: ε in [0, 1), 0 for none: both teachers become (1 - ε) q + ε / V over the V tokens of the
-            vocabulary, so that no divergence from them is infinite and no log-ratio beyond log(V / ε).
-        refresh_every: Steps from one exact measurement to the next, with ``"amortized"``; 0 never measures and takes
+        token_steering: Up to how much more tokens that hinge on the image weigh in the visual part: s ≥ 0, 0 for none.
+            With q and r the probabilities that the teacher gives a sampled token with and without the image, it weighs
+            1 + s (1 - min(q, r) / max(q, r)) in the visual part, between 1 and 1 + s; the language part keeps equal
+            weights. The visual part of a step is divided by the mean weight of its tokens (all micro-batches and
+            processes, rows with an image). After arXiv 2605.21924.
+        plausibility: Leaves tokens implausible to the teacher out of the visual part: α in [0, 1), 0 for none. Such is
+            a sampled token with q < α max q and r < α max r. After arXiv 2210.15097.
+        teacher_smoothing: Share of the uniform distribution in both teachers: ε in [0, 1), 0 for none. They become
+            (1 - ε) q + ε / V over the V tokens of the vocabulary, so that no divergence from them is infinite and no
+            log-ratio beyond log(V / ε).
+        refresh_every: Steps from one exact measurement to the next, with ``"amortized"``. 0 never measures and takes
             the ratio that the hidden gradients suggest for that of the parameter gradients.
         refresh_drift: Measure early when the ratio that the hidden gradients suggest, averaged over the last steps, has
             changed by this factor since the last measurements.
         modality: What the teacher is given besides text, and the masked view leaves out: ``"image"``, ``"video"`` or
             ``"audio"``. Rows hold it in the columns `image` or `images`, `video` or `videos`, `audio` or `audios`.
-        image_mask: What the masked view of a prompt is; with another modality read video or audio for image.
-            ``"drop"``: the prompt is what the chat template writes without the image, and positions follow;
-            ``"blank"``: every pixel takes the image processor's mean colour, which audio has none of;
-            ``"attention"``: image tokens stay, but nothing attends to them.
+        image_mask: What the masked view of a prompt is: ``"drop"``, ``"blank"`` or ``"attention"``. With another
+            modality read video or audio for image. ``"drop"``: the prompt is what the chat template writes without the
+            image, and positions follow; ``"blank"``: every pixel takes the image processor's mean colour, which audio
+            has none of; ``"attention"``: image tokens stay, but nothing attends to them.
         max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
             training stops.
-        runaway_action: What happens, with steering, when the student runs away from its teacher
-            (`vgs_distill.resilience.runaway`): ``"fallback"`` warns and lowers gamma to at most 0.5 and the weight
-            ratio to at most 1 for the rest of the run; ``"warn"`` warns only; ``"stop"`` saves a checkpoint and ends
-            training in `TrainingStopped`; ``"none"`` does not watch.
+        runaway_action: What to do when the student runs away from its teacher: ``"fallback"``, ``"warn"``, ``"stop"``
+            or ``"none"``. With steering only (`vgs_distill.resilience.runaway`): ``"fallback"`` warns and lowers gamma
+            to at most 0.5 and the weight ratio to at most 1 for the rest of the run; ``"warn"`` warns only; ``"stop"``
+            saves a checkpoint and ends training in `TrainingStopped`; ``"none"`` does not watch.
         teacher_device: Where the teacher runs: None for beside the student, a device such as ``"cuda:1"`` or ``"cpu"``,
             or ``"offload"`` to keep its weights in CPU memory and bring them to the student's device layer by layer.
         pack_teacher: Run both views of the teacher in one batch. None decides: yes where it wastes no padding (masks
-            that keep the length of the prompt: ``blank``, ``attention``) or where weights travel (``offload``).
-            False needs the least memory.
+            that keep the length of the prompt: ``blank``, ``attention``) or where weights travel (``offload``). False
+            needs the least memory.
         max_prompt_length: Longest prompt in tokens, image tokens included; None for no limit. Nothing is ever cut: a
             row above the limit takes no part in its step, with a warning.
         check_dataset_rows: How many rows of a map-style dataset have their image opened before training starts (all
@@ -95,105 +107,40 @@ class VGSConfig(DistillationConfig):
             ``"amortized"`` at the first refresh from there on); 0 for none.
     """
 
-    steering: str = field(
-        default="exact",
-        metadata={
-            "help": "'exact' measures both gradients, 'amortized' predicts them, 'none' is monolithic distillation."
-        },
-    )
-    decomposition: str = field(
-        default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
-    )
-    gamma: float | str = field(
-        default=0.8,
-        metadata={
-            "help": "Share of the visual direction in [0, 1], the value a schedule ends at; or 'adaptive', by the "
-            "progress of both parts.",
-            "metavar": "FLOAT|adaptive",
-        },
-    )
-    gamma_min: float = field(default=0.5, metadata={"help": "Lower bound of an adaptive gamma."})
-    gamma_max: float = field(default=0.9, metadata={"help": "Upper bound of an adaptive gamma."})
-    gamma_schedule: str = field(
-        default="constant", metadata={"help": "'constant', or 'linear' / 'cosine' from gamma_start to gamma."}
-    )
-    gamma_start: float = field(default=0.5, metadata={"help": "Where a gamma schedule starts, in [0, 1]."})
-    max_weight_ratio: float | None = field(
-        default=None, metadata={"help": "Upper bound on visual weight / language weight; None for no bound."}
-    )
-    steering_scale: str = field(
-        default="unit", metadata={"help": "'unit': norm at most 1, as in the paper; 'preserve': that of the plain sum."}
-    )
-    token_steering: float = field(
-        default=0.0,
-        metadata={"help": "Up to how much more tokens that hinge on the image weigh in the visual part; 0 for none."},
-    )
-    plausibility: float = field(
-        default=0.0,
-        metadata={
-            "help": "Tokens below this share of the likeliest one's probability, to the teacher with and without the "
-            "image, take no part in the visual part; 0 for none."
-        },
-    )
-    teacher_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "Share of the uniform distribution in both teachers, below 1; 0 for none."},
-    )
-    refresh_every: int = field(
-        default=16, metadata={"help": "Steps from one exact measurement to the next, with steering='amortized'."}
-    )
-    refresh_drift: float = field(
-        default=2.0,
-        metadata={"help": "Measure early when the ratio of the two hidden gradient norms moves by this factor."},
-    )
-    modality: str = field(
-        default="image", metadata={"help": "What the masked view leaves out: 'image', 'video' or 'audio'."}
-    )
-    image_mask: str = field(
-        default="drop", metadata={"help": "What a masked image is: 'drop', 'blank' or 'attention'."}
-    )
-    max_skipped_steps: int = field(
-        default=8, metadata={"help": "Updates skipped in a row, for what is not finite, before training stops."}
-    )
-    runaway_action: str = field(
-        default="fallback",
-        metadata={"help": "When the student runs away from its teacher: 'fallback', 'warn', 'stop' or 'none'."},
-    )
-    teacher_device: str | None = field(
-        default=None,
-        metadata={"help": "Where the teacher runs: beside the student, a device, or 'offload' for weights on the CPU."},
-    )
-    pack_teacher: bool | None = field(
-        default=None,
-        metadata={"help": "Both views of the teacher in one batch; None: where that wastes no padding."},
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest prompt in tokens, images included; longer rows are left out, never cut."},
-    )
-    check_dataset_rows: int | None = field(
-        default=10_000, metadata={"help": "How many rows have their image opened before training; None for all."}
-    )
-    record_completions_every: int = field(
-        default=100, metadata={"help": "Steps from one record of sampled completions to the next; 0 for none."}
-    )
-    record_teacher_answers: bool = field(
-        default=True,
-        metadata={
-            "help": "Beside each recorded completion the teacher's own, greedy: a pass of the teacher per token of it, "
-            "at recording steps only."
-        },
-    )
-    record_modules_every: int = field(
-        default=0, metadata={"help": "Steps from one record of the gradients of every module to the next; 0 for none."}
-    )
+    steering: str = "exact"
+    decomposition: str = "matched"
+    gamma: float | str = field(default=0.8, metadata={"metavar": "FLOAT|adaptive"})
+    gamma_min: float = 0.5
+    gamma_max: float = 0.9
+    gamma_schedule: str = "constant"
+    gamma_start: float = 0.5
+    max_weight_ratio: float | None = None
+    steering_scale: str = "unit"
+    token_steering: float = 0.0
+    plausibility: float = 0.0
+    teacher_smoothing: float = 0.0
+    refresh_every: int = 16
+    refresh_drift: float = 2.0
+    modality: str = "image"
+    image_mask: str = "drop"
+    max_skipped_steps: int = 8
+    runaway_action: str = "fallback"
+    teacher_device: str | None = None
+    pack_teacher: bool | None = None
+    max_prompt_length: int | None = None
+    check_dataset_rows: int | None = 10_000
+    record_completions_every: int = 100
+    record_teacher_answers: bool = True
+    record_modules_every: int = 0
 
     def __post_init__(self) -> None:
         # Before transformers starts what the launcher asked for: DeepSpeed, process groups.
         self._check()
+        if self.pack_teacher is None:
+            self.pack_teacher = self.image_mask != "drop" or self.teacher_device == OFFLOAD
         super().__post_init__()
 
-    def select(self, kind: type[Settings], **more: Any) -> Settings:
+    def select(self, kind: type[Kind], **more: Any) -> Kind:
         """What one part of the engine needs: its dataclass `kind` filled by name, and with `more`."""
         names = [item.name for item in fields(kind) if hasattr(self, item.name)]
         return kind(**{name: getattr(self, name) for name in names}, **more)
@@ -203,23 +150,21 @@ class VGSConfig(DistillationConfig):
         """Whether the tokens of a step may have unequal weights in the visual part."""
         return self.token_steering > 0 or self.plausibility > 0
 
-    def _check_adaptive(self) -> None:
-        if not 0.0 <= self.gamma_min < self.gamma_max <= 1.0:
-            raise ValueError(
-                f"gamma_min must be below gamma_max, both in [0, 1], got {self.gamma_min} and {self.gamma_max}"
-            )
-        if self.gamma_schedule != "constant":
-            raise ValueError(
-                f"gamma='adaptive' moves gamma itself, but gamma_schedule is {self.gamma_schedule!r}; "
-                "leave it at 'constant'"
-            )
-        if self.decomposition == "teacher_prior":
-            raise ValueError(
-                "gamma='adaptive' compares how far both parts of the loss have fallen, but those of 'teacher_prior' do "
-                "not fall to zero; use 'matched' or 'bayes', or a number"
-            )
-
     def _check(self) -> None:
+        self._check_names()
+        self._check_gamma()
+        self._check_numbers()
+        if self.steering == "none":
+            for name in ("token_steering", "plausibility", "teacher_smoothing"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"steering='none' is TRL's loss, which has no {name}; set it to 0, or steering to 'exact' or "
+                        "'amortized'"
+                    )
+        else:
+            self._check_steered()
+
+    def _check_names(self) -> None:
         for name, choices in (
             ("steering", STEERING_MODES),
             ("decomposition", DECOMPOSITIONS),
@@ -240,45 +185,53 @@ class VGSConfig(DistillationConfig):
             )
         if self.use_vllm and self.modality != "image":
             raise ValueError(f"TRL hands vLLM images only, but modality is {self.modality!r}; leave use_vllm off")
-        if self.gamma == ADAPTIVE:
-            self._check_adaptive()
-        elif isinstance(self.gamma, str) or not 0.0 <= self.gamma <= 1.0:
-            raise ValueError(f"gamma must be in [0, 1] or {ADAPTIVE!r}, got {self.gamma!r}")
+
+    def _check_gamma(self) -> None:
         if not 0.0 <= self.gamma_start <= 1.0:
             raise ValueError(f"gamma_start must be in [0, 1], got {self.gamma_start}")
+        if self.gamma != ADAPTIVE:
+            if isinstance(self.gamma, str) or not 0.0 <= self.gamma <= 1.0:
+                raise ValueError(f"gamma must be in [0, 1] or {ADAPTIVE!r}, got {self.gamma!r}")
+            return
+        if not 0.0 <= self.gamma_min < self.gamma_max <= 1.0:
+            raise ValueError(
+                f"gamma_min must be below gamma_max, both in [0, 1], got {self.gamma_min} and {self.gamma_max}"
+            )
+        if self.gamma_schedule != "constant":
+            raise ValueError(
+                f"gamma='adaptive' moves gamma itself, but gamma_schedule is {self.gamma_schedule!r}; "
+                "leave it at 'constant'"
+            )
+        if self.decomposition == "teacher_prior":
+            raise ValueError(
+                "gamma='adaptive' compares how far both parts of the loss have fallen, but those of 'teacher_prior' do "
+                "not fall to zero; use 'matched' or 'bayes', or a number"
+            )
+
+    def _check_numbers(self) -> None:
         if self.max_weight_ratio is not None and not self.max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {self.max_weight_ratio}")
         if not 0.0 <= self.token_steering < math.inf:
             raise ValueError(f"token_steering must be 0 (off) or a positive finite number, got {self.token_steering}")
         for name in ("plausibility", "teacher_smoothing"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} must be at least 0 (off) and below 1, got {value}")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be 1 or more, or None, got {self.max_prompt_length}")
-        if self.refresh_every < 0:
-            raise ValueError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
-        if self.max_skipped_steps < 1:
-            raise ValueError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}")
-        for name in ("record_completions_every", "record_modules_every"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be at least 0 (off) and below 1, got {getattr(self, name)}")
+        for name in ("refresh_every", "record_completions_every", "record_modules_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
         if not self.refresh_drift > 1.0:
             raise ValueError(f"refresh_drift must be above 1, got {self.refresh_drift}")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be 1 or more, or None, got {self.max_prompt_length}")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be 1 or more, got {self.max_completion_length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.pack_teacher is None:
-            self.pack_teacher = self.image_mask != "drop" or self.teacher_device == OFFLOAD
-        if self.steering == "none":
-            for name in ("token_steering", "plausibility", "teacher_smoothing"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"steering='none' is TRL's loss, which has no {name}; set it to 0, or steering to 'exact' or "
-                        "'amortized'"
-                    )
-            return
+
+    def _check_steered(self) -> None:
+        """What two gradients that are kept apart do not go with."""
         if self.beta != 1.0:
             raise ValueError(
                 f"visual gradient steering splits the reverse KL divergence, beta=1.0, but beta is {self.beta}; "

@@ -12,10 +12,11 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..docstrings import attribute_texts
 from ..errors import InputError, nearest
 
 
@@ -27,6 +28,7 @@ class Field:
     kind: str  # as it is shown: INT, true|false, ...
     default: str | None  # None where it says nothing
     help: str
+    summary: str  # of help
     section: str  # of --help-all: what first declares it
 
 
@@ -179,14 +181,17 @@ def fields_of(command: str) -> dict[str, Field]:
     """The fields of `vgs train` or `vgs eval`, by name."""
     found: dict[str, Field] = {}
     for source in _SOURCES[command]:
-        for name, annotation, value in _declared(source):
+        declared = _class(source)
+        described = attribute_texts(ast.get_docstring(declared))
+        for name, annotation, value in _declared(declared):
             options = _options(value)
             section = _MODELS if _OF_MODELS.fullmatch(name) else source.section
             section = found[name].section if name in found else section
             metadata = options.get("metadata", {})
             kind = metadata.get("metavar") or _kind(annotation)
-            text = _HELP[command].get(name) or str(metadata.get("help", "")).replace("%%", "%")
-            found[name] = Field(name, kind, _default(options), text, section)
+            text = _HELP[command].get(name) or described.get(name) or str(metadata.get("help", "")).replace("%%", "%")
+            summary = re.split(r"(?<=\.) (?=[A-Z0-9'])", text)[0] if text == described.get(name) else text
+            found[name] = Field(name, kind, _default(options), text, summary, section)
     return found
 
 
@@ -204,7 +209,10 @@ def answer(command: str, arguments: Sequence[str]) -> bool:
         print(_page(command, {title: listed for title, listed in sections.items() if listed}))
         return True
     if "--help" in arguments or "-h" in arguments:
-        common = {title: [fields[name] for name in names] for title, names in COMMON[command].items()}
+        common = {
+            title: [replace(fields[name], help=fields[name].summary) for name in names]
+            for title, names in COMMON[command].items()
+        }
         print(_page(command, common))
         print(f"\n`vgs {command} --help-all` lists all {len(fields)} fields.")
         return True
@@ -237,15 +245,18 @@ def _check(command: str, arguments: Sequence[str], fields: Mapping[str, Field]) 
             raise unknown_flag(command, argument, fields)
 
 
-def _declared(source: _Source) -> Iterator[tuple[str, str, ast.expr | None]]:
-    """Name, annotation and value of every field that the class itself declares."""
+def _class(source: _Source) -> ast.ClassDef:
     found = importlib.util.find_spec(source.package)
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(f"No module named {source.package!r}", name=source.package)
     text = Path(found.submodule_search_locations[0], source.file).read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == source.name)
-    for node in body:
+    nodes = ast.parse(text).body
+    return next(node for node in nodes if isinstance(node, ast.ClassDef) and node.name == source.name)
+
+
+def _declared(declared: ast.ClassDef) -> Iterator[tuple[str, str, ast.expr | None]]:
+    """Name, annotation and value of every field that the class itself declares."""
+    for node in declared.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             annotation = ast.unparse(node.annotation)
             options = _options(node.value)
