@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from vgs_kernels import backend
-from vgs_kernels.__main__ import report
+from vgs_kernels import backend, backend_report
 
 ROOT = Path(__file__).resolve().parent.parent
 SWITCHES = ("VGS_KERNELS_PURE_PYTHON", "FORCE_CUDA", "FORCE_ONLY_CPU", "CXX")
@@ -136,7 +135,7 @@ def test_install_without_a_compiler_works(tmp_path: Path) -> None:
 
 
 def test_report_names_every_op() -> None:
-    text = report()
+    text = backend_report()
     for row in backend.status():
         assert row.op in text
         assert row.active in text

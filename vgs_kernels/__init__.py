@@ -8,22 +8,28 @@ from .combine_gradients import combine_gradients
 from .decomposed_kl import decomposed_kl
 from .gradient_gramian import gradient_gramian
 from .linear_decomposed_kl import linear_decomposed_kl
+from .report import backend_report
+from .selftest import SelfTestResult, self_test
 from .steering import VisualGradientSteering
 from .torchjd_adapter import from_torchjd
-from .types import DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
+from .types import DECOMPOSITIONS, DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
 from .version import __version__
 
 __all__ = [
+    "DECOMPOSITIONS",
     "BackendUnavailableError",
     "DecomposedKL",
     "HiddenGradients",
     "LMHead",
     "LinearDecomposedKL",
+    "SelfTestResult",
     "VisualGradientSteering",
     "__version__",
+    "backend_report",
     "combine_gradients",
     "decomposed_kl",
     "from_torchjd",
     "gradient_gramian",
     "linear_decomposed_kl",
+    "self_test",
 ]

@@ -1,32 +1,6 @@
 """`python -m vgs_kernels`: which backend runs every op on every device here, and how to get the faster one."""
 
-from __future__ import annotations
-
-import platform
-from importlib.metadata import PackageNotFoundError, version
-
-import torch
-
-from . import __version__, backend
-
-
-def report() -> str:
-    """The report as text."""
-    try:
-        built = version("vgs-kernels")  # with what the build made: 0.1.0+cpu
-    except PackageNotFoundError:
-        built = f"{__version__} (not installed)"
-    lines = [f"vgs-kernels {built}, torch {torch.__version__}, Python {platform.python_version()}", ""]
-    rows = backend.status()
-    name_width, device_width = (max(len(getattr(row, field)) for row in rows) for field in ("op", "device"))
-    for row in rows:
-        lines.append(f"{row.op:<{name_width}}  {row.device:<{device_width}}  {row.active}")
-        lines += [f"{'':<{name_width}}  {'':<{device_width}}  faster: {name}: {why}" for name, why in row.missing]
-    lines += ["", "linear_decomposed_kl runs on the backend of decomposed_kl."]
-    if not torch.cuda.is_available():
-        lines.append("No CUDA or ROCm device is visible to torch.")
-    return "\n".join(lines)
-
+from . import backend_report
 
 if __name__ == "__main__":
-    print(report())
+    print(backend_report())

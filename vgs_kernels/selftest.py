@@ -25,7 +25,7 @@ _SHAPES = ((129, 33), (7,), (65537,))  # of gradients, one above the chunk of ev
 
 
 @dataclass(frozen=True)
-class Check:
+class SelfTestResult:
     """One op on one backend in one dtype."""
 
     op: str
@@ -37,7 +37,7 @@ class Check:
     passed: bool
 
 
-def self_test() -> list[Check]:
+def self_test() -> list[SelfTestResult]:
     """Run every op on every backend of this machine's devices."""
     checks = []
     for op, (run, inputs) in _OPS.items():
@@ -49,7 +49,9 @@ def self_test() -> list[Check]:
                 for name in backends.available("decomposed_kl" if op == "linear_decomposed_kl" else op, device):
                     error = plain if name == "reference" else _error(run(given, name), exact)
                     passed = error <= 2 * plain + 4 * torch.finfo(dtype).eps  # NaN fails
-                    checks.append(Check(op, device, name, str(dtype).removeprefix("torch."), error, plain, passed))
+                    checks.append(
+                        SelfTestResult(op, device, name, str(dtype).removeprefix("torch."), error, plain, passed)
+                    )
     return checks
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCALES = ("unit", "preserve")
-
 
 class VisualGradientSteering:
     r"""Normalise both gradients and recombine them towards vision.
@@ -44,13 +42,15 @@ class VisualGradientSteering:
         tensor([0.1000, 0.8000])
     """
 
+    SCALES = ("unit", "preserve")
+
     def __init__(self, gamma: float = 0.8, max_weight_ratio: float | None = None, scale: str = "unit") -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}")
         if max_weight_ratio is not None and not max_weight_ratio > 0:
             raise ValueError(f"max_weight_ratio must be positive or None, got {max_weight_ratio}")
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        if scale not in self.SCALES:
+            raise ValueError(f"scale must be one of {', '.join(self.SCALES)}, got {scale!r}")
         self.gamma = gamma
         self.max_weight_ratio = max_weight_ratio
         self.scale = scale

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
+"""The ways to split a divergence; their equations are those of `vgs_kernels.decomposed_kl`."""
 
 
 class DecomposedKL(NamedTuple):

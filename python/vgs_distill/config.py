@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl import DistillationConfig
 
-from vgs_kernels.steering import SCALES
-from vgs_kernels.types import DECOMPOSITIONS
+from vgs_kernels import DECOMPOSITIONS, VisualGradientSteering
 
 from .docstrings import attribute_texts
 from .inputs.modalities import MODALITIES
@@ -171,7 +170,7 @@ class VGSConfig(DistillationConfig):
             ("gamma_schedule", GAMMA_SCHEDULES),
             ("modality", tuple(MODALITIES)),
             ("image_mask", IMAGE_MASKS),
-            ("steering_scale", SCALES),
+            ("steering_scale", VisualGradientSteering.SCALES),
             ("runaway_action", RUNAWAY_ACTIONS),
         ):
             value = getattr(self, name)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vgs_kernels.__main__ import report
-from vgs_kernels.selftest import Check, self_test
+from vgs_kernels import SelfTestResult, backend_report, self_test
 
 from ..compatibility import installed, trl_problem
 
@@ -30,7 +29,7 @@ _OPTIONAL = {
 
 def doctor() -> bool:
     """Print the report; return whether every self-test passed."""
-    print(report(), end="\n\n")
+    print(backend_report(), end="\n\n")
     print(_versions(), end="\n\n")
     print(*devices(), sep="\n", end="\n\n", flush=True)
     checks = self_test()
@@ -73,7 +72,7 @@ def _versions() -> str:
     return "\n".join([*_columns(rows), *([problem] if problem else [])])
 
 
-def _table(checks: list[Check]) -> str:
+def _table(checks: list[SelfTestResult]) -> str:
     rows = [("op", "device", "backend", "dtype", "error", "torch", "")]
     for check in checks:
         errors = f"{check.error:.1e}", f"{check.plain_error:.1e}"

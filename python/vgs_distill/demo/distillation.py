@@ -97,6 +97,27 @@ def distill(
     `seed` sets the order of the prompts and the sampling; every method of a seed meets the same prompts in the same
     order. `scratch` is where the trainer may put its own files; nothing of interest is left there.
     """
+    trainer = VGSTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=_config(processor, recipe, method, seed, scratch),
+        train_dataset=prompts,
+        processing_class=processor,
+        callbacks=[_Reporter(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it would print every step's log over the progress bars
+    trainer.train()
+    student.eval()
+    return [
+        {"step": row["step"], **{key: float(row[key]) for key in HISTORY_KEYS if _is_number(row.get(key))}}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+def _config(
+    processor: Qwen3VLProcessor, recipe: DistillationRecipe, method: Method, seed: int, scratch: Path
+) -> VGSConfig:
     steering: dict[str, Any] = {"steering": "none", **method.settings}
     if method.steered:
         steering = {
@@ -108,7 +129,7 @@ def distill(
             "image_mask": "drop",
             **method.settings,
         }
-    arguments = VGSConfig(
+    return VGSConfig(
         output_dir=str(scratch),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -132,22 +153,6 @@ def distill(
         disable_tqdm=True,
         **steering,
     )
-    trainer = VGSTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=arguments,
-        train_dataset=prompts,
-        processing_class=processor,
-        callbacks=[_Reporter(progress)],
-    )
-    trainer.remove_callback(PrinterCallback)  # it would print every step's log over the progress bars
-    trainer.train()
-    student.eval()
-    return [
-        {"step": row["step"], **{key: float(row[key]) for key in HISTORY_KEYS if _is_number(row.get(key))}}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
 
 
 def _is_number(value: Any) -> bool:
