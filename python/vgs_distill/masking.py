@@ -1,7 +1,7 @@
 """What "the image is masked" means, or the video, or the audio: makes the masked view of a batch.
 
-Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. Called by `loss.py` and, for the prompts of
-`drop`, by the trainer. What a model family needs for it is in `families.py`.
+Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. What a model family needs for them is in
+`inputs/families.py`.
 """
 
 from __future__ import annotations

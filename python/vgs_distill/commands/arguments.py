@@ -2,7 +2,7 @@
 
 TRL's conventions: every field of the dataclasses is a key of the YAML file and a flag, a flag wins over the file, and
 `env:` sets environment variables. `VGSConfig` holds the settings of a run, TRL's `ModelConfig` the student and its
-LoRA; the dataclasses here are what those two leave out. Layer: between cli and config.
+LoRA; the dataclasses here are what those two leave out.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ answer is the last match of that expression in the completion, otherwise all of 
 
 The divergences are means per token over the model's own completions, in nats: KL(student || teacher) on what it wrote
 with the image and its language and visual part (`vgs_kernels.decomposed_kl`), and the same on what it wrote without,
-where all of it is language. Layer: cli; calls arguments, data, models and loss.
+where all of it is language.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`vgs train`: from arguments to a trained model in a folder.
 
 What is cheap to check is checked first, so that bad input ends within seconds and leaves nothing behind.
-Layer: cli; calls arguments, data, models and the trainer.
 """
 
 from __future__ import annotations

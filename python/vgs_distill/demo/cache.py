@@ -3,8 +3,6 @@
 A teacher costs a minute, so it is trained once per machine. An entry is written to a temporary folder and renamed
 into place, so a reader sees a whole entry or none; a manifest of checksums catches an entry damaged afterwards. A
 damaged entry is rebuilt with a message: a demo must not fail over its own scratch files.
-
-Layer: folders and hashes; what is in a folder is the caller's affair. Called by `workers`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One student, one method: on-policy distillation through the engine, and the history it leaves.
-
-Layer: the only page of the demo that talks to the engine (`vgs_distill.VGSTrainer`). Called by `workers`.
-"""
+"""One student, one method: on-policy distillation through the engine, and the history it leaves."""
 
 from __future__ import annotations
 

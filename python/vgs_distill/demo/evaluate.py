@@ -2,8 +2,6 @@
 
 The model writes its own reasoning and is judged on the word after `answer :`. Teacher forcing would flatter every
 model: given the reference reasoning, the answer is a copy.
-
-Layer: takes a model, a processor and examples, returns numbers and texts. Called by `workers` and the tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The methods a demo compares: monolithic on-policy distillation, and one steered run per decomposition.
-
-Layer: names and settings only. Read by `run`, `workers`, `report` and `table`.
-"""
+"""The methods a demo compares: monolithic on-policy distillation, and one steered run per decomposition."""
 
 from __future__ import annotations
 

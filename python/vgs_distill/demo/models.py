@@ -2,8 +2,6 @@
 
 Everything a full-size run meets is here at its own class (tokenizer, image processor, chat template, M-RoPE,
 DeepStack, `generate`), only small, so what the demo shows travels to a real checkpoint unchanged.
-
-Layer: builds objects, trains nothing. Called by `supervised`, `evaluate`, `workers` and the tests.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A pipe or a CI log cannot redraw a line, so a bar there becomes thousands of lines; the plain display writes a job's
 start, its quarters and its end.
-
-Layer: display only. Called by `run`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 One place to change a number, and one thing to hash: cached models are keyed by the recipe that made them, so a
 changed number can never meet a stale model.
-
-Layer: constants only. Read by every other module of the demo.
 """
 
 from __future__ import annotations

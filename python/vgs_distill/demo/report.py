@@ -2,8 +2,6 @@
 
 Words written by a model are data from an untrusted source: the template escapes everything, and only the charts,
 which are built from numbers and escaped labels, are marked as safe.
-
-Layer: turns a results dictionary and histories into text. Called by `run`; draws nothing itself.
 """
 
 from __future__ import annotations

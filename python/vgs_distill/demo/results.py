@@ -31,8 +31,6 @@ Schema (version 1); accuracies are in 0..1, times in seconds:
 
 A spread is {mean, deviation (sample standard deviation; null for one seed), values (in the order of the seeds)}.
 Histories are not in here: each run's folder holds `history.json`, one row per step with the engine's own keys.
-
-Layer: arithmetic on plain data. Called by `run`; read by `report` and `table`.
 """
 
 from __future__ import annotations

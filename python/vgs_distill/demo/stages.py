@@ -1,8 +1,4 @@
-"""The three things a worker does with models: train one under supervision, load one, judge one.
-
-Layer: ties cache, models, supervised training and evaluation together. Called by `workers` and by the study in
-`benchmarks/study`, inside worker processes.
-"""
+"""The three things a worker does with models: train one under supervision, load one, judge one."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 A part of every batch is trained without its picture: the image tokens and their delimiters leave the sequence. That
 is exactly the `drop` mask of the distillation engine, so the teacher's answer to a masked prompt is what it learned
 to say there, not what it does off its training distribution.
-
-Layer: takes a processor, examples and a recipe, returns a model. Called by `workers`; knows no cache and no display.
 """
 
 from __future__ import annotations

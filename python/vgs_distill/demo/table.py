@@ -1,7 +1,4 @@
-"""The table printed at the end of the demo.
-
-Layer: turns a results dictionary (`results.py`) into a rich renderable. Called by `run`.
-"""
+"""The table printed at the end of the demo, from a results dictionary (`results.py`)."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ once per job. Each computes on one thread; two methods of one seed then race sid
 
 The pipe is also the life line. A worker whose parent has gone finds the pipe closed at its next progress report and
 ends; a parent whose worker has gone finds the same. Workers ignore Ctrl-C: the parent hears it and stops them.
-
-Layer: `run` sends jobs; only this page runs the heavy modules, inside the workers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prompts and images from wherever they are: the hub, a folder, a file; whole or streamed.
 
-Called by the command line. Whatever cannot be read ends in one sentence, before a model is loaded.
+Whatever cannot be read ends in one sentence, before a model is loaded.
 """
 
 from __future__ import annotations

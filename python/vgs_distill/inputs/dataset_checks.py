@@ -1,7 +1,4 @@
-"""Checks of what a user hands in, before any training time is spent. Each failure is one sentence that says what to do.
-
-Called by the trainer, the demo and the command line.
-"""
+"""Checks of a dataset before any training time is spent. Each failure is one sentence that says what to do."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 Most of what differs between families is answered by their own configs and processors and needs no row: the ids of the
 placeholder tokens, how an image or a sound becomes tokens, what a prompt looks like without it. A row holds the rest.
-Read by `masking.py` and the trainer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a teacher is given besides text: the evidence that the masked view leaves out. `VGSConfig.modality` names it.
 
 A row per modality: where a dataset keeps it, which tokens stand for it, what the processor makes of it. Images go
-through TRL; for the others this file reads the rows and lays the processor's output out by row. The
-config imports it. Read by `families.py`, `masking.py`, `data.py`, `validation.py` and the trainer.
+through TRL; for the others this file reads the rows and lays the processor's output out by row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Takes a transformers model apart: its backbone, and its language-model head as the kernels want it.
-
-Called by the trainer, `loss.py` and `masking.py`.
-"""
+"""Takes a transformers model apart: its backbone, and its language-model head as the kernels want it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a multimodal model that a report tells apart. Called by the trainer."""
+"""The parts of a multimodal model that a report tells apart."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Student, teacher and processor from their names: cheap checks of all three first, weights afterwards.
 
 Weights are read from safetensors only, and code that a repository ships runs only where `trust_remote_code` says so.
-Called by the command line.
 """
 
 from __future__ import annotations

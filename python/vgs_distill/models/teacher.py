@@ -1,7 +1,6 @@
 """The teacher of a run: loaded, checked against the student, and put where `VGSConfig.teacher_device` says.
 
 The head of the teacher always stays beside that of the student, because the loss projects both chunk by chunk.
-Called by the trainer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Plain SVG keeps a report at tens of kilobytes, prints sharply, follows the page's light and dark colours through
 CSS classes, and needs no script.
-
-Layer: numbers in, markup out. Called by the two reports.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`RUN_DIR/report.html`: the report of one training run, self-contained, without script, from any moment of the run.
-
-Layer: reads through `log.py`, draws through `charts.py`, writes one file. Called by `vgs report`.
-"""
+"""`RUN_DIR/report.html`: the report of one training run, self-contained, without script, from any moment of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes. Used by the trainer; knows nothing of what it times.
+"""Where the time of a training step goes.
 
 On a GPU the spans are measured by CUDA events and read once per step, so that timing adds no synchronisation of its own
 in the middle of a step; elsewhere by the wall clock.

@@ -3,7 +3,7 @@
 transformers writes a checkpoint file by file under its final name; whatever stops it there leaves a folder that looks
 like a checkpoint. Here it writes into a folder of another name, which takes the final one when every file is on disk;
 older checkpoints are deleted after that. `STATE_FILE` lists the files, so that a folder that lost some is known, and
-carries what transformers knows nothing of. Layer: below the trainer, above transformers' `Trainer`.
+carries what transformers knows nothing of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT end training after a checkpoint: at the end of the running step, on all processes alike.
 
-Used by the trainer. transformers' own `enable_jit_checkpoint` saves in the middle of a step, from where a run cannot
-go on as it would have.
+transformers' own `enable_jit_checkpoint` saves in the middle of a step, from where a run cannot go on as it would have.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Updates skipped because a loss or a gradient is not finite: what is said of them, and when training gives up.
 
-Used by the trainer, which decides for all processes alike; the reasons are those that this process saw.
+All processes skip an update together; the reasons are those that this process saw.
 """
 
 from __future__ import annotations

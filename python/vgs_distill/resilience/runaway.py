@@ -3,7 +3,7 @@
 Steering can feed on itself: a language part that drifts has a growing gradient, which gives the visual one more
 weight, which pushes the student further (docs/how_it_works.md). `RunawayMonitor` watches for that during a run, from
 numbers that the trainer has on the host at every step anyway and that all processes share. `runaway_start` says
-afterwards, from the whole history, when one began. Used by the trainer; knows nothing of the task.
+afterwards, from the whole history, when one began.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order of the prompts in an epoch, such that a resumed run meets the same ones. Used by the trainer."""
+"""The order of the prompts in an epoch, such that a resumed run meets the same ones."""
 
 from __future__ import annotations
 

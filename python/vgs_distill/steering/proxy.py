@@ -4,11 +4,10 @@ The kernel forms the gradients of the last hidden states in the forward pass. Wi
 d_t its gradient, the squared norm of a parameter gradient is a double sum over tokens: how alike what went into the
 parameter was, times how alike the gradients are. Two sums of that form need no backward pass: coherent, with h_t for
 what went in, |sum_t h_t d_t^T|^2; and incoherent, as if no two tokens shared anything, sum_t |h_t|^2 |d_t|^2. Deeper
-parameters see something of both: the geometric mean of the two stands for them, up to a factor that is measured.
+parameters see something of both: the geometric mean of the two stands for them, up to a factor that
+`predictor.py` learns.
 
 The part of d_t along h_t is left out: the norm layer before the head lets none of it through.
-
-Called by `loss.py`; `steering.py` learns the factor.
 """
 
 from __future__ import annotations

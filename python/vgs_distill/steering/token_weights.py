@@ -4,8 +4,6 @@ The mean is over the tokens of all micro-batches and processes, rows with an ima
 those up whose tokens hardly need the image. It is known after the last loss of a step only. So sums and gradients are
 formed with the weights as they are, and what steers them takes the factor in (`scales`). Where one backward pass of the
 weighted sum has to start before (amortized steering with accumulation), the mean of the steps before stands for it.
-
-Called by the trainer.
 """
 
 from __future__ import annotations
