@@ -27,7 +27,7 @@ _Heads = tuple[LMHead, LMHead]  # of the student and of the teacher
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss is. The names are those of `VGSConfig`, which says what each means, but for the last two."""
+    """What the loss computes. All but the last two are settings of `VGSConfig`, which explains them."""
 
     decomposition: str
     image_mask: str
@@ -36,12 +36,12 @@ class LossSettings:
     plausibility: float
     teacher_smoothing: float
     temperature: float
-    vocab_size: int | None = None  # entries that both models have, where they are padded differently
+    vocab_size: int | None = None  # entries that both vocabularies share, where they are padded differently
     wants_proxy: bool = False  # whether `LossParts.proxy` is asked for
 
 
 class MicroBatchLoss(NamedTuple):
-    """The loss of a micro-batch, and what is logged of it."""
+    """The loss of a micro-batch, and what is logged and recorded of it."""
 
     parts: LossParts
     tokens: DecomposedKL  # (valid tokens,) each, detached
@@ -76,7 +76,7 @@ class _Streams(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """The loss of the tokens of one kind, as sums over them."""
+    """The loss of tokens of one kind (with an image or without), as sums over them."""
 
     lang: Tensor  # (), differentiable
     vis: Tensor | None  # (), differentiable; None without images
@@ -90,8 +90,8 @@ class DecomposedLoss:
     An image stands for what `tokens.modality` names. A row without one has no visual part: its masked view is the row
     itself, so all of its divergence is language.
 
-    `run_student`, `run_teacher`: how to run a backbone, so that this file knows no wrappers and no devices.
-    `span`: times the passes that steering adds.
+    `run_student` and `run_teacher` run a backbone: wrappers and devices are theirs. `span` times the passes that
+    steering adds.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class DecomposedLoss:
         return MicroBatchLoss(parts, tokens, torch.cat([seeing.nonzero(), text.nonzero()]), contribution)
 
     def _run(self, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, masked: bool) -> _Streams:
-        """The forward passes; `masked`: with those of the masked view that the decomposition needs."""
+        """Run the forward passes; with `masked`, also those of the masked view that the decomposition needs."""
         if not masked:
             teacher_hidden = self._run_teacher(teacher, batch)
             return _Streams(self._run_student(student, batch), teacher_hidden)
@@ -164,7 +164,7 @@ class DecomposedLoss:
         return _Streams(self._run_student(student, batch), teacher_hidden, masked_teacher, masked_student)
 
     def _split_seeing(self, streams: _Streams, heads: _Heads, sampled: Tensor) -> _Split:
-        """Of tokens of rows with an image; `sampled`: their ids, (tokens,)."""
+        """Split the loss of tokens whose row has an image; `sampled`: their ids, (tokens,)."""
         result = self._kernel(
             streams,
             heads,
@@ -184,7 +184,7 @@ class DecomposedLoss:
         return _Split(result.lang, result.vis, proxy, result)
 
     def _split_text(self, streams: _Streams, heads: _Heads) -> _Split:
-        """Of tokens of rows without an image."""
+        """All language: the loss of tokens whose row has no image."""
         # With r = q the teacher_prior split is lang = KL(p || q), vis = 0; the weight 0 spares the gradient of vis.
         result = self._kernel(
             streams._replace(masked_teacher=streams.teacher),

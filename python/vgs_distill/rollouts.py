@@ -1,7 +1,7 @@
-"""Rollouts of TRL's `DistillationTrainer`, for prompts with images, video or audio, and with their masked view.
+"""Rollouts on prompts with images, video or audio, by TRL's `DistillationTrainer`.
 
-TRL samples the completions; this file hands it prompts that its processor can take, and completes what it returns by
-what the loss needs besides.
+TRL samples the completions. This file gives it prompts that the processor can take, and adds to what it returns: the
+features of video and audio, and the prompts without their evidence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def loss_mask(rollout: dict[str, Any]) -> Tensor:
 
 
 class Rollouts(DistillationTrainer):
-    """A `DistillationTrainer` whose rollouts hold what a model that sees or hears reads, with or without its evidence.
+    """A `DistillationTrainer` whose rollouts hold all that a model reads, with its evidence and without.
 
     Raises:
         ValueError: the model does not read the modality, or a dataset row has no prompt or broken evidence.
@@ -82,19 +82,19 @@ class Rollouts(DistillationTrainer):
         self._timer = StepTimer(self.accelerator.device)
 
     def _never_sample(self, vocab_size: int) -> None:
-        """Keep placeholders of evidence, and what is padding of a vocabulary of this size, out of completions."""
+        """Ban placeholders of evidence, and what pads the vocabulary beyond `vocab_size` entries, from completions."""
         padding = range(vocab_size, self.model.config.get_text_config().vocab_size)
         own = self.generation_config.suppress_tokens or []
         banned = {*self._evidence_tokens.banned_while_sampling, *padding, *own}
         self.generation_config.suppress_tokens = sorted(banned)
         self.generation_kwargs["suppress_tokens"] = sorted(banned)
-        if self.args.use_vllm:  # whose sampling takes the tokens' text
+        if self.args.use_vllm:  # which takes banned tokens as text
             words = self._tokenizer.convert_ids_to_tokens(self._evidence_tokens.banned_while_sampling)
             options = self.vllm_generation.generation_kwargs
             self.vllm_generation.generation_kwargs = {**options, "bad_words": [*options.get("bad_words", []), *words]}
 
     def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
-        """TRL's, without the features of other micro-batches where a micro-batch has no evidence: towers fail."""
+        """As TRL's, but a micro-batch without evidence gets no features of other micro-batches: towers fail on them."""
         inputs = super()._prepare_inputs(generation_batch)
         if not self._evidence_tokens.is_placeholder(inputs["prompt_ids"]).any():
             inputs = {name: value for name, value in inputs.items() if name not in self._modality.keys}
@@ -123,11 +123,11 @@ class Rollouts(DistillationTrainer):
         return rollout
 
     def _rolled_out(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> None:
-        """For a subclass that keeps record: `rows` are those that completions were sampled for, stand-ins included."""
+        """A hook for records of rollouts; `rows`: what completions were sampled for, stand-ins included."""
 
     def _sample(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout, with what it lacks of other evidence than images and of some families."""
-        # Sampling changes shapes with every token, which torch.compile would follow with as many graphs.
+        """TRL's rollout, completed for video, audio and the families that need more."""
+        # Shapes change with every sampled token: torch.compile would make a graph for each.
         with torch.compiler.set_stance("force_eager"):
             if self._modality is IMAGE:
                 rollout: dict[str, Any] = super()._generate_and_score_completions(rows)
@@ -143,10 +143,10 @@ class Rollouts(DistillationTrainer):
         return rollout
 
     def _without_long_prompts(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-        """The rows with another one in place of each whose prompt is too long, and where those are.
+        """The rows with a stand-in for each whose prompt is too long, and the indices of those.
 
-        An image is worth nothing when cut, and a question without its end little, so such rows are left out whole. The
-        stand-ins keep batches rectangular; their completions do not count.
+        Nothing is cut: half an image is worth nothing, and a question without its end little. Stand-ins keep batches
+        rectangular; their completions do not count.
         """
         limit = self.args.max_prompt_length
         if limit is None:
@@ -179,7 +179,8 @@ class Rollouts(DistillationTrainer):
 
     def _text_prompts(self, inputs: list[dict[str, Any]], prompt_ids: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
         """The prompts without their evidence, tokenized and padded."""
-        if self._family.needs_image:  # no way to render them: what the processor adds for an image is its placeholders
+        if self._family.needs_image:
+            # It cannot render them without; but what it adds for an image is image tokens only.
             kept = prompt_mask.bool() & ~self._evidence_tokens.is_placeholder(prompt_ids)
             rows = [ids[keep] for ids, keep in zip(prompt_ids, kept, strict=True)]
         else:
@@ -190,7 +191,7 @@ class Rollouts(DistillationTrainer):
         return {"text_prompt_ids": padded.to(prompt_ids.device), "text_prompt_mask": mask.to(prompt_ids.device)}
 
     def _features(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> dict[str, Any]:
-        """What TRL keeps of images only: what the processor makes of the evidence, by row, and types of all tokens."""
+        """The processor's features of the evidence, by row, and types of all tokens: TRL keeps those of images only."""
         counts = [self._evidence_count(row) for row in rows]
         if not any(counts):
             return {}
@@ -220,7 +221,7 @@ class Rollouts(DistillationTrainer):
             self._signature_columns = ["prompt", "answer", *IMAGE.columns, *self._modality.columns]
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """TRL's, with an empty list for a row without images: image processors do not take TRL's None."""
+        """As TRL's, but with an empty list for a row without images: image processors do not take None."""
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         if images is not None:
             images = [row_images or [] for row_images in images]
@@ -233,7 +234,7 @@ class Rollouts(DistillationTrainer):
 
 @contextmanager
 def _image_token_named(config: PretrainedConfig, modality: Modality) -> Iterator[None]:
-    """TRL asks the config of every model with a processor for its image token, which one that only hears lacks."""
+    """TRL asks every model that has a processor for its image token; one that only hears has none."""
     if modality is IMAGE or hasattr(config, "image_token_id"):
         yield
         return

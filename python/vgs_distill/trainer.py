@@ -1,11 +1,13 @@
 """`VGSTrainer`: TRL's `DistillationTrainer` with the loss split in two and the two gradients steered towards vision.
 
-A step, once per micro-batch and then at its end:
+How one step runs:
 
-    training_step -> SteeringStep.plan, before the first micro-batch
-                  -> compute_loss -> DecomposedLoss             both parts of the loss
-                                  -> SteeringStep.run_back      one part, and what the Trainer is to run back
-                  -> SteeringStep.finish, after the last        one gradient in `.grad`, which the Trainer applies
+    training_step
+        SteeringStep.plan          before the first micro-batch: one backward pass or two
+        compute_loss               for every micro-batch
+            DecomposedLoss         both parts of the loss
+            SteeringStep.run_back  runs back one part, returns what the Trainer runs back
+        SteeringStep.finish        after the last: one gradient in `.grad`, which the Trainer clips and applies
 """
 
 from __future__ import annotations
@@ -51,23 +53,23 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
 
     * ``loss/full``: KL(student || teacher), mean per token, in nats
     * ``loss/lang``, ``loss/vis``: its language and visual part (`vgs_kernels.decomposed_kl`), mean per token, in nats
-    * ``entropy``: of the student, mean per token, in nats
-    * ``gradient/norm_lang``, ``gradient/norm_vis``, ``gradient/cosine``: of the two accumulated parameter gradients
-      (where they are measured: every step, or every refresh of ``"amortized"``)
+    * ``entropy``: entropy of the student, mean per token, in nats
+    * ``gradient/norm_lang``, ``gradient/norm_vis``, ``gradient/cosine``: norms and cosine of the two accumulated
+      parameter gradients (at steps that measure them: all, or the refreshes of ``"amortized"``)
     * ``steering/gamma``: share of the visual direction
     * ``steering/weight_ratio``: weight of the visual gradient over that of the language gradient
     * ``steering/visual_token_weight``: mean weight of a token in the visual part, before the part is divided by it
       (with ``token_steering`` or ``plausibility``)
     * ``steering/refreshed`` and, at a refresh of ``"amortized"``, ``steering/predicted_weight_ratio``,
       ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between predicted and measured update
-    * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``: what `RunawayMonitor`
-      goes by; ``runaway/alarm``: 1 from its alarm on
+    * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``: the readings of
+      `RunawayMonitor`; ``runaway/alarm``: 1 from its alarm on
     * ``time/rollout``, ``time/teacher``, ``time/student`` (forward and backward), ``time/steering``: seconds; and of
       the forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of teacher and student
 
-    A loss that is not finite (the student puts mass where a teacher has none) or a gradient that is not skips the
-    update of its step, named in a warning; `max_skipped_steps` of them in a row end training with `TrainingStopped`.
-    A student that runs away from its teacher is met as `runaway_action` says.
+    Where a loss is not finite (the student puts mass where a teacher has none) or a gradient is not, the update of the
+    step is skipped, with a warning that names the rows; `max_skipped_steps` in a row end training with
+    `TrainingStopped`. `runaway_action` says what happens when the student runs away from its teacher.
 
     Raises:
         ValueError: the model does not read the modality, a dataset row has no prompt or a broken image, or the
@@ -108,12 +110,12 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         self._never_sample(vocab_size)
         if args.torch_compile:
             compile_backbone(self.model, args.torch_compile_backend, args.torch_compile_mode)
-        self._unknown_to_trl: dict[str, Any] = {}  # inputs of the micro-batch that its loss does not hand on
+        self._unknown_to_trl: dict[str, Any] = {}  # inputs that TRL's loss does not pass to the models
         self._meter = LossMeter()
         self._skipped = SkippedUpdates(args.max_skipped_steps)
         self._skip_update = False  # the same on all processes
         self._runaway = RunawayMonitor(args.runaway_action)
-        self._cut_off = math.nan  # share of the last rollouts without an end
+        self._cut_off = math.nan  # share of the last completions that end at the length limit
         self._interruption = Interruption()
         for callback in (self._runaway, self._interruption):
             self.add_callback(callback)
@@ -180,7 +182,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return what the Trainer is to run back; in evaluation, KL(student || teacher)."""
+        """In training the loss that the Trainer is to run back, in evaluation KL(student || teacher)."""
         model = without_compile_wrapper(model)
         if self._steering is None:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -207,7 +209,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             self.accelerator.backward(loss, retain_graph=True)
 
     def _compute_loss(self, unwrapped_student: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Run inside the student wrapper's forward. TRL's monolithic loss, or both parts of the decomposed one."""
+        """TRL's loss, or both parts of the decomposed one; runs inside the forward of the student's wrapper."""
         if self._steering is None:
             self._unknown_to_trl = multimodal_inputs(inputs)
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
@@ -222,7 +224,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         )
 
     def _run_teacher(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Through the teacher's own wrapper, which may hold it sharded."""
+        """Through the wrapper of the teacher, whose weights may be sharded."""
         with torch.no_grad():
             return self._forward_redirection(self.teacher_model, model, self._run_backbone, model, batch)
 
@@ -234,7 +236,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         logits_to_keep: int,
         **multimodal: Any,
     ) -> Tensor:
-        """TRL's, timed, and for whatever inputs a family or a mask needs besides those that TRL knows."""
+        """As TRL's, but timed, and with every input that a family or a mask needs."""
         multimodal = {**self._unknown_to_trl, **multimodal}
         teacher = unwrapped_model is self.accelerator.unwrap_model(self.teacher_model)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **multimodal}
@@ -248,7 +250,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     # ------------------------------------------------------------------ the end of a step
 
     def _finish_step(self, steering: SteeringStep, model: nn.Module) -> None:
-        """Leave the steered gradient in `.grad`, or none at all where a loss or it was not finite on any process."""
+        """Leave the steered gradient in `.grad`; none where it or a loss is not finite on some process."""
         if self._skip_update:
             steering.discard()
         else:
@@ -263,7 +265,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         self._drop_update(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The last stop before the optimizer, where all processes know the norm of the gradient it would apply."""
+        """Called right before the optimizer, when all processes know the norm of the gradient it would apply."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not self._skip_update and not self.is_deepspeed_enabled:
             if math.isfinite(norm):
@@ -285,7 +287,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     # ------------------------------------------------------------------ interruptions
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As TRL's, with `AtomicCheckpoints`; SIGTERM and SIGINT save a checkpoint and end it in `SystemExit`.
+        """As TRL's, from whole checkpoints; SIGTERM and SIGINT save one at the end of the step and raise `SystemExit`.
 
         Raises:
             TrainingStopped: too many updates in a row were skipped, the disk refused a checkpoint, or the student ran

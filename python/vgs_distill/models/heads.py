@@ -21,7 +21,7 @@ def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
 
 
 def without_compile_wrapper(model: nn.Module) -> nn.Module:
-    """What accelerate wrapped for `torch.compile`, which would trace the loss: it runs inside the model's forward."""
+    """The model inside accelerate's `torch.compile` wrapper, which would trace the loss: it runs in the forward."""
     return getattr(model, "_orig_mod", model)
 
 

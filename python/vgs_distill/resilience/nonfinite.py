@@ -29,11 +29,11 @@ class SkippedUpdates:
         self._reasons: list[str] = []
 
     def note(self, reason: str) -> None:
-        """A reason for skipping the running step, seen by this process."""
+        """Keep a reason, seen by this process, for skipping the running step."""
         self._reasons.append(reason)
 
     def skip(self, step: int) -> None:
-        """The update of `step` is not made; TrainingStopped where that is one too many."""
+        """Say that the update of `step` is skipped; TrainingStopped if that is one too many."""
         reasons = "; ".join(self._reasons) or "not finite on another process"
         self._reasons.clear()
         self.in_a_row += 1

@@ -28,7 +28,7 @@ FALLBACK_WEIGHT_RATIO = 1.0
 _LEVEL = 5  # steps; their median is the present level
 _REFERENCE = 20  # steps; the lowest median of so many is what the level is compared with
 _NOISE_STEPS = 100  # fewer would often see less noise than there is
-_KEPT_SHARE = 0.25  # of the first level: what a run has gained beyond counts as noise
+_KEPT_SHARE = 0.25  # of the first level: the reference is at least this, below which a doubling is noise
 _SMALLEST = 0.01  # nats or ratio: below, growth means nothing
 _GROWTH = 2.0  # of the divergence, with a second sign
 _GROWTH_ALONE = 4.0
@@ -40,7 +40,7 @@ _NOISE = 3.5  # median changes from step to step: six standard deviations of the
 
 
 class RunawayReadings(NamedTuple):
-    """What the monitor knows after a step; 1.0 and 0.0 are those of a run at its best."""
+    """What the monitor knows after a step. Growth 1 and rise 0 are those of a run at its best."""
 
     divergence_growth: float  # present level of KL(student || teacher) over the lowest so far
     weight_growth: float  # the same of visual weight / language weight

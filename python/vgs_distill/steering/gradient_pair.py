@@ -30,7 +30,7 @@ class PairRecord(NamedTuple):
 
     def metrics(self) -> dict[str, Tensor]:
         norms = self.gramian.diagonal().clamp(min=0.0).sqrt()
-        cosine = self.gramian[0, 1] / (norms[0] * norms[1])  # NaN, and so not logged, where a gradient is zero
+        cosine = self.gramian[0, 1] / (norms[0] * norms[1])  # NaN where a gradient is zero; NaN is not logged
         return {"gradient/norm_lang": norms[0], "gradient/norm_vis": norms[1], "gradient/cosine": cosine}
 
 
@@ -87,7 +87,7 @@ class GradientPair:
         """Put the steered gradient into `.grad` and forget the two; None if there was no gradient at all.
 
         `replicated`: every process holds whole gradients of its own part of the batch (DDP), to be averaged first.
-        `scales`: factors that the two gradients still lack; policy and record are about the gradients with them.
+        `scales`: factors that the two gradients are yet to be multiplied by; policy and record see the products.
         `modules`: name -> indices into `parameters`; each also gets a Gramian of its own in the record.
         """
         lang, vis = self._lang, self._vis

@@ -30,17 +30,17 @@ def hedged(policy: Policy, gramian: Tensor, spread: Tensor) -> Tensor:
 
 
 class RunningAverage:
-    """Exponential average, per component and over the entries in which the component was there.
+    """Exponential average of each component, over the entries in which it is present.
 
-    An entry counts 0.8 of the next one, so that about the last five decide: the ratio of one batch is too noisy to go
-    by, and ratios change while a student learns.
+    An entry weighs 0.8 of the next one, so that about the last five decide: the ratio of one batch is too noisy, and
+    ratios change while a student learns.
     """
 
     DECAY = 0.8
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.value = torch.zeros(size, device=device)
-        self.weight = torch.zeros(size, device=device)  # of all entries together; 0: never there
+        self.weight = torch.zeros(size, device=device)  # of all entries together; 0: never present
 
     def add(self, entry: Tensor, present: Tensor) -> None:
         value, weight = self.value.to(entry), self.weight.to(entry)
@@ -150,6 +150,6 @@ class GramianPredictor:
 
 
 def _log(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm, and where there is one."""
+    """Logarithms, and which of them exist."""
     usable = (squares > 0) & torch.isfinite(squares)
     return torch.where(usable, squares, 1.0).log(), usable

@@ -26,15 +26,15 @@ from .predictor import GramianPredictor
 from .proxy import GradientProxy
 from .token_weights import VisualTokenWeights
 
-# From gamma and the bound on the weight ratio that are set to those that are used.
+# Takes gamma and the bound on the weight ratio as they are set, returns those that are used.
 Guard = Callable[[float, float | None], tuple[float, float | None]]
-# From the parameters that are trained to names of modules and the indices of their parameters.
+# Takes the trained parameters, returns names of modules with the indices of their parameters.
 ModulesOf = Callable[[Sequence[nn.Parameter]], Mapping[str, Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class SteeringSettings:
-    """How a step is steered. The names are those of `VGSConfig`, which says what each means."""
+    """How steps are steered: settings of `VGSConfig`, which explains them."""
 
     steering: str
     gamma: float | str
@@ -68,7 +68,7 @@ class StepRecord(NamedTuple):
 
     metrics: dict[str, Tensor | float]
     modules: Mapping[str, Tensor] = NO_MODULES  # the Gramian (2, 2) of each module that was asked for
-    finite: bool = True  # False: `.grad` is of no use
+    finite: bool = True  # False: there is no gradient to apply
 
 
 class _Plan:
@@ -82,7 +82,7 @@ class _Plan:
         self.gradients = GradientPair(model.parameters())
         self.weights: Tensor | None = None  # (2,), of the one pass
         self.proxy: GradientProxy | None = None  # of the micro-batches so far, on this process
-        self.proxy_squares: Tensor | None = None  # (2,), of all of them, over all processes
+        self.proxy_squares: Tensor | None = None  # (2,), what stands for |g_lang|^2 and |g_vis|^2 over all processes
 
     def add(self, proxy: GradientProxy) -> None:
         self.proxy = proxy if self.proxy is None else self.proxy.plus(proxy)
