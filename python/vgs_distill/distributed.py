@@ -1,4 +1,4 @@
-"""What crosses processes when gradients are steered. Uses torch.distributed and accelerate only; no engine of our own.
+"""What crosses processes when gradients are steered, by torch.distributed and accelerate.
 
 * DDP averages gradients in hooks of the first backward pass and is silent about a second one through the same
   forward, so both run without hooks and the two lists are averaged here.
@@ -31,7 +31,7 @@ def allow_fsdp_on_cpu(state: PartialState) -> None:
 
 @contextmanager
 def two_backward_passes(model: nn.Module) -> Iterator[None]:
-    """Forward and backward passes inside leave gradients that may be kept apart."""
+    """Around a forward and two backward passes whose gradients are kept apart."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield

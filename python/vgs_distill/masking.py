@@ -1,4 +1,4 @@
-"""What "the image is masked" means, or the video, or the audio: makes the masked view of a batch.
+"""Makes the masked view of a batch: what it means that the image, the video or the audio is masked.
 
 Three named choices (`VGSConfig.image_mask`): `drop`, `blank`, `attention`. What a model family needs for them is in
 `inputs/families.py`.
@@ -23,7 +23,7 @@ from .models.heads import backbone
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _MULTIMODAL_KEYS = (*(key for modality in MODALITIES.values() for key in modality.keys), *TOKEN_TYPES)
 
-# Far below any real pixel, and not 0 in any dtype that models run in.
+# Far below any real pixel, and above 0 in every dtype that models run in.
 _NOT_ZERO = torch.finfo(torch.float16).tiny
 
 

@@ -94,7 +94,7 @@ class RunRecorder(TrainerCallback):
         self._settings |= {name: getattr(config, name) for name in (*_TRL_SETTINGS, *_own_settings())}
         self._recording = False
 
-    # ------------------------------------------------------------------ called by the Trainer
+    # ------------------------------------------------------------------ callbacks
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,7 +130,7 @@ class RunRecorder(TrainerCallback):
         self._append("end", state.global_step)
         self._recording = False
 
-    # ------------------------------------------------------------------ called by the engine
+    # ------------------------------------------------------------------ records
 
     def mark_examples(self, step: int, batch: dict[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
         """Where `step` is due, send the first few dataset rows along with their batch, which is shuffled and split."""

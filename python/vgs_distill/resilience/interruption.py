@@ -19,7 +19,7 @@ from ..distributed import sum_over_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# Launchers pass on a signal that the processes of a job got directly, too: within this many seconds it is the same one.
+# A launcher passes on a signal that its processes also got directly: within this many seconds it is the same one.
 SAME_SIGNAL = 1.0
 
 _NOTICE = "a checkpoint follows at the end of this step, then training stops; a second signal stops at once."
@@ -52,7 +52,7 @@ class Interruption(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         highest = self._received or 0
         if args.world_size > 1:
-            # The signal may have reached one process only, or between the step's ends of two.
+            # The signal may have reached one process only, or two of them on different sides of a step's end.
             received = torch.zeros(args.world_size, dtype=torch.int64, device=args.device)
             received[args.process_index] = highest
             highest = int(sum_over_processes(received).max())

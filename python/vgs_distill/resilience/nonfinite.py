@@ -74,7 +74,7 @@ def describe_rows(inputs: dict[str, Any], rows: Iterable[int], tokenizer: PreTra
 
 
 def describe_step(micro_batches: Sequence[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """All rows of a step: where only their sum is known to be wrong."""
+    """All rows of a step, where its sum is wrong and does not say why."""
     return "; ".join(
         f"micro-batch {index}: {describe_rows(inputs, range(len(inputs['prompt_ids'])), tokenizer)}"
         for index, inputs in enumerate(micro_batches or ())
