@@ -7,7 +7,8 @@ what went in, |sum_t h_t d_t^T|^2; and incoherent, as if no two tokens shared an
 parameters see something of both: the geometric mean of the two stands for them, up to a factor that
 `predictor.py` learns.
 
-The part of d_t along h_t is left out: the norm layer before the head lets none of it through.
+The part of d_t along h_t is left out: the norm layer before the head lets none of it through. The Gramian of the logit
+gradients would not do: it does not see whether the gradients of tokens add up or cancel.
 """
 
 from __future__ import annotations
