@@ -20,8 +20,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "python/vgs_distill/commands/evaluate.py:evaluate",
-    "python/vgs_distill/report/charts.py:line_chart",
-    "python/vgs_distill/report/run.py:_gradient_figures",
     "vgs_kernels/decomposed_kl/reference.py:logit_gradients",
     "vgs_kernels/linear_decomposed_kl/api.py:linear_decomposed_kl",
     "vgs_kernels/linear_decomposed_kl/op.py:add_chunk",

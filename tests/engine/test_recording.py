@@ -24,7 +24,7 @@ from vgs_distill.masking import Batch, drop_evidence, with_evidence
 from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import IMAGE_FOLDER, LOG_FILE, RunLog, read_run
 from vgs_distill.report.recording import COMPLETIONS_PER_RECORD, RunRecorder, token_texts
-from vgs_distill.report.run import render_run
+from vgs_distill.report.run import render_runs
 from vgs_distill.report.teacher_answers import TeacherAnswers
 from vgs_distill.report.trackers import Trackers
 
@@ -76,7 +76,7 @@ def test_the_log_is_what_the_trainer_logged(make_trainer: Callable[..., VGSTrain
     measured = dict(log.line("steering/measured_weight_ratio"))
     assert [step for step, _ in predicted] == ([] if steering == "exact" else [3])
     assert all(measured[step] == log.steps[step]["steering/weight_ratio"] for step, _ in predicted)
-    Page(render_run(log))
+    Page(render_runs({"run": log}))
 
 
 def test_the_contribution_is_the_difference_of_two_log_probabilities(make_trainer: Callable[..., VGSTrainer]) -> None:
@@ -171,7 +171,7 @@ def test_a_teacher_that_is_not_asked_says_why(
     log = recorded(trainer)
     assert [record["teacher"] for record in log.completions] == [None] * COMPLETIONS_PER_RECORD
     assert log.teacher_silent == reason
-    assert reason in Page(render_run(log)).text
+    assert reason in Page(render_runs({"run": log})).text
 
 
 def test_a_teacher_that_fails_to_write_does_not_end_the_run(
@@ -201,7 +201,7 @@ def test_monolithic_runs_record_completions_without_contribution(make_trainer: C
     trainer.train()
     log = recorded(trainer)
     assert [record["log_ratios"] for record in log.completions] == [None] * COMPLETIONS_PER_RECORD
-    assert "nats</p>" not in render_run(log)
+    assert "nats</p>" not in render_runs({"run": log})
 
 
 def test_rows_without_an_image_have_no_contribution(make_trainer: Callable[..., VGSTrainer], prompts: Dataset) -> None:

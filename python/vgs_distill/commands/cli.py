@@ -115,44 +115,33 @@ def _demo(arguments: Sequence[str]) -> int:
 def report_parser() -> Parser:
     parser = Parser(
         prog="vgs report",
-        description="Write one self-contained HTML page about a training run: losses, gradients, time, and what the "
-        "student wrote. The page needs no network and no script, reads on a phone and prints; a run that still trains "
-        "may be reported too. Accuracies are those that `vgs eval --output_file` left as eval*.json in RUN_DIR or its "
-        "checkpoint-* folders.",
+        description="Write one self-contained HTML page about a training run, or about several laid over each other: "
+        "losses, gradients, time, and what the student wrote, beside what the teacher answers. The page needs no "
+        "network and no script, reads on a phone and prints; runs that still train may be reported too. Accuracies are "
+        "those that `vgs eval --output_file` left as eval*.json in RUN_DIR or its checkpoint-* folders.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="Output directory of a run, finished or not.")
-    parser.add_argument("--output", type=Path, help="The file to write. (default: RUN_DIR/report.html)")
+    add = parser.add_argument
+    add("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="Output directory of a run, finished or not.")
+    add(
+        "--output",
+        type=Path,
+        help="The file to write. (default: RUN_DIR/report.html; of several runs vgs-report.html in this folder)",
+    )
+    add(
+        "--watch", action="store_true", help="Write it anew whenever a run logs, until Ctrl-C; the page reloads itself."
+    )
     return parser
 
 
 def _report(arguments: Sequence[str]) -> int:
     asked = report_parser().parse_args(arguments)
     from ..report.run import write_report
+    from ..report.watch import watch
 
-    print(f"Written: {write_report(asked.run_dir, asked.output)}")
-    return 0
-
-
-def export_parser() -> Parser:
-    parser = Parser(
-        prog="vgs export",
-        description="Write the model of a run, or of one of its checkpoints, with its processor into a folder of its "
-        "own, without what only training needs. An adapter stays one, unless --merge adds it to the model it belongs "
-        "to.",
-    )
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="Output directory of a run, or a checkpoint in it.")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="The folder to make.")
-    parser.add_argument("--merge", action="store_true", help="Add a LoRA adapter to the weights of its model.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that the model's repository ships.")
-    return parser
-
-
-def _export(arguments: Sequence[str]) -> int:
-    asked = export_parser().parse_args(arguments)
-    from .export import export
-
-    written = export(asked.run_dir, asked.output, merge=asked.merge, trust_remote_code=asked.trust_remote_code)
-    print(f"Written: {asked.output} ({written})")
+    if asked.watch:
+        watch(asked.run_dirs, asked.output)
+    else:
+        print(f"Written: {write_report(asked.run_dirs, asked.output)}")
     return 0
 
 
@@ -188,8 +177,7 @@ def _bench(arguments: Sequence[str]) -> int:
 COMMANDS = {
     "train": Command(_train, "distil a teacher into a student of your own, from a YAML file and flags", "train"),
     "eval": Command(_eval, "measure a model with and without its images: accuracy, divergence from a teacher", "train"),
-    "export": Command(_export, "write the model of a run into a folder of its own; merge its adapter", "train"),
-    "report": Command(_report, "write one HTML page about a run: losses, gradients, what the student wrote", "train"),
+    "report": Command(_report, "write one HTML page about runs: losses, gradients, what the student wrote", "train"),
     "demo": Command(_demo, "train a small Qwen3-VL student from a teacher on this machine, without a GPU", "demo"),
     "doctor": Command(_doctor, "say which backend runs every kernel and why nothing faster does; test all", None),
     "bench": Command(_bench, "measure the kernels against plain torch, TRL and Liger", "bench"),

@@ -1,26 +1,25 @@
 """Line charts as inline SVG, small enough to read at one to one on a phone.
 
 Plain SVG keeps a report at tens of kilobytes, prints sharply, follows the page's light and dark colours through
-CSS classes, and needs no script.
+CSS classes, and needs no script. A chart is as wide as its column; the names of its lines stand below it.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from markupsafe import Markup, escape
+
+from .log import Points
 
 WIDTH, HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 34
 _TICKS = 4
 _MOST_POINTS = 600  # of a line: two per drawn pixel are indistinguishable from more
-_CHARACTER, _LINE_HEIGHT = 6.2, 13  # of the 11 px labels at the ends of lines
-_ENDS = 120  # room for them: the same on every chart, so that charts align
-
-Points = tuple[tuple[float, float], ...]  # (step, value), in step order
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,31 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
     return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 
-def line_chart(
-    series: Sequence[Series],
-    description: str,
-    *,
-    logarithmic: bool = False,
-    zero_line: bool = False,
-    label_ends: bool = False,
-) -> Markup | None:
-    """An SVG of `series` over training steps, or None if there is nothing to draw.
+@dataclass(frozen=True)
+class _Plane:
+    """Where steps and values lie on the chart."""
 
-    `description` is read out by screen readers. A logarithmic chart leaves out values at or below zero. `label_ends`
-    writes each line's name and last value beside its end, which spares the `legend`.
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def across(self, x: float) -> float:
+        return _LEFT + (x - self.first) / ((self.last - self.first) or 1.0) * (WIDTH - _LEFT - _RIGHT)
+
+    def down(self, y: float) -> float:
+        return HEIGHT - _BOTTOM - (y - self.low) / ((self.high - self.low) or 1.0) * (HEIGHT - _TOP - _BOTTOM)
+
+    def path(self, points: Points) -> str:
+        return " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in _thinned(points))
+
+
+def line_chart(
+    series: Sequence[Series], description: str, *, logarithmic: bool = False, zero_line: bool = False
+) -> Markup | None:
+    """An SVG of `series` over training steps, or None if there is nothing to draw. Its key is `legend`.
+
+    `description` is read out by screen readers. A logarithmic chart leaves out values at or below zero.
     """
     drawn = [line for line in series if _drawable(line.points, logarithmic)]
     if not drawn:
@@ -61,80 +73,60 @@ def line_chart(
     clouds = [_drawable(line.raw, logarithmic) for line in drawn]
     xs = [x for points in lines + clouds for x, _ in points]
     ys = [y for points in lines + clouds for _, y in points] + ([0.0] if zero_line else [])
-    y_ticks = _log_ticks(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys))
-    low, high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
-    first, last = min(xs), max(xs)
-    ends = [
-        f"{line.label} {number(10**y if logarithmic else y)}" for line, ((*_, (_, y))) in zip(drawn, lines, strict=True)
-    ]
-    right = max(_ENDS, 8 + _CHARACTER * max(map(len, ends))) if label_ends else _RIGHT
-
-    def across(x: float) -> float:
-        return _LEFT + (x - first) / ((last - first) or 1.0) * (WIDTH - _LEFT - right)
-
-    def down(y: float) -> float:
-        return HEIGHT - _BOTTOM - (y - low) / ((high - low) or 1.0) * (HEIGHT - _TOP - _BOTTOM)
-
+    ticks = _log_ticks(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys))
+    plane = _Plane(min(xs), max(xs), min(ticks[0], min(ys)), max(ticks[-1], max(ys)))
+    labels = {tick: number(10**tick if logarithmic else tick) for tick in ticks}
     parts = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, description)
+        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, description),
+        *_axes(plane, labels, zero_line),
     ]
-    for tick in y_ticks:
-        kind = "zero" if zero_line and tick == 0 else "grid"
-        text = number(10**tick if logarithmic else tick)
-        parts.append(
-            Markup(
-                '<line class="{}" x1="{}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
-                '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
-            ).format(kind, _LEFT, WIDTH - right, down(tick), down(tick), _LEFT - 6, down(tick) + 3.5, text)
-        )
-    for tick in _ticks(first, last):
-        if first <= tick <= last:
-            parts.append(
-                Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                    across(tick), HEIGHT - _BOTTOM + 15, f"{tick:g}"
-                )
-            )
-    parts.append(
-        Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">training step</text>').format(
-            (_LEFT + WIDTH - right) / 2, HEIGHT - 4
-        )
-    )
-
-    def path(points: Points) -> str:
-        return " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in _thinned(points))
-
     for line, points in zip(drawn, clouds, strict=True):
         if points:
-            parts.append(Markup('<polyline class="line raw color-{}" points="{}"/>').format(line.color, path(points)))
+            parts.append(
+                Markup('<polyline class="line raw color-{}" points="{}"/>').format(line.color, plane.path(points))
+            )
     for line, points in zip(drawn, lines, strict=True):
         parts.append(
             Markup('<polyline class="line color-{}{}" points="{}"><title>{}</title></polyline>').format(
-                line.color, " dashed" if line.dashed else "", path(points), line.label
+                line.color, " dashed" if line.dashed else "", plane.path(points), line.label
             )
         )
         for x, y in points if line.dots or len(points) == 1 else ():
             parts.append(
                 Markup('<circle class="dot color-{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>').format(
-                    line.color, across(x), down(y)
-                )
-            )
-    if label_ends:
-        heights = _apart([down(points[-1][1]) for points in lines])
-        for line, text, height in zip(drawn, ends, heights, strict=True):
-            parts.append(
-                Markup('<text class="end color-{}" x="{:.1f}" y="{:.1f}">{}</text>').format(
-                    line.color, WIDTH - right + 6, height + 3.5, text
+                    line.color, plane.across(x), plane.down(y)
                 )
             )
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 
 
+def _axes(plane: _Plane, labels: dict[float, str], zero_line: bool) -> list[Markup]:
+    """Horizontal lines with their values, and steps below."""
+    parts = [
+        Markup(
+            '<line class="{}" x1="{}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
+            '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+        ).format(
+            "zero" if zero_line and tick == 0 else "grid",
+            _LEFT, WIDTH - _RIGHT, plane.down(tick), plane.down(tick), _LEFT - 6, plane.down(tick) + 3.5, text,
+        )
+        for tick, text in labels.items()
+    ]  # fmt: skip
+    steps = [tick for tick in _ticks(plane.first, plane.last) if plane.first <= tick <= plane.last]
+    middle, below = (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - _BOTTOM + 15
+    captions = [(plane.across(step), below, f"{step:g}") for step in steps] + [(middle, HEIGHT - 4, "training step")]
+    return parts + [
+        Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, y, text)
+        for x, y, text in captions
+    ]
+
+
 def legend(series: Sequence[Series]) -> Markup:
-    """The key of a chart, as text that wraps on a narrow page."""
+    """The key of a chart with the last value of each line, as text that wraps on a narrow page."""
     items = (
-        Markup('<span class="key"><span class="swatch color-{}{}"></span>{}</span>').format(
-            line.color, " dashed" if line.dashed else "", escape(line.label)
+        Markup('<span class="key"><span class="swatch color-{}{}"></span>{} <b>{}</b></span>').format(
+            line.color, " dashed" if line.dashed else "", escape(line.label), number(line.points[-1][1])
         )
         for line in series
         if line.points
@@ -161,19 +153,6 @@ def _thinned(points: Points) -> Points:
     return tuple(points[i] for i in sorted(kept | {0, len(points) - 1}))
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights of labels moved just so far that none covers another and all are on the chart."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    moved = list(heights)
-    for above, below in pairwise(order):
-        moved[below] = max(moved[below], moved[above] + _LINE_HEIGHT)
-    floor = float(HEIGHT - _BOTTOM)
-    for index in reversed(order):
-        moved[index] = min(moved[index], floor)
-        floor = moved[index] - _LINE_HEIGHT
-    return moved
-
-
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers that cover low..high, about four of them."""
     if high <= low:
@@ -196,8 +175,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
+    """Three digits: 0.123, 12.3, 1e−6."""
     text = f"{value:.3g}" if abs(value) < 10_000 else f"{value:.0e}"
-    return text.replace("-", "−")
+    return re.sub(r"e(-?)\+?0*", r"e\1", text).replace("-", "−")
 
 
 def signed(value: float) -> str:

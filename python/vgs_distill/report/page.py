@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).parent / "templates"
+RUN_COLORS = (2, 1, 3, 5, 4, 6, 7, 0)  # of the page's eight, the order in which runs take them
 SATURATION = 3.0  # nats at which the scale of contributions ends: the image makes a token 20 times as likely
 
 TIME_PARTS = {
@@ -25,7 +26,7 @@ TIME_PARTS = {
 }
 OTHER_TIME = "everything else"
 
-_MEDIA_TYPES = {".png": "image/png", ".jpeg": "image/jpeg"}
+_MEDIA_TYPES = {".png": ("image/png", b"\x89PNG\r\n"), ".jpeg": ("image/jpeg", b"\xff\xd8\xff")}  # and how they begin
 # Controls except tab and newline, marks that turn the direction of the text around them, and halves of characters,
 # which UTF-8 cannot encode.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -52,21 +53,44 @@ def _sign(match: re.Match[str]) -> str:
     return f"⟨U+{ord(match[0]):04X}⟩"
 
 
-def data_uri(path: Path) -> str | None:
-    """A picture file as a URL that holds it; None where it is gone or is no picture of ours."""
-    media_type = _MEDIA_TYPES.get(path.suffix)
-    if media_type is None or not path.is_file():
+def data_uri(path: Path, folder: Path) -> str | None:
+    """A picture file as a URL that holds it; None where it is gone, is no picture of ours, or leads out of `folder`."""
+    media_type, begins = _MEDIA_TYPES.get(path.suffix, ("", b""))
+    try:
+        if not begins or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            return None
+        content = path.read_bytes()
+    except OSError:  # a name that no file can have, or a file that may not be read
         return None
-    return embedded(path.read_bytes(), media_type)
+    return embedded(content, media_type) if content.startswith(begins) else None
 
 
 def embedded(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
+def color_of_run(index: int) -> tuple[int, bool]:
+    """The colour of the run at this place and whether its line is dashed, as those are for which no colour is left."""
+    return RUN_COLORS[index % len(RUN_COLORS)], index >= len(RUN_COLORS)
+
+
 def strength(value: float, saturation: float) -> int:
     """How far a diverging colour is from the page, 0 to 100; its side is the sign of the value."""
     return round(100 * min(abs(value) / saturation, 1.0))
+
+
+def tint(value: float | None, saturation: float) -> dict[str, Any]:
+    """A value with its colour; None has none."""
+    if value is None:
+        return {"value": None, "side": "none", "strength": 0}
+    return {"value": value, "side": "raised" if value > 0 else "lowered", "strength": strength(value, saturation)}
+
+
+def spaced(items: Sequence[Any], most: int) -> list[Any]:
+    """The first, the last and evenly spaced ones between."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 def time_bar(label: str, seconds: Mapping[str, float], total: float, longest: float) -> dict[str, Any]:
