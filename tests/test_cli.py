@@ -19,7 +19,7 @@ from vgs_kernels import backend, selftest
 from vgs_kernels.selftest import self_test
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("train", "eval", "report", "demo", "doctor", "bench")
+NAMES = ("train", "eval", "export", "report", "demo", "doctor", "bench")
 
 
 def test_help_names_the_commands() -> None:
@@ -30,7 +30,7 @@ def test_help_names_the_commands() -> None:
     assert invoke([]).stdout == result.stdout
 
 
-@pytest.mark.parametrize("command", ["report", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["export", "report", "demo", "doctor"])
 def test_every_command_has_a_help_of_its_own(command: str) -> None:
     result = invoke([command, "--help"])
     assert result.exit_code == 0

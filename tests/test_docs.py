@@ -158,7 +158,7 @@ def understand(command: list[str]) -> None:
     match command:
         case ["vgs", ("train" | "eval") as name, *arguments]:
             (train_parser if name == "train" else eval_parser)().parse([*arguments, "--use_cpu"])
-        case ["vgs", ("demo" | "report" | "doctor") as name, *arguments]:
+        case ["vgs", ("demo" | "export" | "report" | "doctor") as name, *arguments]:
             getattr(cli, f"{name}_parser")().parse_args(arguments)
         case ["vgs", name, *_]:
             assert name in cli.COMMANDS

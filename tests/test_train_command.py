@@ -166,7 +166,6 @@ def test_an_adapter_is_trained_and_saved(workspace: Workspace, tmp_path: Path) -
         workspace,
         tmp_path,
         "--use_peft",
-        lora_target_modules="all-linear",
         lora_r=4,
         eval_strategy="steps",
         eval_steps=2,

@@ -145,6 +145,29 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def export_parser() -> Parser:
+    parser = Parser(
+        prog="vgs export",
+        description="Write the model of a run, or of one of its checkpoints, with its processor into a folder of its "
+        "own, without what only training needs. An adapter stays one, unless --merge adds it to the model it belongs "
+        "to.",
+    )
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="Output directory of a run, or a checkpoint in it.")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="The folder to make.")
+    parser.add_argument("--merge", action="store_true", help="Add a LoRA adapter to the weights of its model.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that the model's repository ships.")
+    return parser
+
+
+def _export(arguments: Sequence[str]) -> int:
+    asked = export_parser().parse_args(arguments)
+    from .export import export
+
+    written = export(asked.run_dir, asked.output, merge=asked.merge, trust_remote_code=asked.trust_remote_code)
+    print(f"Written: {asked.output} ({written})")
+    return 0
+
+
 def doctor_parser() -> Parser:
     return Parser(
         prog="vgs doctor",
@@ -177,6 +200,7 @@ def _bench(arguments: Sequence[str]) -> int:
 COMMANDS = {
     "train": Command(_train, "distil a teacher into a student of your own, from a YAML file and flags", "train"),
     "eval": Command(_eval, "measure a model with and without its images: accuracy, divergence from a teacher", "train"),
+    "export": Command(_export, "write the model of a run into a folder of its own; merge its adapter", "train"),
     "report": Command(_report, "write one HTML page about runs: losses, gradients, what the student wrote", "train"),
     "demo": Command(_demo, "train a small Qwen3-VL student from a teacher on this machine, without a GPU", "demo"),
     "doctor": Command(_doctor, "say which backend runs every kernel and why nothing faster does; test all", None),

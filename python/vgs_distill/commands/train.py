@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from ..config import VGSConfig
 from ..errors import InputError, one_sentence
@@ -19,7 +19,7 @@ from ..inputs.data import load_rows
 from ..inputs.dataset_checks import check_dataset
 from ..inputs.families import check_image_mask, check_modality, check_teacher_reads_the_same
 from ..inputs.modalities import MODALITIES
-from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
+from ..models.sources import adapter_config, check_installed, check_tokenizers, student_source, teacher_source
 from ..resilience.checkpoints import find_checkpoint
 from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import RunFile, in_the_way, saved_step
@@ -55,6 +55,11 @@ def build(
     student, teacher = student_source(model, config), teacher_source(model, config)
     modality = MODALITIES[config.modality]
     configs = student.check(modality), teacher.check(modality)
+    if student.base is not None:
+        raise InputError(
+            f"the student {student.name!r} is an adapter, and what is trained on it would not name it; merge it first: "
+            f"vgs export {student.name} --merge --output MODEL"
+        )
     check_modality(configs[0], modality)
     check_teacher_reads_the_same(*configs, modality)
     if config.steering != "none":
@@ -81,14 +86,15 @@ def build(
     existed = Path(config.output_dir).exists()
     config.model_init_kwargs = config.teacher_model_init_kwargs = None  # in the sources by now
     try:
+        model_to_train = student.load()
         trainer = VGSTrainer(
-            model=student.load(),
+            model=model_to_train,
             teacher_model=teacher.load(),
             args=config,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processor,
-            peft_config=get_peft_config(model),
+            peft_config=adapter_config(model, model_to_train, modality),
         )
     except (ValueError, TypeError, ImportError) as error:
         if not existed:

@@ -1,25 +1,37 @@
 """Student, teacher and processor from their names: cheap checks of all three first, weights afterwards.
 
+A name may be that of an adapter: config and weights are then those of the model it belongs to, with the adapter beside.
+
 Weights are read from safetensors only, and code that a repository ships runs only where `trust_remote_code` says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
-from trl import ModelConfig, get_quantization_config
+from transformers.utils import (
+    find_adapter_config_file,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_liger_kernel_available,
+)
+from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from ..errors import InputError, one_sentence
 from ..inputs.families import placeholder_ids
 from ..inputs.modalities import IMAGE, Modality
+from .modules import linear_layers
+from .weights import with_adapter
 
 _PROBE = "What is in the picture? 1 + 1 = 2, naïve façade"
 
@@ -38,17 +50,40 @@ class ModelSource:
     def hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def check(self, modality: Modality = IMAGE) -> PretrainedConfig:
-        """Read its config; InputError unless it is a model that reads the modality, with safetensors weights."""
+    @cached_property
+    def base(self) -> ModelSource | None:
+        """The model that an adapter belongs to; None where the name is a model's own."""
+        found = find_adapter_config_file(self.name, revision=self.revision)
+        if found is None:
+            return None
+        try:
+            settings = json.loads(Path(found).read_text(encoding="utf-8"))
+            name, revision = settings["base_model_name_or_path"], settings.get("revision")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read the adapter {self.name!r}: {one_sentence(error)}") from error
+        if not name:
+            raise InputError(f"the adapter {self.name!r} does not name its model (base_model_name_or_path)")
+        return replace(self, role="adapter's base", name=name, revision=revision)
+
+    def check(self, modality: Modality | None = IMAGE) -> PretrainedConfig:
+        """Read its config; InputError unless it is a model, with safetensors weights, that reads the modality asked."""
         if not Path(self.name).exists() and self.name.startswith((".", "/", "~")):
             raise InputError(f"there is no {self.role} model at {self.name!r}; give a folder or a name of the hub")
+        if self.base is not None:
+            self._check_weights()
+            return self.base.check(modality)
         config: PretrainedConfig = self._read(AutoConfig)
         if not config.architectures:
             raise InputError(f"the config of the {self.role} {self.name!r} names no architecture; save it again")
         try:
-            placeholder_ids(config, modality=modality)
+            if modality is not None:
+                placeholder_ids(config, modality=modality)
         except ValueError as error:
             raise InputError(f"the {self.role} {self.name!r} cannot be used: {error}") from None
+        self._check_weights()
+        return config
+
+    def _check_weights(self) -> None:
         folder = Path(self.name)
         if folder.is_dir() and not list(folder.glob("*.safetensors")):
             pickled = sorted(path.name for path in folder.glob("*.bin"))
@@ -56,20 +91,33 @@ class ModelSource:
             raise InputError(
                 f"the {self.role} {self.name!r} holds {found}; save it with save_pretrained, which writes safetensors"
             )
-        return config
 
     def processor(self) -> ProcessorMixin:
         """The processor, which pads on the left as generation needs."""
-        processor = self._read(AutoProcessor, padding_side="left", truncation_side="left")
+        processor = self._beside(AutoProcessor, padding_side="left", truncation_side="left")
         if not isinstance(processor, ProcessorMixin):
             raise InputError(f"the {self.role} {self.name!r} has a tokenizer but no processor; save that beside it")
         return processor
 
     def tokenizer(self) -> Any:
-        return self._read(AutoTokenizer)
+        return self._beside(AutoTokenizer)
 
     def load(self, device: torch.device | None = None) -> PreTrainedModel:
-        """The model with its weights, on `device` or where TRL puts it."""
+        """The model with its weights, on `device` or where TRL puts it; an adapter works inside its layers."""
+        if self.base is None:
+            return self._load(device)
+        model: Any = self._with_adapter(device).get_base_model()
+        return model
+
+    def load_merged(self) -> PreTrainedModel:
+        """The model with its adapter added to its weights, as one that needs no adapter."""
+        return self._with_adapter(torch.device("cpu")).merge_and_unload()
+
+    def _with_adapter(self, device: torch.device | None) -> PeftModel:
+        assert self.base is not None
+        return with_adapter(self.base.load(device), self.name, self.revision)
+
+    def _load(self, device: torch.device | None) -> PreTrainedModel:
         place: dict[str, Any] = {} if device is None else {"device_map": device}
         if device is None and PartialState().num_processes > 1:
             place = {"device_map": None}  # by default TRL spreads a model over all GPUs, which are other processes'
@@ -77,6 +125,15 @@ class ModelSource:
             return create_model_from_path(self.name, **self.hub, **place, use_safetensors=True, **self.options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the {self.role} {self.name!r}: {one_sentence(error)}") from error
+
+    def _beside(self, kind: Any, **options: Any) -> Any:
+        """Of an adapter its own, where it has one, or that of its model."""
+        try:
+            return self._read(kind, **options)
+        except InputError:
+            if self.base is None:
+                raise
+            return self.base._beside(kind, **options)
 
     def _read(self, kind: Any, **options: Any) -> Any:
         try:
@@ -107,6 +164,14 @@ def teacher_source(arguments: ModelConfig, settings: Any) -> ModelSource:
     options |= getattr(settings, "teacher_model_init_kwargs", None) or {}
     name, revision = settings.teacher_model_name_or_path, settings.teacher_model_revision
     return ModelSource("teacher", name, revision, settings.trust_remote_code, options)
+
+
+def adapter_config(arguments: ModelConfig, student: PreTrainedModel, modality: Modality) -> Any:
+    """peft's config of the LoRA asked for, if any: by default in all linear layers of the decoder and the connector."""
+    config: Any = get_peft_config(arguments)
+    if config is not None and config.target_modules is None and not arguments.lora_target_parameters:
+        config.target_modules = linear_layers(student, modality)
+    return config
 
 
 def check_installed(attn_implementation: str | None, use_liger_kernel: bool) -> None:

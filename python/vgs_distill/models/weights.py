@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, into the model that is being trained.
+"""The weights of a checkpoint or an adapter, into a model that is there.
 
 `save_pretrained` names weights as the hub does, which in most families is not what the model calls its parameters, and
 may split or join them. `from_pretrained` knows the way back.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -34,6 +34,21 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
                 f"the weights in {str(folder)!r} are not those of this model: {len(names)} {what}, first "
                 f"{min(names)!r}; resume with the model that they were saved from"
             )
+
+
+def with_adapter(model: PreTrainedModel, name: str, revision: str | None = None) -> PeftModel:
+    """The model with the adapter of a folder, or of a name of the hub, beside its own weights.
+
+    Raises:
+        InputError: as `load_weights`, or it is no adapter that peft knows.
+    """
+    try:
+        config = PeftConfig.from_pretrained(name, revision=revision)
+        wrapped: PeftModel = get_peft_model(model, config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"cannot use the adapter {name!r}: {one_sentence(error)}") from error
+    load_weights(wrapped, Path(name))
+    return wrapped
 
 
 def _load_model(model: PreTrainedModel, folder: Path) -> dict[str, set[str]]:
