@@ -19,7 +19,14 @@ from ..inputs.data import load_rows
 from ..inputs.dataset_checks import check_dataset
 from ..inputs.families import check_image_mask, check_modality, check_teacher_reads_the_same
 from ..inputs.modalities import MODALITIES
-from ..models.sources import adapter_config, check_installed, check_tokenizers, student_source, teacher_source
+from ..models.sources import (
+    adapter_config,
+    check_installed,
+    check_no_adapter,
+    check_tokenizers,
+    student_source,
+    teacher_source,
+)
 from ..resilience.checkpoints import find_checkpoint
 from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import RunFile, in_the_way, saved_step
@@ -55,11 +62,7 @@ def build(
     student, teacher = student_source(model, config), teacher_source(model, config)
     modality = MODALITIES[config.modality]
     configs = student.check(modality), teacher.check(modality)
-    if student.base is not None:
-        raise InputError(
-            f"the student {student.name!r} is an adapter, and what is trained on it would not name it; merge it first: "
-            f"vgs export {student.name} --merge --output MODEL"
-        )
+    check_no_adapter(student)
     check_modality(configs[0], modality)
     check_teacher_reads_the_same(*configs, modality)
     if config.steering != "none":

@@ -189,6 +189,15 @@ def check_installed(attn_implementation: str | None, use_liger_kernel: bool) -> 
         raise InputError("use_liger_kernel needs liger-kernel; `pip install liger-kernel`, or leave it off")
 
 
+def check_no_adapter(student: ModelSource) -> None:
+    """InputError if the student is an adapter: one trained on top of it would belong to a model that no file holds."""
+    if student.base is not None:
+        raise InputError(
+            f"the student {student.name!r} is an adapter, and what is trained on it would not name it; merge it first: "
+            f"vgs export {student.name} --merge --output MODEL"
+        )
+
+
 def check_tokenizers(student: ProcessorMixin, teacher: ModelSource) -> None:
     """InputError unless the teacher reads and writes the same tokens: it judges the student's token by token."""
     ours: Any = student.tokenizer
