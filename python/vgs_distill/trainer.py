@@ -117,14 +117,9 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         self._runaway = RunawayMonitor(args.runaway_action)
         self._cut_off = math.nan  # share of the last completions that end at the length limit
         self._interruption = Interruption()
-        for callback in (self._runaway, self._interruption):
+        self._recorder = self._make_recorder()
+        for callback in (self._runaway, self._interruption, self._recorder):
             self.add_callback(callback)
-        answers = TeacherAnswers(
-            args, self.teacher_model, self.processing_class, self.generation_config, self.accelerator
-        )
-        trackers = Trackers(self.callback_handler.callbacks)
-        self._recorder = RunRecorder(args, self.model, self.teacher_model, answers, trackers)
-        self.add_callback(self._recorder)
         self.checkpoint_parts = {"skipped": self._skipped, "runaway": self._runaway}
         self._steering: SteeringStep | None = None  # None: TRL's own loss
         if args.steering != "none":
@@ -151,6 +146,11 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         shared = shared_vocabulary(student, teacher.config, len(self._tokenizer), padding=args.steering != "none")
         self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device)
         return shared
+
+    def _make_recorder(self) -> RunRecorder:
+        teacher = self.teacher_model
+        answers = TeacherAnswers(self.args, teacher, self.processing_class, self.generation_config, self.accelerator)
+        return RunRecorder(self.args, self.model, teacher, answers, Trackers(self.callback_handler.callbacks))
 
     # ------------------------------------------------------------------ the step
 
