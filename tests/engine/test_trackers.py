@@ -23,7 +23,7 @@ from vgs_distill.report.recording import COMPLETIONS_PER_RECORD
 from vgs_distill.report.trackers import NAME
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
-needs_trackio = pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
+needs_trackio = pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs the extra trackers")
 
 
 @pytest.fixture
