@@ -19,7 +19,6 @@ LONG_FILES = {
     "vgs_kernels/linear_decomposed_kl/op.py",
 }
 LONG_FUNCTIONS = {
-    "python/vgs_distill/commands/evaluate.py:evaluate",
     "vgs_kernels/decomposed_kl/reference.py:logit_gradients",
     "vgs_kernels/linear_decomposed_kl/api.py:linear_decomposed_kl",
     "vgs_kernels/linear_decomposed_kl/op.py:add_chunk",

@@ -63,16 +63,7 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     (settings, data, model), values = eval_parser().parse(arguments)
     require(values, "model_name_or_path", "dataset_name")
     pattern = _check(settings)
-    try:
-        loss_config = VGSConfig(
-            decomposition=settings.decomposition,
-            modality=settings.modality,
-            max_completion_length=settings.max_completion_length,
-            use_cpu=settings.use_cpu,
-            bf16=False,
-        )
-    except ValueError as error:
-        raise InputError(one_sentence(error)) from error
+    loss_config = _loss_config(settings)
     output = Path(settings.output_file)
     check_output_dir(output.parent)
     check_installed(model.attn_implementation, use_liger_kernel=False)
@@ -148,6 +139,20 @@ def _check(settings: EvalArguments) -> re.Pattern[str] | None:
         return None if settings.answer_pattern is None else re.compile(settings.answer_pattern, re.IGNORECASE)
     except re.error as error:
         raise InputError(f"answer_pattern is not a regular expression: {error}") from None
+
+
+def _loss_config(settings: EvalArguments) -> VGSConfig:
+    """The settings of the loss; InputError if one cannot be."""
+    try:
+        return VGSConfig(
+            decomposition=settings.decomposition,
+            modality=settings.modality,
+            max_completion_length=settings.max_completion_length,
+            use_cpu=settings.use_cpu,
+            bf16=False,
+        )
+    except ValueError as error:
+        raise InputError(one_sentence(error)) from error
 
 
 class _Evaluator:
