@@ -14,14 +14,14 @@ from typing import Any
 from own_loop import steered_parts
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
-from vgs_distill import load_rows
+from vgs_distill import canonical_row, load_rows
 
 from vgs_kernels import VisualGradientSteering
 
 
 class SteeredTrainer(Trainer):
     def __init__(self, *, teacher: Any, gamma: float, new_tokens: int, **options: Any) -> None:
-        super().__init__(data_collator=list, **options)  # rows stay rows: the processor takes them whole
+        super().__init__(data_collator=lambda rows: [canonical_row(row) for row in rows], **options)
         self.teacher = teacher.to(self.args.device).eval()
         self.steering = VisualGradientSteering(gamma)
         self.new_tokens = new_tokens

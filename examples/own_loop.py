@@ -2,7 +2,7 @@
 
     python examples/own_loop.py STUDENT TEACHER ROWS.jsonl OUTPUT_DIR [STEPS]
 
-Student and teacher are vision-language models of one family, rows have a `prompt` of messages and an `image`.
+Student and teacher are vision-language models of one family, rows are in any form that `vgs train` reads.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import prepare_multimodal_messages
-from vgs_distill import EvidenceTokens, load_rows
+from vgs_distill import EvidenceTokens, canonical_row, load_rows, with_evidence, without_evidence
 
 from vgs_kernels import LMHead, VisualGradientSteering, combine_gradients, gradient_gramian, linear_decomposed_kl
 
 
 def model_inputs(processor: Any, rows: list[dict[str, Any]], *, with_image: bool) -> dict[str, Tensor]:
     """The prompts of some rows, padded on the left, with their images or as text alone."""
-    messages = [prepare_multimodal_messages(row["prompt"], [row["image"]] if with_image else []) for row in rows]
+    messages = [with_evidence(row) if with_image else without_evidence(row["prompt"]) for row in rows]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return dict(processor.apply_chat_template(messages, **options, processor_kwargs={"padding": True}))
 
@@ -67,7 +66,7 @@ def main(student_name: str, teacher_name: str, dataset: str, output_dir: str, st
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     steering = VisualGradientSteering(gamma=0.8)
-    rows = list(load_rows(dataset, split="train"))
+    rows = [canonical_row(row) for row in load_rows(dataset, split="train")]
     for step in range(int(steps)):
         batch = [rows[(4 * step + index) % len(rows)] for index in range(4)]
         loss = steered_parts(student, teacher, processor, batch, new_tokens=8)

@@ -30,3 +30,14 @@ def invoke(arguments: Sequence[str]) -> Result:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def refused(command: str, *arguments: str) -> str:
+    """Run a command that must end in one sentence and exit code 2, and return the sentence."""
+    result = invoke([command, *arguments])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    *before, sentence = result.stderr.splitlines()  # before it: progress bars and notices
+    assert sentence.startswith("vgs: ")
+    assert not any(line.startswith("vgs: ") for line in before)
+    return sentence

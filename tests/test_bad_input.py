@@ -1,4 +1,7 @@
-"""Bad input: one clear sentence, exit code 2, no traceback, and nothing left in the output folder."""
+"""Bad input to commands: one clear sentence, exit code 2, no traceback, and nothing left in the output folder.
+
+Bad rows and images: `test_bad_data.py`; forms of rows that are converted instead: `test_row_formats.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,12 @@ import datasets  # noqa: F401 - its log keeps the stderr of its first import, wh
 import pytest
 from vgs_distill.errors import InputError
 
-from tests.command_line import invoke
+from tests.command_line import invoke, refused
 from tests.conftest import Workspace
-
-PROMPT = [{"role": "user", "content": "what is this ?"}]
-
-
-def refused(command: str, *arguments: str) -> str:
-    """Run the command in this process, hold it to the rules above, and return its sentence."""
-    result = invoke([command, *arguments])
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    *before, sentence = result.stderr.splitlines()  # before it: progress bars of datasets and transformers
-    assert sentence.startswith("vgs: ")
-    assert not any(line.startswith("vgs: ") for line in before)
-    return sentence
 
 
 def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*"))
-
-
-def rows(tmp_path: Path, *records: dict[str, Any]) -> str:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(record) for record in records))
-    return str(path)
 
 
 # Fields of run.yaml that are wrong, and what the sentence says. `...` leaves a field out.
@@ -57,6 +41,17 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "weight ratio": ({"max_weight_ratio": -1}, "max_weight_ratio must be positive"),
     "forward KL": ({"beta": 0.5}, "splits the reverse KL divergence"),
     "fp16": ({"fp16": True}, "undoes the loss scaling of fp16"),
+    "learning rate below 0": ({"learning_rate": -1e-6}, "learning_rate must be 0 or more, and finite, got -1e-06"),
+    "learning rate NaN": ({"learning_rate": "nan"}, "learning_rate must be 0 or more, and finite, got nan"),
+    "endless epochs": ({"num_train_epochs": "inf"}, "num_train_epochs must be positive, got inf"),
+    "no steps": ({"max_steps": 0}, "max_steps must be 1 or more, or -1 to go by num_train_epochs, got 0"),
+    "empty batch": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be 1 or more, got 0"),
+    "no accumulation": ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps must be 1 or more, got -1"),
+    "weight decay NaN": ({"weight_decay": "nan"}, "weight_decay must be 0 or more, and finite, got nan"),
+    "negative clipping": ({"max_grad_norm": -1}, "max_grad_norm must be 0 or more, and finite, got -1.0"),
+    "top_p": ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0.0"),
+    "teacher device unknown": ({"teacher_device": "gpu"}, "teacher_device='gpu' is no device of this machine"),
+    "teacher device absent": ({"teacher_device": "cuda:99"}, "teacher_device='cuda:99' is no device of this machine"),
     "no completion": ({"max_completion_length": 0}, "max_completion_length must be 1 or more"),
     "temperature": ({"temperature": 0}, "temperature must be positive"),
     "DeepSpeed with exact": ({"deepspeed": "zero2.json"}, "DeepSpeed steps inside backward"),
@@ -87,45 +82,6 @@ def test_a_wrong_field(kind: str, workspace: Workspace, tmp_path: Path) -> None:
     changes, sentence = FIELDS[kind]
     run = tmp_path / "run"
     config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), **changes)
-    assert sentence in refused("train", "--config", config)
-    assert not run.exists()
-
-
-def broken_image(folder: Path) -> str:
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
-    return rows(folder, {"prompt": PROMPT, "image": "broken.png"})
-
-
-def malformed(folder: Path) -> str:
-    path = folder / "rows.jsonl"
-    path.write_text('{"prompt": \n oh')
-    return str(path)
-
-
-# Rows of a dataset that are wrong; a function writes them and returns the name of the dataset.
-DATASETS: dict[str, tuple[Callable[[Path], str], str]] = {
-    "empty": (rows, "dataset"),
-    "no prompt column": (lambda path: rows(path, {"question": "a", "image": None}), "no column 'prompt' (it has"),
-    "no image column": (lambda path: rows(path, {"prompt": PROMPT}), "neither a column 'image' nor 'images'"),
-    "row without prompt": (
-        lambda path: rows(path, {"prompt": [], "image": None}),
-        "row 0 of the training dataset has no",
-    ),
-    "numbers for images": (lambda path: rows(path, {"prompt": PROMPT, "image": 7}), "'image' holds int64, not images"),
-    "missing image": (
-        lambda path: rows(path, {"prompt": PROMPT, "image": "gone.png"}),
-        "row 0 of the training dataset",
-    ),
-    "corrupt image": (broken_image, "row 0 of the training dataset has an image that cannot be opened"),
-    "malformed JSON": (malformed, "cannot read the dataset"),
-}
-
-
-@pytest.mark.parametrize("kind", DATASETS)
-def test_a_wrong_dataset(kind: str, workspace: Workspace, tmp_path: Path) -> None:
-    write, sentence = DATASETS[kind]
-    run = tmp_path / "run"
-    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), dataset_name=write(tmp_path))
     assert sentence in refused("train", "--config", config)
     assert not run.exists()
 
@@ -245,12 +201,24 @@ def test_no_output_dir(workspace: Workspace, tmp_path: Path) -> None:
     assert "output_dir must be given" in refused("train", "--config", workspace.yaml(tmp_path / "run.yaml"))
 
 
+def aliases(levels: int) -> str:
+    """A configuration of a few lines that stands for 9 ** levels values."""
+    lines = ["model_init_kwargs:", "  a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        lines.append(f"  a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("gamma: [0.8", "is not valid YAML"),
         ("just words", "does not hold 'field: value' lines"),
         ("", "does not hold 'field: value' lines"),
+        ("report_to: " + 2000 * "[" + 2000 * "]", "is nested too deeply"),
+        ("model_init_kwargs: " + 2000 * "{a: " + "1" + 2000 * "}", "is nested too deeply"),
+        ("report_to: &a [*a]", "is not valid YAML: found unconstructable recursive node"),
+        (aliases(9), "stands for more than 10000 values once its aliases are followed"),
     ],
 )
 def test_a_file_that_is_no_configuration(text: str, sentence: str, tmp_path: Path) -> None:
@@ -266,6 +234,11 @@ def test_a_configuration_that_is_not_there() -> None:
 def test_a_wrong_flag() -> None:
     assert "no flag '--gama'; did you mean 'gamma'?" in refused("train", "--gama", "0.5")
     assert "no flag '--answer-colum'; did you mean 'answer_column'?" in refused("eval", "--answer-colum", "a")
+
+
+def test_a_flag_that_is_nested_too_deeply() -> None:
+    nested = 2000 * '{"a":' + "1" + 2000 * "}"
+    assert "a value is nested too deeply" in refused("train", "--model_init_kwargs", nested, "--use_cpu")
 
 
 def test_a_flag_without_its_value() -> None:

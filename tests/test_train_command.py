@@ -134,14 +134,14 @@ def test_the_environment_of_a_run_is_part_of_it(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["saved", "rows.parquet", "pictures"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_kind_of_dataset_gives_the_same_rows(name: str, streaming: bool, workspace: Workspace) -> None:
-    from vgs_distill.inputs.data import load_rows
+    from vgs_distill import canonical_row, load_rows
 
-    expected = list(load_rows(str(workspace.root / "rows.jsonl"), split="train"))
-    found = list(load_rows(str(workspace.root / name), split="train", streaming=streaming))
+    expected = [canonical_row(row) for row in load_rows(str(workspace.root / "rows.jsonl"))]
+    found = [canonical_row(row) for row in load_rows(str(workspace.root / name), split="train", streaming=streaming)]
     assert len(found) == len(expected) == 16
-    pixels = {row["image"].tobytes(): row["prompt"] for row in expected}
+    pixels = {row["images"][0].tobytes(): row["prompt"] for row in expected}
     for row in found:
-        assert pixels[row["image"].convert("RGB").tobytes()] == row["prompt"]
+        assert pixels[row["images"][0].tobytes()] == row["prompt"]
 
 
 def test_a_streamed_file_trains(workspace: Workspace, tmp_path: Path) -> None:
@@ -150,12 +150,12 @@ def test_a_streamed_file_trains(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def test_several_images_per_row_are_read_from_paths(workspace: Workspace, tmp_path: Path) -> None:
-    from vgs_distill.inputs.data import load_rows
+    from vgs_distill import canonical_row, load_rows
 
     pictures = [str(workspace.root / "pictures" / "0.png"), str(workspace.root / "pictures" / "1.png")]
     rows = [{"prompt": "compare", "images": pictures}, {"prompt": "tell", "images": []}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    found = list(load_rows(str(tmp_path / "rows.jsonl"), split="train"))
+    found = [canonical_row(row) for row in load_rows(str(tmp_path / "rows.jsonl"))]
     assert [[image.size for image in row["images"]] for row in found] == [[(32, 32), (32, 32)], []]
 
 
@@ -167,6 +167,7 @@ def test_an_adapter_is_trained_and_saved(workspace: Workspace, tmp_path: Path) -
         tmp_path,
         "--use_peft",
         lora_r=4,
+        eval_dataset_name=str(workspace.root / "saved"),
         eval_strategy="steps",
         eval_steps=2,
     )

@@ -11,17 +11,28 @@ if TYPE_CHECKING:
     from .config import VGSConfig
     from .inputs.data import load_rows
     from .inputs.families import EvidenceTokens
-    from .masking import without_evidence
+    from .inputs.formats import canonical_row
+    from .masking import with_evidence, without_evidence
     from .trainer import VGSTrainer
 
-__all__ = ["EvidenceTokens", "VGSConfig", "VGSTrainer", "load_rows", "without_evidence"]
+__all__ = [
+    "EvidenceTokens",
+    "VGSConfig",
+    "VGSTrainer",
+    "canonical_row",
+    "load_rows",
+    "with_evidence",
+    "without_evidence",
+]
 
 # On first use: torch, transformers and trl take seconds that `vgs --help` and the display of the demo do not need.
 _MODULES = {
     "EvidenceTokens": ".inputs.families",
     "VGSConfig": ".config",
     "VGSTrainer": ".trainer",
+    "canonical_row": ".inputs.formats",
     "load_rows": ".inputs.data",
+    "with_evidence": ".masking",
     "without_evidence": ".masking",
 }
 

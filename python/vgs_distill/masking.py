@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.data_utils import prepare_multimodal_messages
 
-from .errors import InputError
 from .inputs.families import EvidenceTokens, Family
-from .inputs.modalities import IMAGE, MODALITIES, Modality, evidence_of
+from .inputs.modalities import IMAGE, MODALITIES, Modality
 from .models.heads import backbone
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -70,41 +68,19 @@ def rows_with_evidence(batch: Batch, tokens: EvidenceTokens) -> Tensor:
     return tokens.is_placeholder(batch.prompt_ids).any(dim=1)
 
 
-def with_evidence(row: Mapping[str, Any], modality: Modality, processor: Any = None) -> Any:
-    """The prompt of a row as a conversation with its evidence in it: in the parts that wait for it, or at its start."""
-    prompt, name = row["prompt"], modality.name
-    evidence = evidence_of(row, modality, processor)
-    if isinstance(prompt, str):
-        if evidence:
-            raise InputError(
-                f"a prompt with {modality.plural} must be a conversation, not text; write it as "
-                "[{'role': 'user', 'content': '...'}]"
-            )
-        return prompt
-    if modality is IMAGE:
-        return prepare_multimodal_messages(prompt, images=evidence)
-    messages = prepare_multimodal_messages(prompt)
-    waiting = sum(_waits(part, name) for message in messages for part in message["content"])
-    if not waiting:
-        first = next(index for index, message in enumerate(messages) if message["role"] == "user")
-        parts = [{"type": name} for _ in evidence]
-        messages[first] = {**messages[first], "content": [*parts, *messages[first]["content"]]}
-    elif waiting != len(evidence):
-        raise InputError(
-            f"a prompt has places for {waiting} {modality.plural}, but its row has {len(evidence)}; make them agree"
-        )
-    pieces = iter(evidence)
+def with_evidence(row: Mapping[str, Any], modality: Modality = IMAGE) -> list[dict[str, Any]]:
+    """The prompt of a canonical row (`inputs.formats`) with every piece of its evidence in its place."""
+    pieces = iter(row[modality.plural])
     return [
         {
             **message,
-            "content": [{**part, name: next(pieces)} if _waits(part, name) else part for part in message["content"]],
+            "content": [
+                {**part, modality.name: next(pieces)} if part["type"] == modality.name else part
+                for part in message["content"]
+            ],
         }
-        for message in messages
+        for message in row["prompt"]
     ]
-
-
-def _waits(part: dict[str, Any], name: str) -> bool:
-    return part["type"] == name and part.get(name) is None
 
 
 def without_evidence(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:

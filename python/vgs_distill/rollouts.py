@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ from trl.trainer.utils import pad
 from .config import VGSConfig
 from .distributed import allow_fsdp_on_cpu
 from .errors import InputError
-from .inputs.dataset_checks import check_dataset
+from .inputs.dataset_checks import RowCheck
 from .inputs.families import EvidenceTokens, check_modality, family_of, placeholder_ids
+from .inputs.formats import PROMPT_COLUMNS, canonical_rows
 from .inputs.modalities import IMAGE, MODALITIES, Modality
 from .masking import TOKEN_TYPES, with_evidence, without_evidence
 from .models.teacher import load_student, student_config
@@ -50,7 +52,8 @@ class Rollouts(DistillationTrainer):
     """A `DistillationTrainer` whose rollouts hold all that a model reads, with its evidence and without.
 
     Raises:
-        ValueError: the model does not read the modality, or a dataset row has no prompt or broken evidence.
+        ValueError: the model does not read the modality, a dataset row cannot be read, or there are fewer rows than one
+            step takes.
     """
 
     args: VGSConfig
@@ -66,8 +69,11 @@ class Rollouts(DistillationTrainer):
         **kwargs: Any,
     ) -> None:
         self._modality = MODALITIES[args.modality]
-        check_dataset(train_dataset, args.check_dataset_rows, self._modality, processing_class)
-        check_modality(student_config(model, args) if isinstance(model, str) else model.config, self._modality)
+        config = student_config(model, args) if isinstance(model, str) else model.config
+        check_modality(config, self._modality)
+        rows = RowCheck.of(args, config, processing_class)
+        rows.check(train_dataset)
+        rows.check_evaluation(kwargs.get("eval_dataset"))
         if isinstance(model, str) and self._modality is not IMAGE:  # TRL would look for its image token
             model = load_student(model, args)
         if args.distributed_state is not None:
@@ -76,6 +82,8 @@ class Rollouts(DistillationTrainer):
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
             )
+        collate: Any = partial(canonical_rows, modality=self._modality, processor=self.processing_class)
+        self.data_collator = collate  # rows of every form become one where the data loader hands them on
         self._family = family_of(self.model.config)
         self._evidence_tokens = EvidenceTokens.of(self.model.config, self.processing_class, self._modality)
         self._stand_in: dict[str, Any] | None = None  # the last row whose prompt was not too long
@@ -106,7 +114,7 @@ class Rollouts(DistillationTrainer):
         return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._family.needs_image and not all(self._evidence_count(row) for row in inputs):
+        if self._family.needs_image and not all(row[self._modality.plural] for row in inputs):
             raise InputError(
                 f"a row has no image, but the processor of model type {self.model.config.model_type!r} takes no prompt "
                 "without one; filter such rows out"
@@ -132,9 +140,8 @@ class Rollouts(DistillationTrainer):
             if self._modality is IMAGE:
                 rollout: dict[str, Any] = super()._generate_and_score_completions(rows)
             else:
-                messages = [{"prompt": self._messages(row)} for row in rows]
-                rollout = super()._generate_and_score_completions(messages)
-                rollout |= self._features(messages, rollout)
+                rollout = super()._generate_and_score_completions([{"prompt": self._messages(row)} for row in rows])
+                rollout |= self._features(rows, rollout)
         if self._family.pads_images:
             rollout.pop("num_images", None)  # TRL would cut by images what is laid out by rows
         if self._family.bidirectional_prompt and "token_type_ids" in rollout:
@@ -192,10 +199,10 @@ class Rollouts(DistillationTrainer):
 
     def _features(self, rows: list[dict[str, Any]], rollout: dict[str, Any]) -> dict[str, Any]:
         """The processor's features of the evidence, by row, and types of all tokens: TRL keeps those of images only."""
-        counts = [self._evidence_count(row) for row in rows]
+        counts = [len(row[self._modality.plural]) for row in rows]
         if not any(counts):
             return {}
-        fields = self._tokenize_prompts([row["prompt"] for row in rows])[2]
+        fields = self._tokenize_prompts([self._messages(row) for row in rows])[2]
         device = self.accelerator.device
         tensors = {name: torch.as_tensor(np.asarray(fields[name])) for name in self._modality.keys if name in fields}
         output: dict[str, Any] = self._modality.split_by_row(send_to_device(tensors, device), counts)
@@ -209,16 +216,11 @@ class Rollouts(DistillationTrainer):
 
     def _messages(self, row: dict[str, Any]) -> Any:
         """The prompt of a row with its evidence in it."""
-        return with_evidence(row, self._modality, self.processing_class)
-
-    def _evidence_count(self, row: dict[str, Any]) -> int:
-        messages = self._messages(row)
-        contents = [] if isinstance(messages, str) else [message["content"] for message in messages]
-        return sum(part["type"] == self._modality.name for content in contents for part in content)
+        return with_evidence(row, self._modality)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt", "answer", *IMAGE.columns, *self._modality.columns]
+            self._signature_columns = [*PROMPT_COLUMNS, "answer", *self._modality.columns]
 
     def _generate(self, prompts: list[Any]) -> Any:
         """As TRL's, but with an empty list for a row without images: image processors do not take None."""

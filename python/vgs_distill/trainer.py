@@ -72,8 +72,8 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     `TrainingStopped`. `runaway_action` says what happens when the student runs away from its teacher.
 
     Raises:
-        ValueError: the model does not read the modality, a dataset row has no prompt or a broken image, or the
-            output directory cannot be written.
+        ValueError: the model does not read the modality, a dataset row cannot be read, there are fewer rows than one
+            step takes, or the output directory cannot be written.
 
     Source: arXiv 2606.00564 (steering), arXiv 2306.13649 (on-policy distillation).
     """

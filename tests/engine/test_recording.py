@@ -103,7 +103,7 @@ def test_the_contribution_is_the_difference_of_two_log_probabilities(make_traine
         length = int(batch.completion_mask[row].sum())
         assert record["log_ratios"] == pytest.approx(expected[row, :length].tolist(), abs=1e-4)
         assert "".join(record["tokens"]) == trainer._tokenizer.decode(batch.completion_ids[row, :length])
-        assert record["prompt"] == inputs["examples"][row].row["prompt"][0]["content"]
+        assert record["prompt"] == inputs["examples"][row].row["prompt"][0]["content"][-1]["text"]
 
 
 def test_recording_does_not_change_the_training(make_trainer: Callable[..., VGSTrainer]) -> None:
@@ -135,7 +135,7 @@ def test_the_teacher_answers_what_it_finds_likeliest(make_trainer: Callable[...,
         # One prompt at a time, the whole of it read again for every token: no padding and no cache.
         prompt = batch.prompt_ids[row][batch.prompt_mask[row].bool()][None]
         marked = inputs["examples"][row].row
-        fields = trainer._tokenize_prompts([with_evidence(marked, trainer._modality, trainer.processing_class)])[2]
+        fields = trainer._tokenize_prompts([with_evidence(marked, trainer._modality)])[2]
         seen = {name: torch.as_tensor(value) for name, value in fields.items() if name not in _PER_TOKEN}
         written: list[int] = []
         while len(written) < 6:

@@ -11,32 +11,32 @@ import vgs_distill
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 from vgs_distill import compatibility
-from vgs_distill.inputs.dataset_checks import check_dataset
+from vgs_distill.inputs.dataset_checks import RowCheck
 from vgs_distill.resilience.output_dir import check_output_dir
 
 PROMPT = [{"role": "user", "content": "what is this ?"}]
 
 
 def test_a_dataset_without_prompts_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no column 'prompt' \(it has 'question'\)"):
-        check_dataset(Dataset.from_dict({"question": ["a"]}), None)
+    with pytest.raises(ValueError, match=r"no column 'prompt', 'messages' or 'conversations' \(it has 'question'\)"):
+        RowCheck().check(Dataset.from_dict({"question": ["a"]}))
 
 
 def test_an_empty_dataset_is_refused() -> None:
     with pytest.raises(ValueError, match="is empty"):
-        check_dataset(Dataset.from_dict({"prompt": []}), None)
+        RowCheck().check(Dataset.from_dict({"prompt": []}))
 
 
 @pytest.mark.parametrize("bad", [None, []])
 def test_a_row_without_a_prompt_is_named(bad: Any) -> None:
-    with pytest.raises(ValueError, match="row 2 of the training dataset has no prompt"):
-        check_dataset(Dataset.from_dict({"prompt": [PROMPT, PROMPT, bad, PROMPT]}), None)
+    with pytest.raises(ValueError, match="row 2 of the training dataset is wrong: it has no prompt"):
+        RowCheck().check(Dataset.from_dict({"prompt": [PROMPT, PROMPT, bad, PROMPT]}))
 
 
 def test_a_message_without_content_is_named() -> None:
     rows = [PROMPT, [{"role": "user", "content": None}]]
-    with pytest.raises(ValueError, match="row 1 of the training dataset has a message without"):
-        check_dataset(Dataset.from_dict({"prompt": rows}), None)
+    with pytest.raises(ValueError, match="row 1 of the training dataset is wrong: it has a message without"):
+        RowCheck().check(Dataset.from_dict({"prompt": rows}))
 
 
 def image_dataset(images: list[Any]) -> Dataset:
@@ -47,15 +47,15 @@ def image_dataset(images: list[Any]) -> Dataset:
 def test_a_broken_image_is_named_by_row(prompts: Dataset) -> None:
     good = prompts[0]["image"]
     broken = image_dataset([good, None, {"bytes": b"not an image", "path": None}])
-    with pytest.raises(ValueError, match="row 2 of the training dataset has an image that cannot be opened"):
-        check_dataset(broken, None)
-    check_dataset(broken, 2)  # rows past the limit are not opened
+    with pytest.raises(ValueError, match="row 2 of the training dataset is wrong: an image cannot be opened"):
+        RowCheck().check(broken)
+    RowCheck(opened=2).check(broken)  # rows past the limit are not opened
 
 
 def test_a_missing_image_file_is_named(tmp_path: Path) -> None:
     missing = image_dataset([{"bytes": None, "path": str(tmp_path / "gone.png")}])
     with pytest.raises(ValueError, match=r"row 0 .*gone\.png"):
-        check_dataset(missing, None)
+        RowCheck().check(missing)
 
 
 def test_lists_of_images_are_opened(prompts: Dataset) -> None:
@@ -63,12 +63,12 @@ def test_lists_of_images_are_opened(prompts: Dataset) -> None:
     rows = [[prompts[0]["image"]], [{"bytes": b"x", "path": None}]]
     dataset = Dataset.from_dict({"prompt": [PROMPT, PROMPT], "images": rows}, features=features)
     with pytest.raises(ValueError, match="row 1 "):
-        check_dataset(dataset, None)
+        RowCheck().check(dataset)
 
 
 def test_a_streaming_dataset_has_its_first_row_checked() -> None:
     with pytest.raises(ValueError, match="no column 'prompt'"):
-        check_dataset(IterableDataset.from_generator(lambda: iter([{"text": "x"}])), None)
+        RowCheck().check(IterableDataset.from_generator(lambda: iter([{"text": "x"}])))
 
 
 def test_the_trainer_checks_before_it_trains(make_trainer: Callable[..., Any]) -> None:

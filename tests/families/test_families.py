@@ -22,7 +22,7 @@ from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import read_run
 
 from tests.families.models import SMALL_FAMILIES
-from tests.families.training import make_trainer, processor_of, step_logs
+from tests.families.training import first_rows, make_trainer, processor_of, step_logs
 from vgs_kernels import DECOMPOSITIONS
 
 
@@ -107,7 +107,7 @@ def test_its_modules_are_told_apart(family: str) -> None:
 
 def rollout(trainer: VGSTrainer, rows: int = 4) -> Batch:
     trainer.model.eval()
-    return Batch.of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(rows)]))
+    return Batch.of(trainer._prepare_inputs(first_rows(trainer, rows)))
 
 
 def hidden(trainer: VGSTrainer, batch: Batch) -> Tensor:
@@ -210,7 +210,7 @@ def test_drop_leaves_the_prompt_of_a_row_without_image(family: str, tmp_path: Pa
 def test_the_loss_is_the_textbook_one_on_the_model_s_own_logits(family: str, tmp_path: Path) -> None:
     trainer = make_trainer(family, str(tmp_path), max_steps=1)
     trainer.model.eval()
-    inputs = trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)])
+    inputs = trainer._prepare_inputs(first_rows(trainer, 4))
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, inputs)
     batch = Batch.of(inputs)

@@ -16,15 +16,16 @@ import torch
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value, Video
 from torch import Tensor
 from vgs_distill.errors import InputError
-from vgs_distill.inputs.dataset_checks import check_dataset
+from vgs_distill.inputs.dataset_checks import RowCheck
 from vgs_distill.inputs.families import EvidenceTokens, check_modality, check_teacher_reads_the_same, placeholder_ids
-from vgs_distill.inputs.modalities import AUDIO, VIDEO, evidence_of
+from vgs_distill.inputs.formats import canonical_row, canonical_rows
+from vgs_distill.inputs.modalities import AUDIO, VIDEO, read_piece
 from vgs_distill.masking import Batch, masked_view, with_evidence
 from vgs_distill.report.log import LOG_FILE
 
 from tests.command_line import invoke
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
-from tests.families.training import make_trainer, picture, processor_of, questions, sound, step_logs, video
+from tests.families.training import first_rows, make_trainer, picture, processor_of, questions, sound, step_logs, video
 from tests.reference_formulas import textbook
 from tests.small_run import ON_CPU
 from vgs_kernels import DECOMPOSITIONS
@@ -41,7 +42,7 @@ def test_both_parts_are_those_of_the_logits_of_two_prompts(family: str, decompos
     student, teacher = (small.model(processor, seed, width).double() for seed, width in ((1, 32), (2, TEACHER_WIDTH)))
     trainer = make_trainer(family, str(tmp_path), (1, 0, 2), student, teacher, decomposition=decomposition)
     trainer.model.eval()
-    rows = [trainer.train_dataset[row] for row in range(4)]
+    rows = first_rows(trainer, 4)
     batch = Batch.of(inputs := trainer._prepare_inputs(rows))
     with torch.no_grad():
         result = trainer._compute_loss(trainer.model, inputs, 1.0)
@@ -49,10 +50,10 @@ def test_both_parts_are_those_of_the_logits_of_two_prompts(family: str, decompos
     def logits(model: Any, row: int, *, masked: bool) -> Tensor:
         """Of the tokens that the student wrote for one row, (tokens, vocabulary)."""
         written = batch.completion_ids[row, batch.completion_mask[row].bool()]
-        parts = [] if masked else evidence_of(rows[row], trainer._modality)
+        parts = [] if masked else rows[row][trainer._modality.plural]
         name = small.modality
         content = [{"type": name, name: part} for part in parts]
-        content += [{"type": "text", "text": rows[row]["prompt"][0]["content"]}]
+        content += [rows[row]["prompt"][0]["content"][-1]]
         prompt = processor.apply_chat_template(
             [[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",
@@ -90,7 +91,7 @@ def test_both_parts_are_those_of_the_logits_of_two_prompts(family: str, decompos
 def test_the_masked_view_differs_by_the_evidence_only(family: str, tmp_path: Path) -> None:
     trainer = make_trainer(family, str(tmp_path), (1, 2))
     trainer.model.eval()
-    batch = Batch.of(trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)]))
+    batch = Batch.of(trainer._prepare_inputs(first_rows(trainer, 4)))
     views = {
         mask: masked_view(mask, batch, trainer._evidence_tokens, trainer._family, trainer.model)
         for mask in trainer._modality.masks
@@ -143,7 +144,7 @@ def test_a_student_learns_the_pitch_from_its_teacher(tmp_path: Path) -> None:
     low, high = processor.tokenizer.convert_tokens_to_ids(["red", "blue"])
 
     def logits(model: Any, rows: list[dict[str, Any]]) -> Tensor:
-        prompts = [with_evidence(row, AUDIO) for row in rows]
+        prompts = [with_evidence(row, AUDIO) for row in canonical_rows(rows, AUDIO)]
         inputs = processor.apply_chat_template(
             prompts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -174,33 +175,33 @@ def test_a_student_learns_the_pitch_from_its_teacher(tmp_path: Path) -> None:
 
 def test_a_prompt_says_where_its_sound_goes() -> None:
     tone = sound(3)
-    samples = evidence_of({"audio": tone}, AUDIO)[0]
+    samples = read_piece(tone, AUDIO)
     placed = [{"type": "text", "text": "hear"}, {"type": "audio"}, {"type": "text", "text": "this"}]
-    found = with_evidence({"prompt": [{"role": "user", "content": placed}], "audio": tone}, AUDIO)[0]["content"]
+    row = canonical_row({"prompt": [{"role": "user", "content": placed}], "audio": tone}, AUDIO)
+    found = with_evidence(row, AUDIO)[0]["content"]
     assert [part["type"] for part in found] == ["text", "audio", "text"]
     assert np.array_equal(found[1]["audio"], samples)
     assert "audio" not in placed[1], "the row is left alone"
-    first = with_evidence({"prompt": PROMPT, "audios": [tone, tone]}, AUDIO)[0]["content"]
+    first = canonical_row({"prompt": PROMPT, "audios": [tone, tone]}, AUDIO)["prompt"][0]["content"]
     assert [part["type"] for part in first] == ["audio", "audio", "text"]
-    assert with_evidence({"prompt": "which colour is it", "audio": None}, AUDIO) == "which colour is it"
-    with pytest.raises(InputError, match="has places for 1 audios, but its row has 2; make them agree"):
-        with_evidence({"prompt": [{"role": "user", "content": placed}], "audios": [tone, tone]}, AUDIO)
-    with pytest.raises(InputError, match="a prompt with audios must be a conversation, not text"):
-        with_evidence({"prompt": "which colour is it", "audio": tone}, AUDIO)
+    marked = canonical_row({"prompt": "hear <audio> this", "audio": tone}, AUDIO)["prompt"][0]["content"]
+    assert [part["type"] for part in marked] == ["text", "audio", "text"]
+    with pytest.raises(InputError, match="has places for 1 audios, but the row has 2; make them agree"):
+        canonical_row({"prompt": [{"role": "user", "content": placed}], "audios": [tone, tone]}, AUDIO)
 
 
 def test_evidence_is_read_in_every_form_it_may_have() -> None:
     tone = sound(3)
     for value in (tone, tone["array"], tone["array"].tolist()):
-        read = evidence_of({"audio": value}, AUDIO, processor_of("qwen2_audio"))[0]
+        read = read_piece(value, AUDIO, processor_of("qwen2_audio"))
         assert read.dtype == np.float32
         assert np.array_equal(read, tone["array"])
     frames = video(2)
     array = np.stack([np.asarray(frame) for frame in frames])
     for value in (frames, array, array.tolist(), questions((1,), modality="video")[2]["videos"][0]):
-        read = evidence_of({"video": value}, VIDEO)[0]
+        read = read_piece(value, VIDEO)
         assert read.shape == (4, 32, 32, 3)
-    assert np.array_equal(evidence_of({"video": array.tolist()}, VIDEO)[0], array)
+    assert np.array_equal(read_piece(array.tolist(), VIDEO), array)
 
 
 def rows(column: str, *values: Any, features: Any = None) -> Dataset:
@@ -208,7 +209,7 @@ def rows(column: str, *values: Any, features: Any = None) -> Dataset:
 
 
 WRONG_SOUNDS = {
-    "no column": (rows("sound", 1), "neither a column 'audio' nor 'audios' (it has 'prompt', 'sound')"),
+    "no column": (rows("sound", 1), "neither in a column 'audio' or 'audios' (it has 'prompt', 'sound')"),
     "a picture beside": (rows("audio", None).add_column("image", ["a.png"]), "which takes no images beside"),
     "rate": (rows("audio", sound(1), sound(2) | {"sampling_rate": 8000}), "row 1 of the training dataset is wrong: "
              "audio is sampled at 8000 Hz, but the model hears 16000 Hz; resample it"),
@@ -235,7 +236,7 @@ WRONG_VIDEOS = {
 def test_a_wrong_sound(kind: str) -> None:
     dataset, sentence = WRONG_SOUNDS[kind]
     with pytest.raises(InputError) as error:
-        check_dataset(dataset, None, AUDIO, processor_of("qwen2_audio"))
+        RowCheck(AUDIO, processor_of("qwen2_audio"), need_evidence=True).check(dataset)
     assert sentence in str(error.value)
 
 
@@ -243,7 +244,7 @@ def test_a_wrong_sound(kind: str) -> None:
 def test_a_wrong_video(kind: str) -> None:
     dataset, sentence = WRONG_VIDEOS[kind]
     with pytest.raises(InputError) as error:
-        check_dataset(dataset, None, VIDEO)
+        RowCheck(VIDEO).check(dataset)
     assert sentence in str(error.value)
 
 
@@ -262,13 +263,13 @@ def test_files_that_nothing_here_decodes(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         dataset = Dataset.from_dict({"prompt": [], column: []}, features=Features({"prompt": prompt, column: feature}))
         with pytest.raises(InputError, match=sentence):
-            check_dataset(dataset, None, modality)
+            RowCheck(modality).check(dataset)
 
 
 def test_a_stream_has_its_first_row_checked() -> None:
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": PROMPT, "audio": "a.wav"}]))
     with pytest.raises(InputError, match="row 0 of the training dataset is wrong: audio must be an array of samples"):
-        check_dataset(stream, None, AUDIO)
+        RowCheck(AUDIO).check(stream)
 
 
 def test_a_model_of_another_modality_is_refused(tmp_path: Path) -> None:

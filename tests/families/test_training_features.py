@@ -18,7 +18,7 @@ from vgs_distill.masking import Batch
 from vgs_distill.models.heads import backbone
 
 from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
-from tests.families.training import make_trainer, processor_of, questions, step_logs
+from tests.families.training import first_rows, make_trainer, processor_of, questions, step_logs
 
 FAMILY = "qwen3_vl"
 
@@ -155,7 +155,7 @@ def test_padded_vocabularies_are_compared_where_both_have_entries(tmp_path: Path
             FAMILY, str(tmp_path), student=small_model(1, vocabulary=ours), teacher=small_model(2, 48, theirs)
         )
         trainer.model.eval()
-        batch = Batch.of(inputs := trainer._prepare_inputs([trainer.train_dataset[row] for row in range(4)]))
+        batch = Batch.of(inputs := trainer._prepare_inputs(first_rows(trainer, 4)))
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model, inputs)
             logits = [
@@ -191,7 +191,7 @@ def test_rows_with_long_prompts_are_left_out_whole(tmp_path: Path, caplog: pytes
     logger = logging.getLogger("vgs_distill.trainer")
     logger.addHandler(caplog.handler)
     try:
-        output = trainer._prepare_inputs([dataset[row] for row in range(4)])
+        output = trainer._prepare_inputs(first_rows(trainer, 4))
     finally:
         logger.removeHandler(caplog.handler)
     assert "2 of 4 prompts are longer than max_prompt_length=24 tokens, images included" in caplog.text
@@ -199,7 +199,8 @@ def test_rows_with_long_prompts_are_left_out_whole(tmp_path: Path, caplog: pytes
     assert output["prompt_ids"].size(1) <= 24
     assert output["num_items_in_batch"] == output["completion_mask"].sum()
     assert len(output["image_grid_thw"]) == 4, "the stand-ins have one image each"
-    assert not trainer._prepare_inputs([dataset[1]])["completion_mask"].any(), "a batch may have no row that counts"
+    long = trainer._prepare_inputs(first_rows(trainer, 2)[1:])
+    assert not long["completion_mask"].any(), "a batch may have no row that counts"
     trainer.model.train()
     trainer.train()
     assert all(math.isfinite(row["loss/full"]) for row in step_logs(trainer))
@@ -218,5 +219,5 @@ def test_the_teacher_is_packed_where_that_wastes_no_padding(tmp_path: Path) -> N
 
 
 def test_a_limit_that_no_prompt_can_meet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_prompt_length must be 1 or more, or None, got 0"):
+    with pytest.raises(ValueError, match="max_prompt_length must be 1 or more, got 0"):
         make_trainer(FAMILY, str(tmp_path), max_prompt_length=0)

@@ -95,5 +95,10 @@ def make_trainer(
     )
 
 
+def first_rows(trainer: VGSTrainer, count: int) -> list[dict[str, Any]]:
+    """The first rows of its dataset, as its data loader hands them on."""
+    return trainer.data_collator([trainer.train_dataset[row] for row in range(count)])
+
+
 def step_logs(trainer: VGSTrainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss/full" in row]

@@ -24,6 +24,8 @@ from ..errors import InputError, one_sentence
 from .fields import hint, unknown_flag
 from .parsing import refused
 
+_MOST_VALUES = 10_000  # of a configuration, which has some two hundred fields
+
 
 @dataclass
 class DatasetArguments:
@@ -33,15 +35,27 @@ class DatasetArguments:
         default=None,
         metadata={
             "help": "A dataset of the Hugging Face hub, a folder written by save_to_disk, a folder of images with "
-            "metadata, or a .jsonl or .parquet file. Columns: 'prompt' (text, or messages with role and content) and "
-            "'image' or 'images' (in .jsonl files: paths, relative to the file); with another modality 'video' or "
-            "'videos', 'audio' or 'audios'."
+            "metadata, or a .jsonl or .parquet file. Columns: 'prompt' (text, or messages with role and content), "
+            "'messages' or 'conversations' (ShareGPT: from and value), whose last answer is left out; and 'image' or "
+            "'images': image files, or in .jsonl files their paths, relative to the file, or base64. '<image>' in a "
+            "text is the place of an image; without one images come first. With another modality 'video' or 'videos', "
+            "'audio' or 'audios'."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_test_split: str = field(
-        default="test",
-        metadata={"help": "Split to evaluate on; in training, only if eval_strategy asks for it."},
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column to read as the prompt; by default the first there is of those in dataset_name."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column to read as the image, or as the video or audio of another modality."}
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on, in training only if eval_strategy asks for it. By default 'test'; a single "
+            "file has no splits and is read whole."
+        },
     )
 
 
@@ -54,7 +68,11 @@ class DataArguments(DatasetArguments):
         default=False, metadata={"help": "Read rows while training instead of before it; needs max_steps."}
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "A dataset of its own for evaluation, as in dataset_name."}
+        default=None,
+        metadata={
+            "help": "A dataset of its own for evaluation, as in dataset_name; eval_strategy needs one if dataset_name "
+            "is a single file, which holds no other split."
+        },
     )
 
 
@@ -116,6 +134,8 @@ class SettingsParser(TrlParser):
                 filled.append(kind(**{item.name: values[item.name] for item in fields(kind) if item.init}))
             except (ValueError, TypeError, OSError, ImportError) as error:
                 raise InputError(one_sentence(error)) from error
+            except RecursionError:
+                raise InputError("a value is nested too deeply; write it flat, or leave it out") from None
         return filled, {"env": self._environment, **values} if self._environment else values
 
     def error(self, message: str) -> NoReturn:
@@ -150,8 +170,17 @@ class SettingsParser(TrlParser):
             raise InputError(f"the configuration {str(path)!r} is not text in UTF-8") from None
         except yaml.YAMLError as error:
             raise InputError(f"{str(path)!r} is not valid YAML: {one_sentence(error)}") from None
+        except RecursionError:
+            raise InputError(
+                f"{str(path)!r} is nested too deeply; a field holds a value, a list or a mapping"
+            ) from None
         if not isinstance(typed, dict):
             raise InputError(f"{str(path)!r} does not hold 'field: value' lines; write for example 'gamma: 0.8'")
+        if _size(typed, {}) > _MOST_VALUES:
+            raise InputError(
+                f"{str(path)!r} stands for more than {_MOST_VALUES} values once its aliases are followed; write them "
+                "out"
+            )
         flags: list[str] = []
         for (key, scalar), value in zip(written.items(), typed.values(), strict=True):
             if key == "env" and isinstance(scalar, dict):
@@ -179,6 +208,16 @@ class SettingsParser(TrlParser):
             else:
                 flags.append(f"--{key}={scalar}")
         return flags
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are in this one. Aliases are one object, which is gone through once."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        held = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(one, known) for one in held)
+    return known[id(value)]
 
 
 def _float_or_name(text: str) -> float | str:

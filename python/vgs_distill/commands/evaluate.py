@@ -21,24 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
-from trl import prepare_multimodal_messages
+from trl import ModelConfig
 
 from ..config import VGSConfig
 from ..errors import InputError, one_sentence
-from ..inputs.data import load_rows
+from ..inputs.data import has_splits, is_same_source, load_rows, where
+from ..inputs.dataset_checks import RowCheck
 from ..inputs.families import EvidenceTokens, Family, check_modality, family_of
-from ..inputs.modalities import IMAGE, MODALITIES, evidence_of
+from ..inputs.formats import canonical_rows
+from ..inputs.modalities import MODALITIES, Modality
 from ..loss import DecomposedLoss, LossSettings
 from ..masking import Batch, with_evidence, without_evidence
 from ..models.heads import backbone
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
 from ..resilience.output_dir import check_output_dir
-from .arguments import EvalArguments, eval_parser, require
+from ..resilience.run_folder import RUN_FILE
+from .arguments import DatasetArguments, EvalArguments, eval_parser, require
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,40 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     (settings, data, model), values = eval_parser().parse(arguments)
     require(values, "model_name_or_path", "dataset_name")
     pattern = _check(settings)
-    loss_config = _loss_config(settings)
     output = Path(settings.output_file)
     check_output_dir(output.parent)
+    split = data.dataset_test_split or ("test" if has_splits(data.dataset_name) else None)
+    judge, rows = _prepare(settings, data, model, pattern, split)
+    measured = {name: judge.measure(rows, evidence=name == "with_image") for name in ("with_image", "without_image")}
+    source = where(data.dataset_name, split)
+    trained_on = _trained_on(model.model_name_or_path, data.dataset_name, split)
+    results = {
+        "settings": {name: values[name] for name in (*asdict(settings), *asdict(data), "model_name_or_path")},
+        "rows": len(rows),
+        "source": source,
+        "trained_on": trained_on,
+        **{name: asdict(result) for name, result in measured.items()},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+    console = console or Console()
+    console.print(_table(measured, f"{len(rows)} rows, from {source}"))
+    if trained_on:
+        remark = "The model was trained on these very rows: this measures what it remembers, not what it can do."
+        console.print(remark, soft_wrap=True)
+    console.print(f"Written: {output}", soft_wrap=True, highlight=False)
+    return results
+
+
+def _prepare(
+    settings: EvalArguments,
+    data: DatasetArguments,
+    model: ModelConfig,
+    pattern: re.Pattern[str] | None,
+    split: str | None,
+) -> tuple[_Evaluator, Dataset]:
+    """The models and the rows; what is cheap to check is checked before weights are loaded."""
+    loss_config = _loss_config(settings)
     check_installed(model.attn_implementation, use_liger_kernel=False)
     student = student_source(model, settings)
     modality = MODALITIES[settings.modality]
@@ -82,15 +117,9 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
         teacher = teacher_source(model, settings)
         teacher.check(modality)
         check_tokenizers(processor, teacher)
-    rows: Any = load_rows(data.dataset_name, split=data.dataset_test_split, config=data.dataset_config, need=modality)
-    for column in ("prompt", settings.answer_column):
-        if column not in rows.column_names:
-            listing = ", ".join(repr(name) for name in rows.column_names)
-            raise InputError(f"the dataset {data.dataset_name!r} has no column {column!r} (it has {listing})")
-    if settings.max_rows is not None:
-        rows = rows.select(range(min(settings.max_rows, len(rows))))
-    if len(rows) == 0:
-        raise InputError(f"the dataset {data.dataset_name!r} is empty; give it at least one row")
+    tokens = EvidenceTokens.of(config, processor, modality)
+    rows = _rows(settings, data, split, modality)
+    RowCheck(modality, processor, tokens.texts(processor), name=f"the dataset {data.dataset_name!r}").check(rows)
     device = loss_config.device
     judge = _Evaluator(
         settings,
@@ -98,22 +127,40 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
         pattern,
         processor,
         family_of(config),
-        EvidenceTokens.of(config, processor, modality),
+        tokens,
         student.load(device).eval(),
         None if teacher is None else teacher.load(device).eval(),
     )
-    measured = {name: judge.measure(rows, evidence=name == "with_image") for name in ("with_image", "without_image")}
-    results = {
-        "settings": {name: values[name] for name in (*asdict(settings), *asdict(data), "model_name_or_path")},
-        "rows": len(rows),
-        **{name: asdict(result) for name, result in measured.items()},
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1))
-    console = console or Console()
-    console.print(_table(measured, len(rows)))
-    console.print(f"Written: {output}", soft_wrap=True, highlight=False)
-    return results
+    return judge, rows
+
+
+def _rows(settings: EvalArguments, data: DatasetArguments, split: str | None, modality: Modality) -> Dataset:
+    """The rows to evaluate on, with their answers."""
+    assert data.dataset_name is not None
+    rows: Any = load_rows(
+        data.dataset_name,
+        split=split,
+        config=data.dataset_config,
+        prompt_column=data.prompt_column,
+        image_column=data.image_column,
+        modality=modality,
+    )
+    if settings.answer_column not in rows.column_names:
+        listing = ", ".join(map(repr, rows.column_names))
+        raise InputError(
+            f"the dataset {data.dataset_name!r} has no column {settings.answer_column!r} (it has {listing}); name the "
+            "one that holds the right answers with answer_column"
+        )
+    return rows if settings.max_rows is None else rows.select(range(min(settings.max_rows, len(rows))))
+
+
+def _trained_on(model: str, name: str, split: str | None) -> bool:
+    """Whether the model lies where `vgs train` left it, and was trained on these very rows."""
+    for folder in (Path(model), Path(model).parent):  # of a checkpoint the latter
+        if (folder / RUN_FILE).is_file():
+            run = yaml.safe_load((folder / RUN_FILE).read_text())
+            return is_same_source(name, split, run["dataset_name"], run["dataset_train_split"])
+    return False
 
 
 def normalise(text: str) -> str:
@@ -192,12 +239,14 @@ class _Evaluator:
         tokens = 0.0
         sums = torch.zeros(4, dtype=torch.float64)
         for start in range(0, len(rows), self.settings.batch_size):
-            chunk = rows.select(range(start, min(start + self.settings.batch_size, len(rows))))
+            numbers = range(start, min(start + self.settings.batch_size, len(rows)))
+            chunk = canonical_rows(rows.select(numbers), self.evidence_tokens.modality, self.processor)
             batch, mask = self._generate(chunk, evidence)
             texts = self.tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
-            for text, answer in zip(texts, chunk[self.settings.answer_column], strict=True):
+            for text, row in zip(texts, chunk, strict=True):
                 found = read_answer(text, self.pattern)
-                right.append(found is not None and normalise(found) == normalise(str(answer)))
+                answer = str(row[self.settings.answer_column])
+                right.append(found is not None and normalise(found) == normalise(answer))
             completions += texts
             tokens += float(mask.sum())
             if self.teacher is not None:
@@ -205,8 +254,8 @@ class _Evaluator:
         full, lang, vis, entropy = [None] * 4 if self.teacher is None else (sums / max(tokens, 1.0)).tolist()
         return Measured(sum(right) / len(right), tokens / len(right), full, lang, vis, entropy, tuple(completions))
 
-    def _generate(self, rows: Dataset, evidence: bool) -> tuple[Batch, Tensor]:
-        """Prompts with greedy completions, and which of their tokens count."""
+    def _generate(self, rows: list[dict[str, Any]], evidence: bool) -> tuple[Batch, Tensor]:
+        """Prompts of canonical rows with greedy completions, and which of their tokens count."""
         inputs = self._inputs(rows, evidence).to(self.student.device)
         config = GenerationConfig(
             do_sample=False,
@@ -230,25 +279,11 @@ class _Evaluator:
             mask,
         )
 
-    def _inputs(self, rows: Dataset, evidence: bool) -> Any:
-        """What the processor makes of the rows, padded on the left."""
+    def _inputs(self, rows: list[dict[str, Any]], evidence: bool) -> Any:
+        """What the processor makes of canonical rows, padded on the left."""
         modality = self.evidence_tokens.modality
-        examples = list(rows)  # each is decoded once
-        seen = [evidence_of(row, modality, self.processor) if evidence else [] for row in examples]
-        if isinstance(examples[0]["prompt"], str) and modality is IMAGE:
-            return self.processor(
-                text=[row["prompt"] for row in examples],
-                images=seen if any(seen) else None,
-                padding=True,
-                return_tensors="pt",
-            )
         return self.processor.apply_chat_template(
-            [
-                with_evidence(row, modality, self.processor)
-                if any_of_it
-                else prepare_multimodal_messages(without_evidence(row["prompt"]))
-                for row, any_of_it in zip(examples, map(bool, seen), strict=True)
-            ],
+            [with_evidence(row, modality) if evidence else without_evidence(row["prompt"]) for row in rows],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -265,8 +300,8 @@ def _hidden_states(model: Any, batch: Batch) -> Tensor:
     return output.last_hidden_state[:, :-1][:, -batch.completion_ids.size(1) :]
 
 
-def _table(measured: dict[str, Measured], rows: int) -> Table:
-    table = Table(title=f"{rows} rows, greedy completions; divergences per token, in nats")
+def _table(measured: dict[str, Measured], rows: str) -> Table:
+    table = Table(title=f"{rows}, greedy completions; divergences per token, in nats")
     table.add_column("")
     for name in measured:
         table.add_column(name.replace("_", " "), justify="right")

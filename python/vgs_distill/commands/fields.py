@@ -66,8 +66,8 @@ COMMON = {
         "needed": ("output_dir", "model_name_or_path", "teacher_model_name_or_path", "dataset_name"),
         "steering": ("steering", "gamma", "gamma_schedule", "decomposition", "image_mask", "modality"),
         "data": (
-            "dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "dataset_streaming",
-            "max_prompt_length",
+            "prompt_column", "image_column", "dataset_train_split", "dataset_test_split", "eval_dataset_name",
+            "dataset_streaming", "max_prompt_length",
         ),
         "student and teacher": (
             "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "teacher_device",
@@ -89,7 +89,9 @@ COMMON = {
             "teacher_model_name_or_path", "output_file", "max_rows", "answer_column", "answer_pattern",
             "max_completion_length", "batch_size", "decomposition", "modality", "use_cpu",
         ),
-        "data and models": ("dataset_config", "dataset_test_split", "dtype", "attn_implementation"),
+        "data and models": (
+            "dataset_config", "prompt_column", "image_column", "dataset_test_split", "dtype", "attn_implementation",
+        ),
     },
 }  # fmt: skip
 

@@ -15,10 +15,10 @@ from trl import ModelConfig
 
 from ..config import VGSConfig
 from ..errors import InputError, one_sentence
-from ..inputs.data import load_rows
-from ..inputs.dataset_checks import check_dataset
+from ..inputs.data import has_splits, is_same_source, load_rows, where
+from ..inputs.dataset_checks import RowCheck
 from ..inputs.families import check_image_mask, check_modality, check_teacher_reads_the_same
-from ..inputs.modalities import MODALITIES
+from ..inputs.modalities import MODALITIES, Modality
 from ..models.sources import (
     adapter_config,
     check_installed,
@@ -69,23 +69,11 @@ def build(
         check_image_mask(configs[0], config.image_mask)
     processor = student.processor()
     check_tokenizers(processor, teacher)
-
-    def rows(name: str, split: str) -> Any:
-        steered = config.steering != "none"
-        return load_rows(
-            name,
-            split=split,
-            config=data.dataset_config,
-            streaming=data.dataset_streaming,
-            need=modality if steered else None,
-        )
-
-    train_rows = rows(data.dataset_name, data.dataset_train_split)
-    check_dataset(train_rows, config.check_dataset_rows, modality, processor)
+    train_rows, eval_rows = rows(data, modality, evaluated=config.eval_strategy != "no")
+    check = RowCheck.of(config, configs[0], processor)
+    check.check(train_rows)
+    check.check_evaluation(eval_rows)
     config.check_dataset_rows = 0  # the trainer need not read the rows again
-    eval_rows = None
-    if config.eval_strategy != "no":
-        eval_rows = rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split)
     existed = Path(config.output_dir).exists()
     config.model_init_kwargs = config.teacher_model_init_kwargs = None  # in the sources by now
     try:
@@ -106,6 +94,35 @@ def build(
         raise InputError(one_sentence(error)) from error
     trainer.dataset_name = data.dataset_name
     return trainer, checkpoint
+
+
+def rows(data: DataArguments, modality: Modality, *, evaluated: bool) -> tuple[Any, Any]:
+    """What to train on, and what to evaluate on where that is asked for; InputError where both are the same rows."""
+
+    def load(name: str, split: str | None) -> Any:
+        return load_rows(
+            name,
+            split=split,
+            config=data.dataset_config,
+            streaming=data.dataset_streaming,
+            prompt_column=data.prompt_column,
+            image_column=data.image_column,
+            modality=modality,
+        )
+
+    assert data.dataset_name is not None
+    train_name, train_split = data.dataset_name, data.dataset_train_split
+    train_rows = load(train_name, train_split)
+    if not evaluated:
+        return train_rows, None
+    name = data.eval_dataset_name or train_name
+    split = data.dataset_test_split or ("test" if has_splits(name) else None)
+    if is_same_source(name, split, train_name, train_split):
+        raise InputError(
+            f"eval_strategy would evaluate on the rows that are trained on, {where(name, split)}; give "
+            "eval_dataset_name, or another dataset_test_split"
+        )
+    return train_rows, load(name, split)
 
 
 def resume_point(output_dir: str, asked: str | None) -> str | None:

@@ -158,6 +158,10 @@ class EvidenceTokens:
         wrapping = _ids_of(family_of(config).wrapping_tokens, getattr(processor, "tokenizer", processor))
         return cls(modality, placeholders, tuple(sorted({*placeholders, *wrapping})))
 
+    def texts(self, processor: Any) -> tuple[str, ...]:
+        """What these tokens look like where somebody writes them."""
+        return tuple(getattr(processor, "tokenizer", processor).convert_ids_to_tokens(self.banned_while_sampling))
+
     def is_placeholder(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
 

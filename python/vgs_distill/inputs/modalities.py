@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..errors import InputError
+from .images import open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,15 +116,38 @@ AUDIO = Modality(
 MODALITIES = {modality.name: modality for modality in (IMAGE, VIDEO, AUDIO)}
 
 
-def evidence_of(row: Mapping[str, Any], modality: Modality, processor: Any = None) -> list[Any]:
-    """The pieces of evidence in a row's columns, as the processor takes them; InputError where it could not.
+def pieces_of(row: Mapping[str, Any], modality: Modality) -> list[Any]:
+    """The pieces of evidence in a row's columns, as they are there; InputError where one of them is missing."""
+    one: Any = row.get(modality.name)
+    several: Any = row.get(modality.plural)
+    if one is None and several is None:
+        return []
+    if one is not None and several is not None:
+        if len(several):
+            refuse_both(modality)
+        several = None
+    held = one if several is None else several
+    # A list in the column of one image, or one image in that of several, can mean one thing only.
+    many = isinstance(held, list | tuple) if modality is IMAGE else several is not None
+    pieces = list(held) if many else [held]
+    for number, piece in enumerate(pieces, 1):
+        if piece is None:
+            raise InputError(
+                f"there is nothing in place {number} of its {len(pieces)} {modality.plural}; remove the empty one"
+            )
+    return pieces
 
-    Images are left as they are. `processor` knows the sampling rate of audio; None leaves that unchecked.
+
+def refuse_both(modality: Modality) -> NoReturn:
+    raise InputError(f"there is something in both {modality.name!r} and {modality.plural!r}; leave one of them empty")
+
+
+def read_piece(value: Any, modality: Modality, processor: Any = None) -> Any:
+    """A piece of evidence as the processor takes it; InputError where it could not.
+
+    processor: knows the sampling rate of audio; None leaves that unchecked.
     """
-    one, several = (row.get(column) for column in modality.columns)
-    found = list(several) if several is not None else [] if one is None else [one]
-    read = _READERS.get(modality.name)
-    return found if read is None else [read(value, processor) for value in found]
+    return _READERS[modality.name](value, processor)
 
 
 def _waveform(value: Any, processor: Any) -> np.ndarray:
@@ -160,7 +183,7 @@ def _waveform(value: Any, processor: Any) -> np.ndarray:
 def _frames(value: Any, processor: Any) -> np.ndarray:
     """(frames, height, width, 3) uint8: from an array of that shape or a list of images, decoded or not."""
     if isinstance(value, list) and value and not isinstance(value[0], list | np.ndarray):
-        value = [np.asarray(_image(frame).convert("RGB")) for frame in value]
+        value = [_frame(frame) for frame in value]
     frames = _array(value, "iu", "a video must be a list of images of one size, or whole numbers from 0 to 255")
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise InputError(
@@ -170,13 +193,10 @@ def _frames(value: Any, processor: Any) -> np.ndarray:
     return frames.astype(np.uint8)
 
 
-def _image(frame: Any) -> Any:
-    """A PIL image from itself or from what `datasets` keeps of one."""
-    if isinstance(frame, dict):
-        return ImageFeature().decode_example(frame)
-    if not isinstance(frame, Image.Image):
+def _frame(frame: Any) -> np.ndarray:  # (height, width, 3)
+    if not isinstance(frame, dict | Image.Image):
         raise InputError(f"a video must be a list of images, its frames, got a list of {type(frame).__name__}")
-    return frame
+    return np.asarray(open_image(frame))
 
 
 def _array(value: Any, kinds: str, expected: str) -> np.ndarray:
@@ -191,4 +211,8 @@ def _array(value: Any, kinds: str, expected: str) -> np.ndarray:
     return array
 
 
-_READERS: dict[str, Callable[[Any, Any], Any]] = {"video": _frames, "audio": _waveform}
+_READERS: dict[str, Callable[[Any, Any], Any]] = {
+    "image": lambda value, processor: open_image(value),
+    "video": _frames,
+    "audio": _waveform,
+}

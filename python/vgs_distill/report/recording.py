@@ -158,7 +158,7 @@ class RunRecorder(TrainerCallback):
             marked = batch["examples"][row]
             images: list[str] = []
             with self._disk():
-                images.extend(map(self._keep_image, _images(marked.row)))
+                images.extend(map(self._keep_image, marked.row.get("images", [])))
             completion = {
                 "prompt": _prompt_text(marked.row["prompt"]),
                 "images": images,
@@ -272,21 +272,10 @@ def _rounded(values: Tensor) -> list[float | None]:
     return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _prompt_text(prompt: Any) -> str:
-    """What the prompt says: the text of its messages, without roles and images."""
-    if isinstance(prompt, str):
-        return prompt
-    texts: list[str] = []
-    for message in prompt:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        texts.extend(part["text"] for part in parts if part.get("type") == "text" and part.get("text"))
-    return "\n\n".join(texts)
-
-
-def _images(example: Mapping[str, Any]) -> list[Any]:
-    images = example.get("images", [example.get("image")])
-    return [image for image in images or [] if image is not None]
+def _prompt_text(prompt: list[dict[str, Any]]) -> str:
+    """What the prompt of a canonical row says: the text of its messages, without roles and images."""
+    parts = [part for message in prompt for part in message["content"]]
+    return "\n\n".join(part["text"] for part in parts if part.get("text"))
 
 
 def _reference(example: Mapping[str, Any]) -> str | None:

@@ -73,17 +73,13 @@ class TeacherAnswers:
 
     def _inputs(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """What the processor makes of the rows, padded on the left as for sampling."""
-        prompts = [with_evidence(row, self._modality, self._processor) for row in rows]
-        padding = {"padding": True, "padding_side": "left"}
-        if isinstance(prompts[0], str):
-            return self._processor(text=prompts, return_tensors="pt", **padding)
         return self._processor.apply_chat_template(
-            prompts,
+            [with_evidence(row, self._modality) for row in rows],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=padding,
+            processor_kwargs={"padding": True, "padding_side": "left"},
             **self._chat_template_kwargs,
         )
 
