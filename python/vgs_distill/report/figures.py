@@ -164,8 +164,9 @@ HELD_OUT = (
 TIME = (
     Chart(
         "Seconds per step",
-        "The same parts over training.",
+        "Wall clock of the parts of a step, over training.",
         tuple(Line(label, f"time-{index}", f"time/{name}") for index, (name, label) in enumerate(TIME_PARTS.items())),
+        zero_line=True,
     ),
 )
 

@@ -183,11 +183,11 @@ def _comparison(logs: Mapping[str, RunLog]) -> dict[str, Any]:
     columns: dict[str, Callable[[RunLog], float | str | None]] = {
         "KL": lambda log: last(log.line("loss/full")),
         "entropy": lambda log: last(log.line("entropy")),
-        "mean cosine": lambda log: mean(log.line("gradient/cosine")),
+        "cosine": lambda log: mean(log.line("gradient/cosine")),
         "ratio": lambda log: last(log.line("steering/weight_ratio")),
         "s per step": RunLog.seconds_per_step,
         "accuracy": lambda log: percent(last(log.accuracy("with_image"))),
-        "without image": lambda log: percent(last(log.accuracy("without_image"))),
+        "without": lambda log: percent(last(log.accuracy("without_image"))),
     }
     filled = {title: value for title, value in columns.items() if any(value(log) is not None for log in logs.values())}
     rows = []
