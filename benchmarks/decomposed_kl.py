@@ -31,7 +31,7 @@ from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.memory import MEMORY_METHOD
 from benchmarks.harness.records import Record, Target
 from vgs_kernels import backend, decomposed_kl
-from vgs_kernels.types import LogitTransform
+from vgs_kernels.decomposed_kl.old_types import LogitTransform
 
 NAME = "decomposed_kl"
 TARGET_SHAPE = {"tokens": 512, "vocab": 151936}

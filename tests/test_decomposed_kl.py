@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.reference_formulas import DECOMPOSITIONS, log_probs, streams, textbook
 from vgs_kernels import decomposed_kl
 from vgs_kernels.decomposed_kl import smoothing
-from vgs_kernels.types import LogitTransform
+from vgs_kernels.decomposed_kl.old_types import LogitTransform
 
 PARTS = ("lang", "vis", "full", "entropy")
 OPTIONS: list[dict[str, Any]] = [

@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.reference_formulas import DECOMPOSITIONS
 from vgs_kernels import backend, decomposed_kl
 from vgs_kernels.decomposed_kl import reference
-from vgs_kernels.types import LogitTransform, accumulation_dtype
+from vgs_kernels.decomposed_kl.old_types import LogitTransform
+from vgs_kernels.types import accumulation_dtype
 
 if backend._native_problem() is not None:
     pytest.skip(f"native backend: {backend._native_problem()}", allow_module_level=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.reference_formulas import DECOMPOSITIONS, textbook
 from vgs_kernels import LinearDecomposedKL, LMHead, backend, linear_decomposed_kl
+from vgs_kernels.linear.column_filter import HEAD_MULTIPLE
+from vgs_kernels.linear.products import Products
 from vgs_kernels.linear_decomposed_kl import op
-from vgs_kernels.linear_decomposed_kl.column_filter import HEAD_MULTIPLE
-from vgs_kernels.linear_decomposed_kl.products import Products
 
 BACKENDS = ["reference"] + (["native"] if backend._native_problem() is None else [])
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 8, 12, 61

@@ -6,13 +6,16 @@ Everything public is imported here; the design is in ARCHITECTURE.md.
 from .backend import BackendUnavailableError
 from .combine_gradients import combine_gradients
 from .decomposed_kl import decomposed_kl
+from .decomposed_kl.old_types import DECOMPOSITIONS, DecomposedKL, HiddenGradients, LinearDecomposedKL
 from .gradient_gramian import gradient_gramian
+from .linear import linear_reverse_kl
 from .linear_decomposed_kl import linear_decomposed_kl
+from .reverse_kl import reverse_kl
 from .report import backend_report
 from .selftest import SelfTestResult, self_test
 from .steering import VisualGradientSteering
 from .torchjd_adapter import from_torchjd
-from .types import DECOMPOSITIONS, DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
+from .types import LinearReverseKL, LMHead, RatioGuard, ReverseKL, SampledLogProbs, TokenSteering
 from .version import __version__
 
 __all__ = [
@@ -22,6 +25,11 @@ __all__ = [
     "HiddenGradients",
     "LMHead",
     "LinearDecomposedKL",
+    "LinearReverseKL",
+    "RatioGuard",
+    "ReverseKL",
+    "SampledLogProbs",
+    "TokenSteering",
     "SelfTestResult",
     "VisualGradientSteering",
     "__version__",
@@ -31,5 +39,7 @@ __all__ = [
     "from_torchjd",
     "gradient_gramian",
     "linear_decomposed_kl",
+    "linear_reverse_kl",
+    "reverse_kl",
     "self_test",
 ]

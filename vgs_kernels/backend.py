@@ -38,6 +38,10 @@ _MODULES: dict[str, dict[str, str]] = {
         "triton": "vgs_kernels.decomposed_kl.triton",
         "reference": "vgs_kernels.decomposed_kl.reference",
     },
+    "stream_kl": {
+        "native": "vgs_kernels.stream_kl.native",
+        "reference": "vgs_kernels.stream_kl.reference",
+    },
     "gradient_gramian": {
         "native": "vgs_kernels.gradient_gramian.native",
         "foreach": "vgs_kernels.gradient_gramian.foreach",
@@ -56,6 +60,7 @@ _LISTS = ("native", "foreach", "reference")
 # op -> device type -> backends, fastest first. "cuda" is also what PyTorch calls a ROCm device.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "decomposed_kl": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "stream_kl": {"cpu": ("reference",), "cuda": ("reference",)},
     "gradient_gramian": {"cpu": _LISTS, "cuda": _LISTS},
     "combine_gradients": {"cpu": _LISTS, "cuda": _LISTS},
 }

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from ..types import DECOMPOSITIONS, DecomposedKL, LogitTransform
 from . import op
+from .old_types import DECOMPOSITIONS, DecomposedKL, LogitTransform
 from .reference import ENTROPY, FULL, MASKED, PRIOR, SHIFT, USES_MASKED_STUDENT
 from .smoothing import smooth_, smoothed
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
-from ..types import DECOMPOSITIONS, LogitTransform, accumulation_dtype
+from ..types import accumulation_dtype
+from .old_types import DECOMPOSITIONS, LogitTransform
 from .reference import STATISTICS, VALUES
 
 _ops = torch.ops.vgs_kernels_native

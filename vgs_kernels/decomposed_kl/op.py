@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from ..types import LogitTransform, accumulation_dtype
+from ..types import accumulation_dtype
+from .old_types import LogitTransform
 from .reference import STATISTICS, VALUES
 
 

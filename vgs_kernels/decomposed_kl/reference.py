@@ -38,7 +38,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..types import LogitTransform, accumulation_dtype
+from ..types import accumulation_dtype
+from .old_types import LogitTransform
 
 ENTROPY, FULL, PRIOR, SHIFT, MASKED = range(5)
 VALUES = 5

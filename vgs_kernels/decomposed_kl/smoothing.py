@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import LogitTransform, accumulation_dtype
+from ..types import accumulation_dtype
+from .old_types import LogitTransform
 
 # Logits at a time, in float32: on a CPU so few that they stay in its second-level cache from step to step, on a GPU so
 # many that launches do not matter.

@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import LogitTransform
 from . import triton_config as config
+from .old_types import LogitTransform
 from .reference import STATISTICS, VALUES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,9 +19,10 @@ from ..decomposed_kl.api import (
     combine_parts,
     resolve_vocab_size,
 )
-from ..types import DecomposedKL, HiddenGradients, LinearDecomposedKL, LMHead
+from ..decomposed_kl.old_types import DecomposedKL, HiddenGradients, LinearDecomposedKL
+from ..linear.column_filter import HEAD_MULTIPLE
+from ..types import LMHead
 from . import op
-from .column_filter import HEAD_MULTIPLE
 
 # CPU: 128 tokens of three bf16 streams at a vocabulary of 151,936, with scratch below 128 MiB. The head gradient
 # is read and written once per chunk, so that longer chunks are faster. GPU: every product of a chunk reads the head, so

@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import backend as backends
 from ..decomposed_kl.api import combine_parts
+from ..decomposed_kl.old_types import LogitTransform
 from ..decomposed_kl.reference import VALUES, component_coefficients
 from ..decomposed_kl.smoothing import smooth_, smoothed
+from ..linear.column_filter import ColumnFilter
+from ..linear.op import first_order_only
+from ..linear.products import Products, projection_dtype
 from ..pages import use_huge_pages, zeros_like
-from ..types import LogitTransform, accumulation_dtype
-from .column_filter import ColumnFilter
-from .products import Products, projection_dtype
+from ..types import accumulation_dtype
 from .visual_weights import SampledTokens
 
 # Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
@@ -496,24 +498,3 @@ def _backward(ctx, grad_lang, grad_vis, grad_objective):  # type: ignore[no-unty
 
 
 attach_gradients.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("vgs_kernels::first_order_only", mutates_args=())
-def first_order_only(gradient: Tensor, source: Tensor) -> Tensor:
-    """A copy of `gradient` that says so when it is differentiated again."""
-    return gradient.clone()
-
-
-@first_order_only.register_fake
-def _(gradient, source):  # type: ignore[no-untyped-def]
-    return torch.empty_like(gradient)
-
-
-def _no_double_backward(ctx, *_grads: Tensor):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "vgs_kernels: linear_decomposed_kl has no second derivative; call backward without create_graph=True, "
-        "or write the loss with plain torch operations where you need one"
-    )
-
-
-first_order_only.register_autograd(_no_double_backward)

@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..decomposed_kl.old_types import LogitTransform
 from ..decomposed_kl.reference import ANCHOR, FULL, INVERSE_SUM, MASKED, MEAN, PRIOR, USES_PRIOR
-from ..types import LogitTransform
 
 
 class SampledTokens:

@@ -22,10 +22,15 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def projection_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of projected logits: GPUs multiply bf16 and fp16 into fp32 at no extra cost, CPUs do not."""
-    if hidden.is_cuda and hidden.dtype in HALF_DTYPES:
+    """The dtype of projected logits of the call that `linear` replaces."""
+    return head_gradient_dtype(hidden)
+
+
+def head_gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a head gradient adds up over runs: GPUs multiply bf16 and fp16 into fp32 at no extra cost."""
+    if weight.is_cuda and weight.dtype in HALF_DTYPES:
         return torch.float32
-    return hidden.dtype
+    return weight.dtype
 
 
 class Products:
@@ -38,10 +43,16 @@ class Products:
         self._streamed = self.native and dtype == torch.float32 and torch.ops.vgs_kernels_native.cpu_level() == 2
         self._has_matrix_unit = self._transposed and torch.ops.vgs_kernels_native.has_matrix_unit()
         self._scratch: Tensor | None = None
+        self.gradient_dtype = dtype  # of the logit gradients that the products take
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, v) = hidden (n, w) @ weight (v, w).T + bias (v,)."""
-        if self._suits_matrix_unit(weight):
+        if hidden.shape[1] == 0:
+            out.zero_()
+        elif out.dtype != hidden.dtype and not out.is_cuda:  # a CPU has no such product
+            for part in _slices(weight.shape[0]):
+                torch.mm(hidden.to(out.dtype), weight[part].to(out.dtype).t(), out=out[:, part])
+        elif self._suits_matrix_unit(weight):
             torch.ops.vgs_kernels_native.matrix_unit_logits(hidden, weight, out)
         elif self._transposed:
             for part in _slices(weight.shape[0]):

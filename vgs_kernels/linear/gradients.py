@@ -1,0 +1,158 @@
+"""The gradients of one linear call: hidden states, head weight and head bias, filled run by run.
+
+One or two objectives of the same rows. Logit gradients of both are stacked, (objectives * n, vocab), so that one
+product makes the hidden gradients of both; the head gradients take one product each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pages import zeros_like
+from ..types import accumulation_dtype
+from .chunks import Rows
+from .column_filter import ColumnFilter
+from .products import Products, head_gradient_dtype
+
+# Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
+_WORTH_GATHERING = 0.2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are formed, and what those of the head are added to instead of being returned."""
+
+    objectives: int
+    hidden: bool
+    weight: bool
+    bias: bool
+    weight_grad: Tensor | None = None  # (>= vocab, width)
+    bias_grad: Tensor | None = None  # (>= vocab,)
+
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class Gradients:
+    """The buffers of one call. Lists have an entry per objective; what is not wanted is an empty tensor."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        hidden: Tensor,  # (tokens, width)
+        weight: Tensor,  # (>= vocab, width)
+        bias: Tensor | None,  # (>= vocab,)
+        products: Products,
+        tolerance: float,  # of the column filter, 0 for none
+    ) -> None:
+        self.wanted, self.products = wanted, products
+        self._weight, self._bias = weight, bias
+        self._filter = ColumnFilter(tolerance, products.native) if tolerance else None
+        self._accumulates = wanted.weight_grad is not None or self._filter is not None
+        self.hidden = [
+            torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else weight.new_empty(0)
+            for _ in range(wanted.objectives)
+        ]
+        self.weight = [self._of_weight() for _ in range(wanted.objectives)]
+        self.bias = [self._of_bias() for _ in range(wanted.objectives)]
+
+    def _of_weight(self) -> Tensor:
+        if not self.wanted.weight:
+            return self._weight.new_empty(0)
+        if self.wanted.weight_grad is not None:
+            return self.wanted.weight_grad
+        dtype = head_gradient_dtype(self._weight)
+        if self._filter is not None:  # few of its rows are written
+            return zeros_like(self._weight, dtype)
+        # The first run writes into it; zeros would cost a pass of their own.
+        return torch.empty_like(self._weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+    def _of_bias(self) -> Tensor:
+        if not self.wanted.bias or self._bias is None:
+            return self._weight.new_empty(0)
+        if self.wanted.bias_grad is not None:
+            return self.wanted.bias_grad
+        return torch.zeros_like(self._bias, dtype=accumulation_dtype(self._bias.dtype))
+
+    def squares(self, vocab: int) -> Tensor | None:
+        """Zeros, (objectives, vocab), for the squares of the columns of a run; None where no filter asks for them."""
+        if self._filter is None:
+            return None
+        return self._weight.new_zeros((self.wanted.objectives, vocab), dtype=torch.float32)
+
+    def add(
+        self,
+        rows: Rows,
+        logit_gradients: Tensor,  # (objectives * n, >= vocab)
+        hidden: Tensor,  # (n, width)
+        squares: Tensor | None,  # (objectives, vocab)
+    ) -> None:
+        """Add what a run gives."""
+        of_objectives = logit_gradients.split(hidden.shape[0])
+        if self._filter is None or squares is None:
+            for objective, gradient in enumerate(of_objectives):
+                self._add_head(objective, gradient, hidden)
+            if self.wanted.hidden:
+                for objective, product in enumerate(self._hidden_product(logit_gradients).split(hidden.shape[0])):
+                    self.hidden[objective][rows] = product
+        else:
+            for objective, gradient in enumerate(of_objectives):
+                self._add_filtered(objective, rows, gradient, hidden, self._filter.columns(squares[objective]))
+        self._accumulates = True
+
+    def finish(self) -> None:
+        """Without a run (no tokens, or all of weight 0) nothing was written yet."""
+        if not self._accumulates:
+            for weight in self.weight:
+                weight.zero_()
+
+    def outputs(self) -> list[Tensor]:
+        """Hidden, weight, bias of every objective, in the dtypes of what they are gradients of."""
+        found: list[Tensor] = []
+        for hidden, weight, bias in zip(self.hidden, self.weight, self.bias, strict=True):
+            weight = weight.new_empty(0) if weight is self.wanted.weight_grad else weight.to(self._weight.dtype)
+            bias = bias.new_empty(0) if bias is self.wanted.bias_grad else bias
+            found += [hidden, weight, bias if self._bias is None else bias.to(self._bias.dtype)]
+        return found
+
+    def _add_filtered(
+        self, objective: int, rows: Rows, gradient: Tensor, hidden: Tensor, columns: tuple[Tensor, Tensor]
+    ) -> None:
+        for_hidden, among_them = columns
+        for_head = for_hidden[among_them]
+        worth_gathering = _WORTH_GATHERING * gradient.shape[1]
+        if for_head.shape[0] > worth_gathering:  # and so has for_hidden
+            self._add_head(objective, gradient, hidden)
+        elif not self.wanted.hidden or for_hidden.shape[0] > worth_gathering:
+            self._add_head_columns(objective, self.products.gather(gradient, for_head), hidden, for_head)
+        else:
+            kept = self.products.gather(gradient, for_hidden)
+            self._add_head_columns(objective, self.products.gather(kept, among_them), hidden, for_head)
+            out = kept.new_empty(kept.shape[0], self._weight.shape[1])
+            self.products.gathered_hidden_gradient(kept, self._weight, for_hidden, out)
+            self.hidden[objective][rows] = out
+            return
+        if self.wanted.hidden:
+            self.hidden[objective][rows] = self._hidden_product(gradient)
+
+    def _hidden_product(self, logit_gradients: Tensor) -> Tensor:
+        out = logit_gradients.new_empty(logit_gradients.shape[0], self._weight.shape[1])
+        self.products.hidden_gradient(logit_gradients, self._weight, out)
+        return out
+
+    def _add_head(self, objective: int, gradient: Tensor, hidden: Tensor) -> None:
+        if self.wanted.weight:
+            self.products.head_gradient(gradient, hidden, self.weight[objective], self._accumulates)
+        if self.bias[objective].numel():
+            self.bias[objective].add_(gradient.sum(0, dtype=accumulation_dtype(gradient.dtype)))
+
+    def _add_head_columns(self, objective: int, kept: Tensor, hidden: Tensor, columns: Tensor) -> None:
+        """`kept` (rows, columns): those columns of the logit gradient."""
+        if self.wanted.weight:
+            self.products.gathered_head_gradient(kept, hidden, columns, self.weight[objective])
+        bias = self.bias[objective]
+        if bias.numel():
+            bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))

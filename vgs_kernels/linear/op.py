@@ -1,0 +1,248 @@
+"""The registered operators of the linear calls: projection, numbers and gradients, a run of tokens at a time.
+
+`(tokens, vocab)` logits never exist as a whole. A run of tokens is projected (`products.py`), `stream_kl` forms its
+numbers and its logit gradients while it is hot (`chunks.py` says where), and these are multiplied back into hidden and
+head gradients at once (`gradients.py`). Cost in units of one tokens x width x vocab product: one projection a stream,
+then a hidden and a head gradient for each objective.
+
+Two operators: `vgs_kernels::linear_kl` computes numbers and gradients and knows nothing of autograd;
+`vgs_kernels::attach_gradient` ties a scalar to the gradients that belong to it, which `backward` only scales (out of
+place, so that it can run twice).
+"""
+
+from __future__ import annotations
+
+from operator import mul
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .. import backend as backends
+from ..stream_kl.reference import VALUES
+from ..stream_kl.transform import LogitTransform, smooth_, smoothed
+from ..types import accumulation_dtype
+from . import sampled as of_samples
+from .chunks import GradientBuffer, LogitBuffer, Logits, Rows, can_overwrite, gather, lengths, runs, short_runs
+from .gradients import Gradients, Wanted
+from .products import Products
+
+
+@torch.library.custom_op("vgs_kernels::linear_kl", mutates_args=("weight_grad", "bias_grad"))
+def linear_kl(
+    student_hidden: Tensor,  # (tokens, student width)
+    masked_student_hidden: Tensor | None,  # (tokens, student width)
+    teacher_hidden: Tensor,  # (tokens, teacher width)
+    masked_teacher_hidden: Tensor | None,  # (tokens, teacher width)
+    student_weight: Tensor,  # (>= vocab, student width)
+    student_bias: Tensor | None,  # (>= vocab,)
+    teacher_weight: Tensor,  # (>= vocab, teacher width)
+    teacher_bias: Tensor | None,  # (>= vocab,)
+    token_weights: Tensor,  # (tokens,): tokens of weight 0 are not read
+    coefficients: Tensor,  # (objectives, tokens, 3), of the numbers; the token weights are in them
+    vis_coefficients: Tensor | None,  # (objectives, tokens, 3): the part of them that token steering scales
+    sampled_tokens: Tensor | None,  # (tokens,)
+    weight_grad: Tensor | None,  # (>= vocab, student width): the head's gradient is added to it
+    bias_grad: Tensor | None,  # (>= vocab,): the same
+    needs_hidden_grad: bool,
+    needs_weight_grad: bool,
+    needs_bias_grad: bool,
+    max_chunk_bytes: int,
+    gradient_filter: float,
+    token_steering: float,
+    plausibility: float,
+    teacher_smoothing: float,
+    logits_dtype: torch.dtype,
+    vocab_size: int,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    ratio_bound: float,
+    ratio_floor: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return the numbers (tokens, 5), the factor of every token's visual part (tokens,), log p, log q and log r of the
+    sampled tokens (tokens, 3), and the gradients with respect to hidden states, head weight and head bias, of the first
+    objective and then of the second. What does not apply is an empty tensor."""
+    raw = LogitTransform(
+        vocab_size,
+        temperature,
+        student_scale,
+        teacher_scale,
+        student_softcap,
+        teacher_softcap,
+        ratio_bound,
+        ratio_floor,
+    )
+    transform = smoothed(raw) if teacher_smoothing else raw
+    kernels = backends.load("stream_kl", backend)
+    tokens, objectives = student_hidden.shape[0], coefficients.shape[0]
+    dtype = accumulation_dtype(student_hidden.dtype)
+    values = student_hidden.new_zeros((tokens, VALUES), dtype=dtype)
+    factors = values.new_ones(tokens)
+    sampled = values.new_zeros((0 if sampled_tokens is None else tokens, 3))
+    products = Products(student_hidden.device, student_hidden.dtype, backend == "native")
+    wanted = Wanted(objectives, needs_hidden_grad, needs_weight_grad, needs_bias_grad, weight_grad, bias_grad)
+    gradients = Gradients(wanted, student_hidden, student_weight, student_bias, products, gradient_filter)
+    vocabs = student_weight.shape[0], teacher_weight.shape[0]
+    streams = 1 + (masked_student_hidden is not None), 1 + (masked_teacher_hidden is not None)
+    logits = LogitBuffer(student_hidden, logits_dtype, vocabs, streams)
+    over = can_overwrite(logits_dtype, products.gradient_dtype, vocabs, objectives)
+    rows_at_a_time = lengths(
+        student_hidden.device.type,
+        sum(map(mul, vocabs, streams)) * logits_dtype.itemsize,
+        0 if over or not wanted.any() else objectives * vocabs[0] * products.gradient_dtype.itemsize,
+        max_chunk_bytes,
+    )
+    memory = GradientBuffer(logits, student_hidden, products.gradient_dtype, vocabs[0], objectives, over)
+
+    def project(rows: Rows, weights: Tensor, hidden: Tensor) -> Logits:
+        chunk = logits.of(weights.shape[0])
+        masked = [] if masked_student_hidden is None else [gather(masked_student_hidden, rows, weights)]
+        products.project(torch.cat([hidden, *masked]), student_weight, student_bias, chunk.students)
+        given = [hidden for hidden in (teacher_hidden, masked_teacher_hidden) if hidden is not None]
+        teachers = torch.cat([gather(hidden, rows, weights) for hidden in given])
+        products.project(teachers, teacher_weight, teacher_bias, chunk.teachers)
+        if teacher_smoothing:
+            smooth_(chunk.teachers, teacher_smoothing, raw)
+        return chunk
+
+    for run in runs(token_weights, rows_at_a_time.gradients):
+        run_weights = token_weights[run].to(dtype)
+        run_hidden = gather(student_hidden, run, run_weights)
+        n = run_weights.shape[0]
+        squares = gradients.squares(vocab_size)
+        for rows, place in short_runs(run, n, rows_at_a_time.logits):
+            weights = run_weights[place]
+            chunk = project(rows, weights, run_hidden[place])
+            numbers, statistics = kernels.divergences(chunk.streams, transform, weights)
+            values[rows] = numbers
+            mixture = coefficients[:, rows].to(dtype)  # (objectives, rows, 3)
+            if sampled_tokens is not None:
+                found = of_samples.log_probs(sampled_tokens[rows], chunk.streams, statistics, transform)
+                sampled[rows] = torch.where(weights[:, None] == 0, 0.0, found)
+                if vis_coefficients is not None:
+                    factors[rows] = of_samples.vis_weights(found, statistics, token_steering, plausibility)
+                    mixture = mixture + factors[rows][:, None] * vis_coefficients[:, rows].to(dtype)
+            if wanted.any():
+                outs = [part[place] for part in memory.of(n).split(n)]
+                _write_gradients(kernels, chunk, numbers, statistics, mixture, transform, outs, squares)
+        if wanted.any():
+            gradients.add(run, memory.of(n), run_hidden, squares)
+    gradients.finish()
+    return values, factors, sampled, gradients.outputs()
+
+
+def _write_gradients(
+    kernels: ModuleType,
+    chunk: Logits,
+    values: Tensor,  # (n, 5)
+    statistics: Tensor,  # (n, 13)
+    mixture: Tensor,  # (objectives, n, 3)
+    transform: LogitTransform,
+    outs: list[Tensor],  # (n, >= vocab) of each objective
+    squares: Tensor | None,  # (objectives, vocab), added to
+) -> None:
+    second = {"second_coefficients": mixture[1], "out_second": outs[1]} if len(outs) == 2 else {}
+    own = None if squares is None else torch.empty_like(squares)
+    kernels.logit_gradients(
+        chunk.streams, values, statistics, mixture[0], transform, out=outs[0], **second, column_squares=own
+    )
+    if squares is not None and own is not None:
+        squares += own
+
+
+@linear_kl.register_fake
+def _(  # type: ignore[no-untyped-def]
+    student_hidden, _masked, _teacher, _masked_teacher, student_weight, student_bias, _teacher_weight, _teacher_bias,
+    _token_weights, coefficients, _vis_coefficients, sampled_tokens, weight_grad, bias_grad, needs_hidden, needs_weight,
+    needs_bias, *_settings,
+):  # fmt: skip
+    tokens, dtype = student_hidden.shape[0], accumulation_dtype(student_hidden.dtype)
+    values = student_hidden.new_empty((tokens, VALUES), dtype=dtype)
+    sampled = values.new_empty((0 if sampled_tokens is None else tokens, 3))
+    nothing = 0
+    gradients = []
+    for _ in range(coefficients.shape[0]):
+        gradients += [
+            student_hidden.new_empty(student_hidden.shape if needs_hidden else nothing),
+            student_weight.new_empty(student_weight.shape if needs_weight and weight_grad is None else nothing),
+            student_weight.new_empty(student_weight.shape[:1] if needs_bias and bias_grad is None else nothing),
+        ]
+    return values, values.new_empty(tokens), sampled, gradients
+
+
+@torch.library.custom_op("vgs_kernels::attach_gradient", mutates_args=())
+def attach_gradient(
+    value: Tensor,  # ()
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_gradient: Tensor,  # gradients of the value, of the shapes of the three above; empty for none
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+) -> Tensor:
+    """A copy of the value, whose gradients are those given."""
+    return value.clone()
+
+
+@attach_gradient.register_fake
+def _(value, *_others):  # type: ignore[no-untyped-def]
+    return torch.empty_like(value)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[4:], inputs[1])
+
+
+def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
+    *gradients, source = ctx.saved_tensors
+    scaled = [_scaled(upstream, gradient) for gradient in gradients]
+    if torch.is_grad_enabled():  # create_graph=True
+        scaled = [None if g is None else first_order_only(g, source) for g in scaled]
+    return None, *scaled, None, None, None
+
+
+attach_gradient.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _scaled(scale: Tensor, gradient: Tensor) -> Tensor | None:
+    """scale * gradient, out of place; None where there is no gradient."""
+    if gradient.numel() == 0:
+        return None
+    # Head-sized: a copy costs a tenth of a projection.
+    return gradient if _is_one(scale) else gradient * scale.to(gradient.dtype)
+
+
+def _is_one(scale: Tensor) -> bool:
+    """Whether a scalar is known to be 1 without a wait: reading it on a GPU would be one."""
+    if scale.device.type != "cpu" or is_in_torch_dispatch_mode():
+        return False
+    try:
+        return scale.item() == 1.0
+    except RuntimeError:  # one of a batch (vmap): there is nothing to read
+        return False
+
+
+@torch.library.custom_op("vgs_kernels::first_order_only", mutates_args=())
+def first_order_only(gradient: Tensor, source: Tensor) -> Tensor:
+    """A copy of `gradient` that says so when it is differentiated again."""
+    return gradient.clone()
+
+
+@first_order_only.register_fake
+def _(gradient, source):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gradient)
+
+
+def _no_double_backward(ctx, *_grads: Tensor):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "vgs_kernels: these divergences have no second derivative; call backward without create_graph=True, "
+        "or write the loss with plain torch operations where you need one"
+    )
+
+
+first_order_only.register_autograd(_no_double_backward)
