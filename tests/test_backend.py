@@ -78,6 +78,6 @@ def test_a_choice_is_a_constant_to_the_compiler() -> None:
 
 def test_status_names_what_runs_every_op() -> None:
     rows = {row.op: row for row in backend.status() if row.device == "cpu"}
-    assert set(rows) == {"decomposed_kl", "gradient_gramian", "combine_gradients"}
+    assert set(rows) == {"decomposed_kl", "stream_kl", "gradient_gramian", "combine_gradients"}
     for row in rows.values():
         assert backend.resolve(row.op, CPU) == row.active

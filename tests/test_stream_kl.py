@@ -298,7 +298,7 @@ def test_nothing_depends_on_the_image_where_both_teachers_agree(module: Any) -> 
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_the_update_is_distillation_towards_a_steered_teacher(per_token: bool, module: Any) -> None:
-    """That of standard + gamma vis is (1 + gamma) times that of KL(p || q~), q~ like q (p0 / r)^(gamma / (1 + gamma))."""
+    """Its gradient is (1 + gamma) times that of KL(p || q~), q~ proportional to q (p0 / r)^(gamma / (1 + gamma))."""
     dtype = torch.float64 if module is reference else torch.float32
     streams = logits("visual", 5, 300, dtype=dtype)
     gamma = torch.linspace(0, 4, 5, dtype=dtype) if per_token else torch.full((5,), 2.0, dtype=dtype)

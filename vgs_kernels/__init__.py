@@ -10,8 +10,8 @@ from .decomposed_kl.old_types import DECOMPOSITIONS, DecomposedKL, HiddenGradien
 from .gradient_gramian import gradient_gramian
 from .linear import linear_reverse_kl
 from .linear_decomposed_kl import linear_decomposed_kl
-from .reverse_kl import reverse_kl
 from .report import backend_report
+from .reverse_kl import reverse_kl
 from .selftest import SelfTestResult, self_test
 from .steering import VisualGradientSteering
 from .torchjd_adapter import from_torchjd
@@ -29,8 +29,8 @@ __all__ = [
     "RatioGuard",
     "ReverseKL",
     "SampledLogProbs",
-    "TokenSteering",
     "SelfTestResult",
+    "TokenSteering",
     "VisualGradientSteering",
     "__version__",
     "backend_report",

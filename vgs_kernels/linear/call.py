@@ -140,7 +140,7 @@ def run(
         bias_grad = (
             _existing_grad(inputs.given_head.bias) if needs_bias and inputs.given_head.bias is not None else None
         )
-    values, factors, sampled, gradients = op.linear_kl(
+    values, factors, sampled, *gradients = op.linear_kl(
         hidden.detach(),
         _detached(inputs.masked_student_hidden),
         inputs.teacher_hidden.detach(),

@@ -110,13 +110,13 @@ class Gradients:
                 weight.zero_()
 
     def outputs(self) -> list[Tensor]:
-        """Hidden, weight, bias of every objective, in the dtypes of what they are gradients of."""
+        """Hidden, weight, bias of two objectives, in the dtypes of what they are gradients of; empty where absent."""
         found: list[Tensor] = []
         for hidden, weight, bias in zip(self.hidden, self.weight, self.bias, strict=True):
             weight = weight.new_empty(0) if weight is self.wanted.weight_grad else weight.to(self._weight.dtype)
             bias = bias.new_empty(0) if bias is self.wanted.bias_grad else bias
             found += [hidden, weight, bias if self._bias is None else bias.to(self._bias.dtype)]
-        return found
+        return found + [self._weight.new_empty(0) for _ in range(6 - len(found))]
 
     def _add_filtered(
         self, objective: int, rows: Rows, gradient: Tensor, hidden: Tensor, columns: tuple[Tensor, Tensor]

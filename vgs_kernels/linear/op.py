@@ -63,7 +63,7 @@ def linear_kl(
     ratio_bound: float,
     ratio_floor: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the numbers (tokens, 5), the factor of every token's visual part (tokens,), log p, log q and log r of the
     sampled tokens (tokens, 3), and the gradients with respect to hidden states, head weight and head bias, of the first
     objective and then of the second. What does not apply is an empty tensor."""
@@ -133,7 +133,7 @@ def linear_kl(
         if wanted.any():
             gradients.add(run, memory.of(n), run_hidden, squares)
     gradients.finish()
-    return values, factors, sampled, gradients.outputs()
+    return values, factors, sampled, *gradients.outputs()  # type: ignore[return-value]
 
 
 def _write_gradients(
@@ -164,15 +164,14 @@ def _(  # type: ignore[no-untyped-def]
     tokens, dtype = student_hidden.shape[0], accumulation_dtype(student_hidden.dtype)
     values = student_hidden.new_empty((tokens, VALUES), dtype=dtype)
     sampled = values.new_empty((0 if sampled_tokens is None else tokens, 3))
-    nothing = 0
-    gradients = []
-    for _ in range(coefficients.shape[0]):
-        gradients += [
-            student_hidden.new_empty(student_hidden.shape if needs_hidden else nothing),
-            student_weight.new_empty(student_weight.shape if needs_weight and weight_grad is None else nothing),
-            student_weight.new_empty(student_weight.shape[:1] if needs_bias and bias_grad is None else nothing),
-        ]
-    return values, values.new_empty(tokens), sampled, gradients
+    shapes = (
+        student_hidden.shape if needs_hidden else 0,
+        student_weight.shape if needs_weight and weight_grad is None else 0,
+        student_weight.shape[:1] if needs_bias and bias_grad is None else 0,
+    )
+    absent = (0,) * (6 - 3 * coefficients.shape[0])
+    gradients = [student_weight.new_empty(shape) for shape in shapes * coefficients.shape[0] + absent]
+    return values, values.new_empty(tokens), sampled, *gradients
 
 
 @torch.library.custom_op("vgs_kernels::attach_gradient", mutates_args=())
