@@ -30,7 +30,8 @@ from benchmarks.harness.lineup import Lineup
 from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.memory import MEMORY_METHOD
 from benchmarks.harness.records import Record, Target
-from vgs_kernels import backend, decomposed_kl
+from vgs_kernels import backend
+from vgs_kernels import old_decomposed_kl as decomposed_kl
 from vgs_kernels.decomposed_kl.old_types import LogitTransform
 
 NAME = "decomposed_kl"

@@ -15,7 +15,9 @@ from torch import Tensor
 from benchmarks.harness.gates import accumulation_dtype
 from benchmarks.inputs import USES_MASKED_STUDENT, Streams
 from benchmarks.truth import Result
-from vgs_kernels import LinearDecomposedKL, LMHead, linear_decomposed_kl
+from vgs_kernels import LMHead
+from vgs_kernels import OldLinearDecomposedKL as LinearDecomposedKL
+from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 
 
 def plain_parts(

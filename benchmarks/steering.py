@@ -30,7 +30,7 @@ from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.memory import MEMORY_METHOD, MIB
 from benchmarks.harness.records import Record, Row, Target
 from benchmarks.harness.timing import copy_call
-from vgs_kernels import VisualGradientSteering, backend, combine_gradients, gradient_gramian
+from vgs_kernels import UnitGradients, backend, combine_gradients, gradient_gramian
 
 NAME = "steering"
 TARGET_SHAPE = {"width": 462, "layers": 25}  # 64.1 M parameters in 200 tensors
@@ -61,7 +61,7 @@ def gradients(width: int, layers: int, dtype: torch.dtype, device: str) -> tuple
 
 def ours(lang: Gradients, vis: Gradients, chosen: str | None = None, max_norm: float | None = MAX_NORM) -> Tensor:
     gramian = gradient_gramian(lang, vis, backend=chosen)
-    weights = VisualGradientSteering(GAMMA)(gramian)
+    weights = UnitGradients(GAMMA)(gramian)
     return combine_gradients(lang, vis, weights, out=lang, max_norm=max_norm, gramian=gramian, backend=chosen)
 
 
@@ -97,7 +97,7 @@ def torchjd_call(lang: Gradients, vis: Gradients) -> Callable[[], list[Tensor]]:
 
     class Steering(Weighting):
         def forward(self, stat: Tensor, /) -> Tensor:
-            return VisualGradientSteering(GAMMA)(stat.float())
+            return UnitGradients(GAMMA)(stat.float())
 
     parameters = [nn.Parameter(torch.empty_like(gradient)) for gradient in lang]
     for parameter, a, b in zip(parameters, lang, vis, strict=True):
@@ -155,7 +155,7 @@ def _holders(gradients: Gradients) -> list[nn.Parameter]:
 
 
 def line_up(lang: Gradients, vis: Gradients, size: int, device: str) -> Lineup:
-    policy = VisualGradientSteering(GAMMA)
+    policy = UnitGradients(GAMMA)
     gramian = gradient_gramian(lang, vis)
     against = {"floor": "floor", "ours": "ours"}
     lineup = Lineup(device)

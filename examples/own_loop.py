@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vgs_distill import EvidenceTokens, canonical_row, load_rows, with_evidence, without_evidence
 
-from vgs_kernels import LMHead, VisualGradientSteering, combine_gradients, gradient_gramian, linear_decomposed_kl
+from vgs_kernels import LinearDecomposedKL, LMHead, VisualGradientSteering, linear_decomposed_kl, steer_
 
 
 def model_inputs(processor: Any, rows: list[dict[str, Any]], *, with_image: bool) -> dict[str, Tensor]:
@@ -34,17 +34,20 @@ def hidden_states(model: Any, inputs: dict[str, Tensor], completion: Tensor) -> 
     return hidden[:, -completion.size(1) - 1 : -1].flatten(0, 1)
 
 
-def steered_parts(student: Any, teacher: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int) -> Any:
-    """Sample completions from the student and return both parts of its divergence from the teacher."""
+def parts_of_loss(
+    student: Any, teacher: Any, processor: Any, rows: list[dict[str, Any]], new_tokens: int, objective: Any = None
+) -> LinearDecomposedKL:
+    """Sample completions from the student and return the parts of its divergence from the teacher."""
     seen, masked = (model_inputs(processor, rows, with_image=with_image) for with_image in (True, False))
     # An image placeholder in a completion would promise features that do not exist.
     sampling = {
         "do_sample": True,
         "suppress_tokens": EvidenceTokens.of(student.config, processor).banned_while_sampling,
     }
-    with torch.no_grad():
+    with torch.no_grad():  # all but the student that sees is constant
         completion = student.generate(**seen, max_new_tokens=new_tokens, **sampling)[:, seen["input_ids"].size(1) :]
         teacher_hidden, masked_teacher_hidden = (hidden_states(teacher, view, completion) for view in (seen, masked))
+        masked_student_hidden = hidden_states(student, masked, completion)
     ends = completion == processor.tokenizer.eos_token_id
     counts = (ends.cumsum(1) - ends.long() == 0).flatten().float()  # up to the first end of turn
     return linear_decomposed_kl(
@@ -52,8 +55,10 @@ def steered_parts(student: Any, teacher: Any, processor: Any, rows: list[dict[st
         LMHead(student.lm_head.weight),
         teacher_hidden,
         LMHead(teacher.lm_head.weight.detach()),
-        masked_teacher_hidden=masked_teacher_hidden,
-        masked_student_hidden=hidden_states(student, masked, completion),
+        masked_teacher_hidden,
+        masked_student_hidden,
+        decomposition="vgs",
+        objective=objective,
         token_weights=counts / counts.sum(),
     )
 
@@ -65,21 +70,17 @@ def main(student_name: str, teacher_name: str, dataset: str, output_dir: str, st
     teacher = AutoModelForImageTextToText.from_pretrained(teacher_name).eval()
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    steering = VisualGradientSteering(gamma=0.8)
+    steering = VisualGradientSteering(gamma=2.0)
     rows = [canonical_row(row) for row in load_rows(dataset, split="train")]
     for step in range(int(steps)):
         batch = [rows[(4 * step + index) % len(rows)] for index in range(4)]
-        loss = steered_parts(student, teacher, processor, batch, new_tokens=8)
-        lang = torch.autograd.grad(loss.lang, parameters, retain_graph=True, allow_unused=True)
-        vis = torch.autograd.grad(loss.vis, parameters, allow_unused=True)
-        gramian = gradient_gramian(lang, vis)
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
-        combine_gradients(lang, vis, steering(gramian), out=gradients, gramian=gramian, max_norm=1.0)
+        parts = parts_of_loss(student, teacher, processor, batch, new_tokens=8)
+        optimizer.zero_grad()
+        steered = steer_(parameters, parts.standard, parts.vis, steering, max_norm=1.0)
         optimizer.step()
-        cosine = gramian[0, 1] / (gramian[0, 0] * gramian[1, 1]).sqrt()
-        print(f"step {step + 1}: KL {loss.tokens.full.mean():.4f}, cosine of the two gradients {cosine:.3f}")
+        (standard, cross), (_, vis) = steered.gramian
+        cosine = cross / (standard * vis).sqrt()
+        print(f"step {step + 1}: KL {parts.standard:.4f}, cosine of the two gradients {cosine:.3f}")
     student.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
 

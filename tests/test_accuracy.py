@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from tests.reference_formulas import DECOMPOSITIONS, textbook
-from vgs_kernels import BackendUnavailableError, DecomposedKL, backend, decomposed_kl
+from vgs_kernels import BackendUnavailableError, backend
+from vgs_kernels import OldDecomposedKL as DecomposedKL
+from vgs_kernels import old_decomposed_kl as decomposed_kl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_decomposed_kl_triton.py runs this file so
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vgs_kernels import VisualGradientSteering, backend, combine_gradients, gradient_gramian
+from vgs_kernels import UnitGradients, backend, combine_gradients, gradient_gramian
 
 from .test_gradient_gramian import BACKENDS, DTYPES, SHAPES, Gradients, gradients
 
@@ -95,7 +95,7 @@ def test_a_degenerate_gradient_is_steered_around(name: str) -> None:
     vis[2] = torch.tensor(float("nan"))
     gramian = gradient_gramian(lang, vis, backend=name)
     out = fresh(SHAPES, torch.float32)
-    norm = combine_gradients(lang, vis, VisualGradientSteering(0.8)(gramian), out=out, gramian=gramian, backend=name)
+    norm = combine_gradients(lang, vis, UnitGradients(0.8)(gramian), out=out, gramian=gramian, backend=name)
     assert all(torch.isfinite(result).all() for result in out)
     torch.testing.assert_close(norm, torch.tensor(0.2))
 
@@ -138,7 +138,7 @@ def test_results_too_large_for_the_caches(dtype: torch.dtype, level: int, offset
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6])
 def test_clipping_equals_clip_grad_norm_after_the_combination(name: str, max_norm: float) -> None:
     lang, vis = gradients(shapes=((300, 40), (7,), (65537,)))
-    weights = VisualGradientSteering(0.8)(gradient_gramian(lang, vis, backend=name))
+    weights = UnitGradients(0.8)(gradient_gramian(lang, vis, backend=name))
     unclipped = fresh(((300, 40), (7,), (65537,)), torch.float32)
     combine_gradients(lang, vis, weights, out=unclipped, backend=name)
     # clip_grad_norm_ in fp64: in fp32, torch's own norm of these gradients is off by 3e-6.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.reference_formulas import DECOMPOSITIONS, log_probs, streams, textbook
-from vgs_kernels import decomposed_kl
+from vgs_kernels import old_decomposed_kl as decomposed_kl
 from vgs_kernels.decomposed_kl import smoothing
 from vgs_kernels.decomposed_kl.old_types import LogitTransform
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tests.reference_formulas import DECOMPOSITIONS
-from vgs_kernels import backend, decomposed_kl
+from vgs_kernels import backend
+from vgs_kernels import old_decomposed_kl as decomposed_kl
 from vgs_kernels.decomposed_kl import reference
 from vgs_kernels.decomposed_kl.old_types import LogitTransform
 from vgs_kernels.types import accumulation_dtype

@@ -26,7 +26,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from tests.triton_support import interpreter  # noqa: E402
-from vgs_kernels import BackendUnavailableError, backend, decomposed_kl  # noqa: E402
+from vgs_kernels import BackendUnavailableError, backend  # noqa: E402
+from vgs_kernels import old_decomposed_kl as decomposed_kl  # noqa: E402
 from vgs_kernels.decomposed_kl import reference  # noqa: E402
 from vgs_kernels.decomposed_kl import triton as kernels  # noqa: E402
 from vgs_kernels.decomposed_kl.old_types import LogitTransform  # noqa: E402

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.reference_formulas import DECOMPOSITIONS, textbook
-from vgs_kernels import LinearDecomposedKL, LMHead, backend, linear_decomposed_kl
+from vgs_kernels import LMHead, backend
+from vgs_kernels import OldLinearDecomposedKL as LinearDecomposedKL
+from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 from vgs_kernels.linear.column_filter import HEAD_MULTIPLE
 from vgs_kernels.linear.products import Products
 from vgs_kernels.linear_decomposed_kl import op

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from vgs_kernels import LMHead, backend, linear_decomposed_kl
+from vgs_kernels import LMHead, backend
+from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 
 if backend._native_problem() is not None:
     pytest.skip(f"native backend: {backend._native_problem()}", allow_module_level=True)

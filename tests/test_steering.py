@@ -1,4 +1,4 @@
-"""`VisualGradientSteering` and the TorchJD adapter: properties of the weights, degenerate gradients, equivalence."""
+"""`UnitGradients` and the TorchJD adapter: properties of the weights, degenerate gradients, equivalence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vgs_kernels import VisualGradientSteering, combine_gradients, gradient_gramian
+from vgs_kernels import UnitGradients, combine_gradients, gradient_gramian
 from vgs_kernels.torchjd_adapter import from_torchjd
 
 SCALES = ("unit", "preserve")
@@ -33,7 +33,7 @@ def length(weights: Tensor, gramian: Tensor) -> Tensor:
 def test_scaling_a_component_changes_nothing_in_unit_scale(seed: int, gamma: float, a: float, b: float) -> None:
     # The combination w0 (a L) + w1 (b V) stays what it was: each weight takes up the scale of its component.
     gramian, scale = random_gramian(seed), torch.tensor([a, b], dtype=torch.float64)
-    policy = VisualGradientSteering(gamma)
+    policy = UnitGradients(gamma)
     scaled = policy(scale[:, None] * gramian * scale)
     torch.testing.assert_close(scaled * scale, policy(gramian), rtol=1e-9, atol=1e-12)
 
@@ -44,7 +44,7 @@ def test_the_direction_does_not_depend_on_the_size_of_a_component(
     seed: int, gamma: float, factor: float, scale: str
 ) -> None:
     gramian, sizes = random_gramian(seed), torch.tensor([1.0, factor], dtype=torch.float64)
-    policy = VisualGradientSteering(gamma, scale=scale)
+    policy = UnitGradients(gamma, scale=scale)
     before, after = policy(gramian), policy(sizes[:, None] * gramian * sizes) * sizes
     torch.testing.assert_close(before * after.norm(), after * before.norm(), rtol=1e-9, atol=1e-12)
 
@@ -53,8 +53,8 @@ def test_the_direction_does_not_depend_on_the_size_of_a_component(
 @given(seeds, gammas, st.sampled_from(SCALES))
 def test_swapping_the_components_and_gamma_swaps_the_weights(seed: int, gamma: float, scale: str) -> None:
     gramian = random_gramian(seed)
-    weights = VisualGradientSteering(gamma, scale=scale)(gramian)
-    swapped = VisualGradientSteering(1.0 - gamma, scale=scale)(gramian.flip(0, 1))
+    weights = UnitGradients(gamma, scale=scale)(gramian)
+    swapped = UnitGradients(1.0 - gamma, scale=scale)(gramian.flip(0, 1))
     torch.testing.assert_close(swapped.flip(0), weights, rtol=1e-9, atol=1e-12)
 
 
@@ -62,20 +62,20 @@ def test_swapping_the_components_and_gamma_swaps_the_weights(seed: int, gamma: f
 @given(seeds, gammas, factors)
 def test_preserve_keeps_the_length_of_the_sum(seed: int, gamma: float, factor: float) -> None:
     gramian = random_gramian(seed) * factor
-    weights = VisualGradientSteering(gamma, scale="preserve")(gramian)
+    weights = UnitGradients(gamma, scale="preserve")(gramian)
     torch.testing.assert_close(length(weights, gramian), gramian.sum().clamp(min=0.0).sqrt(), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_gamma_zero_and_one_follow_one_component(gamma: float) -> None:
     gramian = random_gramian(3)
-    weights = VisualGradientSteering(gamma)(gramian)
+    weights = UnitGradients(gamma)(gramian)
     assert weights[1 - int(gamma)] == 0.0
     torch.testing.assert_close(length(weights, gramian), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_parallel_gradients_add_up_and_opposed_ones_cancel() -> None:
-    policy = VisualGradientSteering(0.8)
+    policy = UnitGradients(0.8)
     for sign, expected in ((1.0, 1.0), (-1.0, 0.6)):
         gramian = torch.tensor([[4.0, sign * 6.0], [sign * 6.0, 9.0]])
         torch.testing.assert_close(length(policy(gramian), gramian), torch.tensor(expected))
@@ -83,7 +83,7 @@ def test_parallel_gradients_add_up_and_opposed_ones_cancel() -> None:
 
 def test_preserve_does_not_amplify_what_cancels() -> None:
     gramian = torch.tensor([[4.0, -6.0], [-6.0, 9.0]])
-    weights = VisualGradientSteering(0.5, scale="preserve")(gramian)  # the unit gradients cancel, their sum does not
+    weights = UnitGradients(0.5, scale="preserve")(gramian)  # the unit gradients cancel, their sum does not
     assert torch.isfinite(weights).all()
     assert weights.max() <= 1.0 / (4 * torch.finfo(torch.float32).eps ** 0.5)
 
@@ -96,7 +96,7 @@ def test_a_degenerate_component_is_dropped_and_flagged(component: int, value: fl
     gramian[1 - component, 1 - component] = 4.0
     if value == 1e-42:  # a norm whose inverse is still finite
         gramian[component, component] = 0.0
-    policy = VisualGradientSteering(0.75, max_weight_ratio=3.0, scale=scale)
+    policy = UnitGradients(0.75, max_weight_ratio=3.0, scale=scale)
     weights = policy(gramian)
     assert torch.isfinite(weights).all()
     assert weights[component] == 0.0
@@ -108,7 +108,7 @@ def test_a_degenerate_component_is_dropped_and_flagged(component: int, value: fl
 @pytest.mark.parametrize("scale", SCALES)
 def test_two_degenerate_components_give_no_step(scale: str) -> None:
     for value in (0.0, float("nan"), float("inf")):
-        policy = VisualGradientSteering(scale=scale)
+        policy = UnitGradients(scale=scale)
         assert policy(torch.full((2, 2), value)).tolist() == [0.0, 0.0]
 
 
@@ -116,15 +116,15 @@ def test_two_degenerate_components_give_no_step(scale: str) -> None:
 @pytest.mark.parametrize("size", [1e-15, 1e15])
 def test_gradients_at_the_ends_of_the_range_of_float32(size: float, scale: str) -> None:
     gramian = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
-    weights = VisualGradientSteering(scale=scale)(gramian * size * size)
-    expected = VisualGradientSteering(scale=scale)(gramian)
+    weights = UnitGradients(scale=scale)(gramian * size * size)
+    expected = UnitGradients(scale=scale)(gramian)
     torch.testing.assert_close(weights, expected / size if scale == "unit" else expected)
 
 
 @settings(max_examples=50, deadline=None)
 @given(seeds, gammas, st.floats(0.1, 10.0), st.sampled_from(SCALES))
 def test_max_weight_ratio_bounds_the_ratio(seed: int, gamma: float, ratio: float, scale: str) -> None:
-    weights = VisualGradientSteering(gamma, ratio, scale)(random_gramian(seed))
+    weights = UnitGradients(gamma, ratio, scale)(random_gramian(seed))
     assert weights[0] == 0.0 or weights[1] <= ratio * weights[0] * (1 + 1e-12)
 
 
@@ -139,12 +139,12 @@ def test_max_weight_ratio_bounds_the_ratio(seed: int, gamma: float, ratio: float
 )
 def test_settings_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VisualGradientSteering(**arguments)
+        UnitGradients(**arguments)
 
 
 def test_a_gramian_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
-        VisualGradientSteering()(torch.eye(3))
+        UnitGradients()(torch.eye(3))
 
 
 # -------------------------------------------------------------------------------------------------------------- TorchJD
@@ -213,8 +213,8 @@ def test_aggregators_are_taken_for_their_weighting_and_others_refused() -> None:
     torch.testing.assert_close(from_torchjd(aggregation.MGDA())(gramian), expected)
     with pytest.raises(TypeError, match="does not weigh gradients by their Gramian"):
         from_torchjd(aggregation.TrimmedMean(trim_number=0))
-    with pytest.raises(TypeError, match="got VisualGradientSteering"):
-        from_torchjd(VisualGradientSteering())
+    with pytest.raises(TypeError, match="got UnitGradients"):
+        from_torchjd(UnitGradients())
 
 
 def test_without_torchjd_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

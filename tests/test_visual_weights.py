@@ -20,7 +20,8 @@ from tests.test_linear_decomposed_kl import (
     chunk_bytes,
     gradients,
 )
-from vgs_kernels import LinearDecomposedKL, LMHead
+from vgs_kernels import LMHead
+from vgs_kernels import OldLinearDecomposedKL as LinearDecomposedKL
 
 SETTINGS: list[dict[str, float]] = [
     {"token_steering": 3.0},

@@ -6,31 +6,49 @@ Everything public is imported here; the design is in ARCHITECTURE.md.
 from .backend import BackendUnavailableError
 from .combine_gradients import combine_gradients
 from .decomposed_kl import decomposed_kl
-from .decomposed_kl.old_types import DECOMPOSITIONS, DecomposedKL, HiddenGradients, LinearDecomposedKL
+from .decomposed_kl.old_api import decomposed_kl as old_decomposed_kl
+from .decomposed_kl.old_types import DECOMPOSITIONS as OLD_DECOMPOSITIONS
+from .decomposed_kl.old_types import DecomposedKL as OldDecomposedKL
+from .decomposed_kl.old_types import LinearDecomposedKL as OldLinearDecomposedKL
 from .gradient_gramian import gradient_gramian
-from .linear import linear_reverse_kl
-from .linear_decomposed_kl import linear_decomposed_kl
+from .linear import linear_decomposed_kl, linear_reverse_kl
+from .linear_decomposed_kl import linear_decomposed_kl as old_linear_decomposed_kl
 from .report import backend_report
 from .reverse_kl import reverse_kl
 from .selftest import SelfTestResult, self_test
-from .steering import VisualGradientSteering
+from .steer import Steered, steer_
+from .steering import UnitGradients, VisualGradientSteering
 from .torchjd_adapter import from_torchjd
-from .types import LinearReverseKL, LMHead, RatioGuard, ReverseKL, SampledLogProbs, TokenSteering
+from .types import (
+    DecomposedKL,
+    HiddenGradients,
+    LinearDecomposedKL,
+    LinearReverseKL,
+    LMHead,
+    RatioGuard,
+    ReverseKL,
+    SampledLogProbs,
+    TokenSteering,
+)
 from .version import __version__
 
 __all__ = [
-    "DECOMPOSITIONS",
+    "OLD_DECOMPOSITIONS",
     "BackendUnavailableError",
     "DecomposedKL",
     "HiddenGradients",
     "LMHead",
     "LinearDecomposedKL",
     "LinearReverseKL",
+    "OldDecomposedKL",
+    "OldLinearDecomposedKL",
     "RatioGuard",
     "ReverseKL",
     "SampledLogProbs",
     "SelfTestResult",
+    "Steered",
     "TokenSteering",
+    "UnitGradients",
     "VisualGradientSteering",
     "__version__",
     "backend_report",
@@ -40,6 +58,9 @@ __all__ = [
     "gradient_gramian",
     "linear_decomposed_kl",
     "linear_reverse_kl",
+    "old_decomposed_kl",
+    "old_linear_decomposed_kl",
     "reverse_kl",
     "self_test",
+    "steer_",
 ]

@@ -23,7 +23,7 @@ def backend_report() -> str:
     for row in rows:
         lines.append(f"{row.op:<{name_width}}  {row.device:<{device_width}}  {row.active}")
         lines += [f"{'':<{name_width}}  {'':<{device_width}}  faster: {name}: {why}" for name, why in row.missing]
-    lines += ["", "linear_decomposed_kl runs on the backend of decomposed_kl."]
+    lines += ["", "reverse_kl, decomposed_kl and their linear forms run on the backend of stream_kl."]
     if not torch.cuda.is_available():
         lines.append("No CUDA or ROCm device is visible to torch.")
     return "\n".join(lines)

@@ -16,8 +16,8 @@ from . import backend as backends
 from .combine_gradients import combine_gradients
 from .decomposed_kl import decomposed_kl
 from .gradient_gramian import gradient_gramian
-from .linear_decomposed_kl import linear_decomposed_kl
-from .types import LMHead
+from .linear import linear_decomposed_kl, linear_reverse_kl, reference
+from .types import LMHead, accumulation_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _TOKENS, _VOCAB, _WIDTH = 17, 1031, 48  # no multiples of any block
@@ -40,14 +40,14 @@ class SelfTestResult:
 def self_test() -> list[SelfTestResult]:
     """Run every op on every backend of this machine's devices."""
     checks = []
-    for op, (run, inputs) in _OPS.items():
+    for op, subject in _SUBJECTS.items():
         for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
             for dtype in _DTYPES:
-                given = [tensor.to(device, dtype) for tensor in inputs()]
-                exact = run([tensor.double() for tensor in given], "reference")
-                plain = _error(run(given, "reference"), exact)
-                for name in backends.available("decomposed_kl" if op == "linear_decomposed_kl" else op, device):
-                    error = plain if name == "reference" else _error(run(given, name), exact)
+                given = [tensor.to(device, dtype) for tensor in subject.inputs()]
+                exact = subject.plain([tensor.double() for tensor in given])
+                plain = _error(subject.plain(given), exact)
+                for name in backends.available(subject.kernels or op, device):
+                    error = _error(subject.run(given, name), exact)
                     passed = error <= 2 * plain + 4 * torch.finfo(dtype).eps  # NaN fails
                     checks.append(
                         SelfTestResult(op, device, name, str(dtype).removeprefix("torch."), error, plain, passed)
@@ -66,26 +66,50 @@ def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _decomposed_kl(inputs: list[Tensor], backend: str) -> list[Tensor]:
-    student, masked_student = (tensor.clone().requires_grad_() for tensor in inputs[:2])
-    teacher, masked_teacher = inputs[2:]
-    parts = decomposed_kl(student, teacher, masked_teacher, masked_student, decomposition="bayes", backend=backend)
-    return [*parts, *torch.autograd.grad(parts.lang.sum() + 2 * parts.vis.sum(), (student, masked_student))]
+    student, *others = inputs
+    student = student.clone().requires_grad_()
+    parts = decomposed_kl(student, *others, decomposition="vgs", backend=backend)
+    assert parts.dependency is not None
+    gradients = torch.autograd.grad(parts.standard.sum() + 2 * parts.vis.sum(), student)
+    return [parts.standard, parts.vis, parts.lang, parts.entropy, parts.dependency, *gradients]
+
+
+def _linear_reverse_kl(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    hidden, head, teacher, teacher_head = inputs[0], inputs[2], inputs[3], inputs[5]
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    result = linear_reverse_kl(hidden, LMHead(head), teacher, LMHead(teacher_head), backend=backend)
+    return [result.kl, *torch.autograd.grad(result.kl, (hidden, head))]
+
+
+def _plain_reverse_kl(inputs: list[Tensor]) -> list[Tensor]:
+    hidden, head, teacher, teacher_head = (_widened(inputs[i]) for i in (0, 2, 3, 5))
+    kl = reference.linear_reverse_kl(hidden.requires_grad_(), head.requires_grad_(), teacher, teacher_head).sum()
+    return [kl, *torch.autograd.grad(kl, (hidden, head))]
 
 
 def _linear_decomposed_kl(inputs: list[Tensor], backend: str) -> list[Tensor]:
-    hidden, masked_hidden, head = (tensor.clone().requires_grad_() for tensor in inputs[:3])
-    teacher, masked_teacher, teacher_head = inputs[3:]
+    hidden, masked_hidden, head, teacher, masked_teacher, teacher_head = inputs
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     parts = linear_decomposed_kl(
-        hidden,
-        LMHead(head),
-        teacher,
-        LMHead(teacher_head),
-        masked_teacher_hidden=masked_teacher,
-        masked_student_hidden=masked_hidden,
+        hidden, LMHead(head), teacher, LMHead(teacher_head), masked_teacher, masked_hidden, decomposition="vgs",
         backend=backend,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(parts.standard + 2 * parts.vis, (hidden, head))
+    return [parts.standard, parts.vis, parts.lang, *gradients]
+
+
+def _plain_decomposed_kl(inputs: list[Tensor]) -> list[Tensor]:
+    hidden, masked_hidden, head, teacher, masked_teacher, teacher_head = (_widened(tensor) for tensor in inputs)
+    parts = reference.linear_decomposed_kl(
+        hidden.requires_grad_(), head.requires_grad_(), teacher, teacher_head, masked_teacher, masked_hidden
     )
-    gradients = torch.autograd.grad(parts.lang + 2 * parts.vis, (hidden, masked_hidden, head))
-    return [parts.lang, parts.vis, parts.logit_gramian, *gradients]
+    standard, vis, lang = (parts[name].sum() for name in ("standard", "vis", "lang"))
+    return [standard, vis, lang, *torch.autograd.grad(standard + 2 * vis, (hidden, head))]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A copy with the digits that logits of 16-bit inputs are to have."""
+    return tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True)
 
 
 def _gradient_gramian(inputs: list[Tensor], backend: str) -> list[Tensor]:
@@ -101,12 +125,28 @@ def _combine_gradients(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [norm, *out]
 
 
-_OPS: dict[str, tuple[Callable[[list[Tensor], str], list[Tensor]], Callable[[], list[Tensor]]]] = {
-    "decomposed_kl": (_decomposed_kl, lambda: [3 * logits for logits in _random(*[(_TOKENS, _VOCAB)] * 4)]),
-    "linear_decomposed_kl": (
-        _linear_decomposed_kl,
-        lambda: [part / 2 for part in _random(*[(_TOKENS, _WIDTH), (_TOKENS, _WIDTH), (_VOCAB, _WIDTH)] * 2)],
+def _on_reference(run: Callable[[list[Tensor], str], list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
+    return lambda inputs: run(inputs, "reference")
+
+
+@dataclass(frozen=True)
+class _Subject:
+    run: Callable[[list[Tensor], str], list[Tensor]]  # on a backend
+    plain: Callable[[list[Tensor]], list[Tensor]]  # in plain torch
+    inputs: Callable[[], list[Tensor]]
+    kernels: str | None = None  # the op whose backends run it, where it has none of its own
+
+
+def _hidden_and_heads() -> list[Tensor]:
+    return [part / 2 for part in _random(*[(_TOKENS, _WIDTH), (_TOKENS, _WIDTH), (_VOCAB, _WIDTH)] * 2)]
+
+
+_SUBJECTS = {
+    "stream_kl": _Subject(
+        _decomposed_kl, _on_reference(_decomposed_kl), lambda: [3 * z for z in _random(*[(_TOKENS, _VOCAB)] * 4)]
     ),
-    "gradient_gramian": (_gradient_gramian, lambda: _random(*_SHAPES * 2)),
-    "combine_gradients": (_combine_gradients, lambda: _random(*_SHAPES * 2)),
+    "linear_reverse_kl": _Subject(_linear_reverse_kl, _plain_reverse_kl, _hidden_and_heads, "stream_kl"),
+    "linear_decomposed_kl": _Subject(_linear_decomposed_kl, _plain_decomposed_kl, _hidden_and_heads, "stream_kl"),
+    "gradient_gramian": _Subject(_gradient_gramian, _on_reference(_gradient_gramian), lambda: _random(*_SHAPES * 2)),
+    "combine_gradients": _Subject(_combine_gradients, _on_reference(_combine_gradients), lambda: _random(*_SHAPES * 2)),
 }

@@ -18,8 +18,8 @@ from .steering import usable_components
 class TorchJDSteering:
     r"""A policy that follows a rule of TorchJD: ``weights = weighting(gramian)``. Make one with `from_torchjd`.
 
-    Same interface as `VisualGradientSteering`: called with the Gramian of (g_lang, g_vis), shape
-    (2, 2), it returns their two weights, shape (2,), same dtype and device. A component whose norm is zero or not
+    Same interface as `VisualGradientSteering`: called with the Gramian of two gradients, shape (2, 2), it returns their
+    two weights, shape (2,), same dtype and device. A component whose norm is zero or not
     finite enters the rule as zero and gets weight 0, and so does one whose weight the rule leaves undefined.
 
     Whether the host waits for the device is the rule's choice: those that solve a quadratic program (UPGrad, DualProj,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from trl import DistillationConfig
 
-from vgs_kernels import DECOMPOSITIONS, VisualGradientSteering
+from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
+from vgs_kernels import UnitGradients
 
 from .docstrings import attribute_texts
 from .inputs.modalities import MODALITIES
@@ -213,7 +214,7 @@ class VGSConfig(DistillationConfig):
             ("gamma_schedule", GAMMA_SCHEDULES),
             ("modality", tuple(MODALITIES)),
             ("image_mask", IMAGE_MASKS),
-            ("steering_scale", VisualGradientSteering.SCALES),
+            ("steering_scale", UnitGradients.SCALES),
             ("runaway_action", RUNAWAY_ACTIONS),
         ):
             value = getattr(self, name)

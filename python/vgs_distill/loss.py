@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vgs_kernels import DecomposedKL, LinearDecomposedKL, LMHead, linear_decomposed_kl
+from vgs_kernels import LMHead
+from vgs_kernels import OldDecomposedKL as DecomposedKL
+from vgs_kernels import OldLinearDecomposedKL as LinearDecomposedKL
+from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 
 from .inputs.families import EvidenceTokens, Family
 from .masking import Batch, masked_view, rows_with_evidence, stack_views

@@ -13,7 +13,8 @@ from vgs_distill.steering.predictor import GramianPredictor
 from vgs_distill.steering.proxy import GradientProxy
 
 from tests.engine.test_trainer import with_images_removed
-from vgs_kernels import LMHead, linear_decomposed_kl
+from vgs_kernels import LMHead
+from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 
 
 def random_states(tokens: int, seed: int) -> tuple[Tensor, Tensor]:

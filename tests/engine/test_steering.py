@@ -19,7 +19,7 @@ from vgs_distill.steering.predictor import GramianPredictor, RunningAverage, hed
 from vgs_distill.steering.step import LossParts, SteeringSettings, SteeringStep
 
 from tests.engine.test_trainer import step_logs
-from vgs_kernels import VisualGradientSteering
+from vgs_kernels import UnitGradients
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_the_pair_combines_accumulated_gradients() -> None:
         vis.backward()
         pair.end_micro_batch()
         assert all(p.grad is None for p in layer.parameters())
-    record = pair.combine(VisualGradientSteering(0.6), replicated=False)
+    record = pair.combine(UnitGradients(0.6), replicated=False)
     assert record is not None
 
     def norm(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_a_pair_without_any_gradient_leaves_none() -> None:
     pair.accumulate_vis()
     no_gradient(CPU).backward()
     pair.end_micro_batch()
-    assert pair.combine(VisualGradientSteering(), replicated=False) is None
+    assert pair.combine(UnitGradients(), replicated=False) is None
     assert layer.weight.grad is None
 
 
@@ -182,7 +182,7 @@ def test_direction_cosine_is_that_of_the_combined_gradients() -> None:
 
 @pytest.mark.parametrize("gamma", [0.3, 0.5, 0.8, 0.95])
 def test_an_error_of_two_deviations_costs_a_hedged_update_the_same_both_ways(gamma: float) -> None:
-    policy, spread = VisualGradientSteering(gamma), torch.tensor(0.35, dtype=torch.float64)
+    policy, spread = UnitGradients(gamma), torch.tensor(0.35, dtype=torch.float64)
     predicted = gramian(3.0, 0.02).double()
 
     def cosines(weights: torch.Tensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_an_error_of_two_deviations_costs_a_hedged_update_the_same_both_ways(gam
 
 @pytest.mark.parametrize("scale", ["unit", "preserve"])
 def test_a_hedge_keeps_the_bounds_of_the_policy(scale: str) -> None:
-    policy, spread = VisualGradientSteering(0.8, max_weight_ratio=5.0, scale=scale), torch.tensor(0.35)
+    policy, spread = UnitGradients(0.8, max_weight_ratio=5.0, scale=scale), torch.tensor(0.35)
     torch.testing.assert_close(weight_ratio(hedged(policy, gramian(4.0, 0.1), spread)), torch.tensor(5.0))
     for lang, vis in ((0.0, 2.0), (2.0, 0.0), (0.0, 0.0), (float("inf"), 1.0), (1.0, float("nan"))):
         one_missing = torch.diag(torch.tensor([lang, vis]))
@@ -209,7 +209,7 @@ def test_a_hedge_keeps_the_bounds_of_the_policy(scale: str) -> None:
 
 
 def test_the_hedge_grows_with_the_errors_of_predictions() -> None:
-    predictor, policy = GramianPredictor(refresh_every=4, drift=3.0, device=CPU), VisualGradientSteering(0.8)
+    predictor, policy = GramianPredictor(refresh_every=4, drift=3.0, device=CPU), UnitGradients(0.8)
     predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0))
     torch.testing.assert_close(predictor.weights(policy), policy(predictor.predict()))
     predictor.refresh(gramian(1.0, 1.0), pair(1.0, 1.0), gramian(2.0, 2.0))  # the ratio was right

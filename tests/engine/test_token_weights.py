@@ -14,7 +14,7 @@ from vgs_distill import VGSTrainer, loss
 from vgs_distill.steering.token_weights import VisualTokenWeights
 
 from tests.engine.test_trainer import step_logs, with_images_removed
-from vgs_kernels import linear_decomposed_kl
+from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 
 CPU = torch.device("cpu")
 

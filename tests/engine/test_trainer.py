@@ -17,7 +17,7 @@ from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.masking import Batch
 
 from tests.reference_formulas import visual_weights
-from vgs_kernels import DECOMPOSITIONS
+from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
 
 STEERED_KEYS = {
     "loss", "loss/full", "loss/lang", "loss/vis", "entropy", "gradient/norm_lang", "gradient/norm_vis",

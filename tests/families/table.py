@@ -17,7 +17,7 @@ from vgs_distill.inputs.modalities import MODALITIES
 
 from tests.families.models import SMALL_FAMILIES
 from tests.families.training import make_trainer, processor_of, step_logs
-from vgs_kernels import DECOMPOSITIONS
+from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 

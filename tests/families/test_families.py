@@ -23,7 +23,7 @@ from vgs_distill.report.log import read_run
 
 from tests.families.models import SMALL_FAMILIES
 from tests.families.training import first_rows, make_trainer, processor_of, step_logs
-from vgs_kernels import DECOMPOSITIONS
+from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
 
 
 def cases(*names: str) -> Any:

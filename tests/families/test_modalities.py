@@ -28,7 +28,7 @@ from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
 from tests.families.training import first_rows, make_trainer, picture, processor_of, questions, sound, step_logs, video
 from tests.reference_formulas import textbook
 from tests.small_run import ON_CPU
-from vgs_kernels import DECOMPOSITIONS
+from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
 
 PROMPT = [{"role": "user", "content": "which colour is it"}]
 OTHERS = ["qwen2_audio", "qwen3_vl_video"]

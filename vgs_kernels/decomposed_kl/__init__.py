@@ -1,4 +1,4 @@
-"""Decomposed reverse KL on logits: `reference.py` specifies, `op.py` registers, `api.py` the function."""
+"""Decomposed reverse KL on logits: `decompositions.py` names the parts, `api.py` is the function."""
 
 from .api import decomposed_kl
 

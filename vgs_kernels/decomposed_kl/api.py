@@ -1,20 +1,15 @@
-"""`decomposed_kl`: the public function on logits. Validates, flattens, and puts the parts together.
-
-Layer: public API. Calls `decomposed_kl/op.py`; chooses through `vgs_kernels.backend`.
-"""
+"""`decomposed_kl`: the public function on logits of three and four streams."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from .. import backend as backends
-from . import op
-from .old_types import DECOMPOSITIONS, DecomposedKL, LogitTransform
-from .reference import ENTROPY, FULL, MASKED, PRIOR, SHIFT, USES_MASKED_STUDENT
-from .smoothing import smooth_, smoothed
+from ..checks import as_rows, check_fraction, check_logits, checked_transform, resolve_vocab_size
+from ..stream_kl import op
+from ..stream_kl.transform import smooth_, smoothed
+from ..types import DecomposedKL, RatioGuard
+from .decompositions import find_decomposition
 
 
 def decomposed_kl(
@@ -23,7 +18,7 @@ def decomposed_kl(
     masked_teacher_logits: Tensor,  # (..., vocab)
     masked_student_logits: Tensor | None = None,  # (..., vocab)
     *,
-    decomposition: str = "matched",
+    decomposition: str,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     student_logit_scale: float = 1.0,
@@ -31,30 +26,34 @@ def decomposed_kl(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     teacher_smoothing: float = 0.0,
+    ratio_guard: RatioGuard | None = None,
     backend: str | None = None,
 ) -> DecomposedKL:
-    r"""Reverse KL divergence of a student from its teacher, per token, split into a language and a visual part.
+    r"""Reverse KL divergence of a student from its teacher, per token, beside its visual and its language part.
 
-    With the distributions over the vocabulary $p$ (student), $q$ (teacher), $r$ (teacher, image
-    masked) and $p_0$ (student, image masked), each $\operatorname{softmax}(\operatorname{softcap}(s \cdot z) / \tau)$,
+    With the distributions over the vocabulary $p$ (student), $q$ (teacher), $r$ (teacher, image masked) and $p_0$
+    (student, image masked), each $\operatorname{softmax}(\operatorname{softcap}(s \cdot z) / \tau)$,
 
-    | decomposition   | lang       | vis                                                               |
-    |-----------------|------------|-------------------------------------------------------------------|
-    | `teacher_prior` | KL(p ‖ r)  | KL(p ‖ q) − KL(p ‖ r) = Σ p (log r − log q)                       |
-    | `bayes`         | KL(p₀ ‖ r) | Σ p [(log p − sg(log p₀)) − (log q − log r)], sg = stop gradient  |
-    | `matched`       | KL(p₀ ‖ r) | KL(p ‖ q)                                                         |
+    | decomposition   | standard   | vis                     | lang       | dependency |
+    |-----------------|------------|-------------------------|------------|------------|
+    | `vgs`           | KL(p ‖ q)  | KL(p ‖ q*)              | KL(p₀ ‖ r) | KL(q ‖ r)  |
+    | `teacher_prior` | KL(p ‖ q)  | KL(p ‖ q) − KL(p ‖ r)   | KL(p ‖ r)  | none       |
 
-    and in all three ``full`` = KL(p ‖ q), the mode-seeking direction: the expectation is under the student.
-    In ``bayes`` and ``matched`` the gradient of ``lang`` reaches only the masked student's logits, the gradient of
-    ``vis``, ``full`` and ``entropy`` only the student's. The teachers are constants.
+    where the visual target $q^* \propto q\,p_0 / r$ is the student's own prior with the teacher's evidence. Reverse:
+    the expectation is under the first distribution. In `vgs` the parts do not add up to ``standard``; in
+    `teacher_prior` lang + vis does.
+
+    **Only the student's logits get a gradient.** The teachers and the masked student are constants, so in `vgs`
+    ``lang`` and ``dependency`` have none: ``lang`` with a gradient is `reverse_kl` of the masked student and the masked
+    teacher.
 
     Args:
-        student_logits: Shape ``(..., vocab)``, floating. Any strides; all four may be bf16, fp16, fp32 or fp64.
+        student_logits: Shape ``(..., vocab)``, any strides; all four may be fp32, bf16, fp16 or fp64.
         teacher_logits: Like ``student_logits``, of the teacher that sees the image.
         masked_teacher_logits: Like ``student_logits``, of the teacher with the image masked.
-        masked_student_logits: Like ``student_logits``, of the student with the image masked. Needed by ``bayes`` and
-            ``matched``, refused by ``teacher_prior``.
-        decomposition: ``"teacher_prior"``, ``"bayes"`` or ``"matched"``.
+        masked_student_logits: Like ``student_logits``, of the student with the image masked. Needed by ``vgs``, refused
+            by ``teacher_prior``.
+        decomposition: ``"vgs"`` or ``"teacher_prior"``.
         temperature: τ > 0, divides every stream's logits, after scale and soft cap.
         vocab_size: Number of leading entries that are real tokens; every stream may be padded further. Required
             when the streams' last dimensions differ.
@@ -65,148 +64,60 @@ def decomposed_kl(
         teacher_smoothing: ε in [0, 1), 0 for none: q and r become $(1 - \varepsilon)\,q + \varepsilon / V$ over the V
             real tokens, after everything above. It bounds $\log q - \log r$ and leaves no divergence from a teacher
             infinite.
+        ratio_guard: Bounds on $\log p_0 - \log r$ within q* (``vgs``), which is wild in the tails; see `RatioGuard`.
         backend: ``"native"``, ``"triton"``, ``"reference"`` or None for the fastest that runs on the device.
 
     Returns:
-        DecomposedKL: ``lang``, ``vis``, ``full``, ``entropy``, each of shape ``(...)``, in nats, float32
-        (float64 for float64 logits), differentiable once with respect to the student's logits.
+        DecomposedKL: ``standard``, ``vis``, ``lang``, ``entropy`` (of the student) and ``dependency`` (the teacher's
+        visual dependency score; None in ``teacher_prior``), each of shape ``(...)``, in nats, float32 (float64 for
+        float64 logits), differentiable once with respect to the student's logits.
 
-    Numerics: accumulation in float32 (float64). An entry at −inf in the student contributes 0. Student mass where a
-    distribution of a part has none makes that part +inf for that token, never NaN, and gives it gradient 0. Results
-    are deterministic.
+    Numerics: accumulation in float32 (float64). An entry at −inf in every stream contributes 0. Mass where the other
+    distribution of a part has none makes that part +inf for that token, never NaN, and gives it gradient 0; ``vis`` of
+    ``vgs`` is +inf also where r has no mass and q and p₀ have some. A probability below the smallest normal number
+    counts as none. Deterministic, no host synchronisation.
 
     Raises:
         ValueError: Shapes, dtypes, devices or options do not fit; the message says which and what to do.
         vgs_kernels.BackendUnavailableError: The named backend cannot run here.
 
     Source: "Decomposed On-Policy Distillation for Vision-Language Reasoning: Steering Gradients for Visual
-    Grounding", arXiv 2606.00564; ``bayes`` is its chain, ``matched`` and ``teacher_prior`` are readings of it.
+    Grounding", arXiv 2606.00564, equations 6 and 9 to 11, for ``vgs``; ``teacher_prior`` is the student against both
+    teacher contexts.
 
     Examples:
         >>> import torch
         >>> from vgs_kernels import decomposed_kl
-        >>> student, teacher, masked_teacher = torch.randn(3, 4, 11).unbind()
-        >>> parts = decomposed_kl(student, teacher, masked_teacher, decomposition="teacher_prior")
-        >>> torch.allclose(parts.lang + parts.vis, parts.full, atol=1e-5)
-        True
+        >>> student, teacher, masked_teacher, masked_student = torch.randn(4, 3, 11).unbind()
+        >>> parts = decomposed_kl(student, teacher, masked_teacher, masked_student, decomposition="vgs")
+        >>> parts.vis.shape
+        torch.Size([3])
     """
-    check_decomposition(decomposition, masked_student_logits is not None, "masked_student_logits")
-    check_positive("temperature", temperature)
-    streams = {
+    named = find_decomposition(decomposition, masked_student_logits is not None, "masked_student_logits")
+    given = {
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
         "masked_teacher_logits": masked_teacher_logits,
+        "masked_student_logits": masked_student_logits,
     }
-    if masked_student_logits is not None:
-        streams["masked_student_logits"] = masked_student_logits
-    check_streams(streams)
-    vocab_size = resolve_vocab_size({name: t.shape[-1] for name, t in streams.items()}, vocab_size)
-
-    check_fraction("teacher_smoothing", teacher_smoothing)
-    transform = LogitTransform(
-        decomposition,
-        vocab_size,
-        float(temperature),
-        float(student_logit_scale),
-        float(teacher_logit_scale),
-        check_softcap("student_softcap", student_softcap),
-        check_softcap("teacher_softcap", teacher_softcap),
+    streams = {name: logits for name, logits in given.items() if logits is not None}
+    check_logits(streams)
+    transform = checked_transform(
+        resolve_vocab_size({name: logits.shape[-1] for name, logits in streams.items()}, vocab_size),
+        temperature,
+        (student_logit_scale, student_softcap),
+        (teacher_logit_scale, teacher_softcap),
+        ratio_guard,
     )
-
-    if teacher_smoothing:
-        for name in ("teacher_logits", "masked_teacher_logits"):
-            streams[name] = _as_rows(streams[name]).detach().clone()
-            smooth_(streams[name], teacher_smoothing, transform)
+    teachers = [as_rows(logits).detach() for logits in (teacher_logits, masked_teacher_logits)]
+    if check_fraction("teacher_smoothing", teacher_smoothing):
+        teachers = [logits.clone() for logits in teachers]
+        for logits in teachers:
+            smooth_(logits, teacher_smoothing, transform)
         transform = smoothed(transform)
-
+    masked_student = None if masked_student_logits is None else as_rows(masked_student_logits).detach()
+    chosen = backends.resolve("stream_kl", student_logits.device, backend, student_logits.dtype)
+    values, _ = op.stream_kl(as_rows(student_logits), *teachers, masked_student, *transform, chosen)
+    parts = named.per_token(values)
     leading = student_logits.shape[:-1]
-    rows = [None if t is None else _as_rows(t) for t in (*streams.values(), None)[:4]]
-    chosen = backends.resolve("decomposed_kl", student_logits.device, backend, student_logits.dtype)
-    values, _ = op.divergences(*rows, *transform, chosen)
-    return DecomposedKL(*(part.reshape(leading) for part in combine_parts(decomposition, values)))
-
-
-def combine_parts(decomposition: str, values: Tensor) -> DecomposedKL:
-    """The algebra of the table above on the five divergences of `decomposed_kl/reference.py`, (tokens, 5)."""
-    entropy, full = values[:, ENTROPY], values[:, FULL]
-    if decomposition == "matched":
-        return DecomposedKL(lang=values[:, MASKED], vis=full, full=full, entropy=entropy)
-    prior = values[:, PRIOR]
-    if decomposition == "teacher_prior":
-        # inf - inf would be NaN, and finite - inf would call a missing token a gain.
-        vis = torch.where(torch.isinf(full) | torch.isinf(prior), math.inf, full - prior)
-        return DecomposedKL(lang=prior, vis=vis, full=full, entropy=entropy)
-    shift = values[:, SHIFT]
-    infinite = torch.isinf(full) | torch.isinf(prior) | torch.isinf(shift)
-    vis = torch.where(infinite, math.inf, shift + full - prior)
-    return DecomposedKL(lang=values[:, MASKED], vis=vis, full=full, entropy=entropy)
-
-
-def check_decomposition(decomposition: str, has_masked_student: bool, name: str) -> None:
-    if decomposition not in DECOMPOSITIONS:
-        raise ValueError(f"unknown decomposition {decomposition!r}; choose one of {', '.join(DECOMPOSITIONS)}")
-    needed = decomposition in USES_MASKED_STUDENT
-    if needed and not has_masked_student:
-        raise ValueError(
-            f"decomposition {decomposition!r} needs {name} (the student run on the text-only prompt); "
-            "pass it, or use decomposition='teacher_prior', which does without"
-        )
-    if has_masked_student and not needed:
-        raise ValueError(f"decomposition 'teacher_prior' does not use {name}; leave it out or use 'matched'")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a positive finite number, got {value}")
-
-
-def check_fraction(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be at least 0 (off) and below 1, got {value}")
-
-
-def check_softcap(name: str, value: float | None) -> float:
-    """Return the soft cap, 0.0 for none."""
-    if value is None:
-        return 0.0
-    check_positive(name, value)
-    return float(value)
-
-
-def check_streams(streams: dict[str, Tensor]) -> None:
-    """Leading shapes, dtypes and devices of the logits must agree, and dtypes be floating."""
-    (first_name, first), *rest = streams.items()
-    if not first.dtype.is_floating_point:
-        raise ValueError(f"{first_name} must be floating point, got {first.dtype}")
-    if first.dim() < 1:
-        raise ValueError(f"{first_name} must have a vocabulary dimension, got a scalar")
-    for name, tensor in rest:
-        for what, a, b in (
-            ("leading shape", tuple(first.shape[:-1]), tuple(tensor.shape[:-1])),
-            ("dtype", first.dtype, tensor.dtype),
-            ("device", first.device, tensor.device),
-        ):
-            if a != b:
-                raise ValueError(f"{name} has {what} {b}, but {first_name} has {a}; they must agree")
-
-
-def resolve_vocab_size(sizes: dict[str, int], vocab_size: int | None) -> int:
-    """The number of real tokens; `sizes` are the (possibly padded) vocabulary sizes of the streams or heads."""
-    smallest = min(sizes.values())
-    listing = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    if vocab_size is None:
-        if smallest != max(sizes.values()):
-            raise ValueError(
-                f"the vocabularies differ in size ({listing}): if the tokens are the same and the rest is padding, "
-                "pass vocab_size=<number of real tokens>"
-            )
-        vocab_size = smallest
-    if not 0 < vocab_size <= smallest:
-        raise ValueError(f"vocab_size must be between 1 and the smallest vocabulary, got {vocab_size} ({listing})")
-    return vocab_size
-
-
-def _as_rows(logits: Tensor) -> Tensor:
-    """View as (tokens, vocab) with unit stride along the vocabulary; copies only where no such view exists."""
-    rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+    return DecomposedKL._make(None if part is None else part.reshape(leading) for part in parts)

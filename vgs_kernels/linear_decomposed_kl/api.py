@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as backends
-from ..decomposed_kl.api import (
+from ..decomposed_kl.old_api import (
     check_decomposition,
     check_fraction,
     check_positive,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import backend as backends
-from ..decomposed_kl.api import combine_parts
+from ..decomposed_kl.old_api import combine_parts
 from ..decomposed_kl.old_types import LogitTransform
 from ..decomposed_kl.reference import VALUES, component_coefficients
 from ..decomposed_kl.smoothing import smooth_, smoothed

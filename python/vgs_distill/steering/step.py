@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vgs_kernels import VisualGradientSteering
+from vgs_kernels import UnitGradients
 
 from ..distributed import is_replicated, process_count, sum_over_processes, two_backward_passes
 from .gamma import ADAPTIVE, AdaptiveGamma, ScheduledGamma
@@ -74,7 +74,7 @@ class StepRecord(NamedTuple):
 class _Plan:
     """How one step gets its gradient; the same for all its micro-batches."""
 
-    def __init__(self, model: nn.Module, policy: VisualGradientSteering, *, apart: bool, single: bool) -> None:
+    def __init__(self, model: nn.Module, policy: UnitGradients, *, apart: bool, single: bool) -> None:
         self.model = model
         self.policy = policy
         self.apart = apart  # two backward passes, weights from what they measure; otherwise one of the weighted sum
@@ -128,7 +128,7 @@ class SteeringStep:
         """
         settings, predictor = self._settings, self._predictor
         gamma, max_weight_ratio = self._guard(self.gamma.at(step, total_steps), settings.max_weight_ratio)
-        policy = VisualGradientSteering(gamma, max_weight_ratio, settings.steering_scale)
+        policy = UnitGradients(gamma, max_weight_ratio, settings.steering_scale)
         apart = predictor is None or predictor.refresh_due()
         plan = _Plan(model, policy, apart=apart, single=micro_batches == 1)
         if predictor is not None and not apart and not plan.single:
