@@ -33,7 +33,7 @@ from benchmarks.inputs import DECOMPOSITIONS, USES_MASKED_STUDENT, Streams, peak
 from benchmarks.linear_gate import GATE_TOKENS, STEERING_WEIGHTS, narrow_gate, run_gate
 from benchmarks.products import PRODUCTS, floor_rows, product_calls
 from vgs_kernels import backend
-from vgs_kernels.linear_decomposed_kl.api import DEFAULT_MAX_CHUNK_BYTES
+from vgs_kernels.old_linear.api import DEFAULT_MAX_CHUNK_BYTES
 
 NAME = "linear_decomposed_kl"
 TARGET_SHAPE = {"tokens": 512, "width": 1024, "teacher_width": 1024, "vocab": 151936}

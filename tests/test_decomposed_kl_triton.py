@@ -31,7 +31,7 @@ from vgs_kernels import old_decomposed_kl as decomposed_kl  # noqa: E402
 from vgs_kernels.decomposed_kl import reference  # noqa: E402
 from vgs_kernels.decomposed_kl import triton as kernels  # noqa: E402
 from vgs_kernels.decomposed_kl.old_types import LogitTransform  # noqa: E402
-from vgs_kernels.linear_decomposed_kl.visual_weights import SampledTokens  # noqa: E402
+from vgs_kernels.old_linear.visual_weights import SampledTokens  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cpu" if INTERPRETED else "cuda"

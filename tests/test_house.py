@@ -16,12 +16,12 @@ FUNCTION_LINES = 60  # without the docstring
 
 # What is still too long. A line goes when its file or function has been mended.
 LONG_FILES = {
-    "vgs_kernels/linear_decomposed_kl/op.py",
+    "vgs_kernels/old_linear/op.py",
 }
 LONG_FUNCTIONS = {
     "vgs_kernels/decomposed_kl/reference.py:logit_gradients",
-    "vgs_kernels/linear_decomposed_kl/api.py:linear_decomposed_kl",
-    "vgs_kernels/linear_decomposed_kl/op.py:add_chunk",
+    "vgs_kernels/old_linear/api.py:linear_decomposed_kl",
+    "vgs_kernels/old_linear/op.py:add_chunk",
 }
 
 

@@ -15,7 +15,7 @@ from vgs_kernels import OldLinearDecomposedKL as LinearDecomposedKL
 from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
 from vgs_kernels.linear.column_filter import HEAD_MULTIPLE
 from vgs_kernels.linear.products import Products
-from vgs_kernels.linear_decomposed_kl import op
+from vgs_kernels.old_linear import op
 
 BACKENDS = ["reference"] + (["native"] if backend._native_problem() is None else [])
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 8, 12, 61

@@ -1,4 +1,4 @@
-"""`UnitGradients` and the TorchJD adapter: properties of the weights, degenerate gradients, equivalence."""
+"""The policies, `steer_` and the TorchJD adapter: properties of the weights, degenerate gradients, equivalence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vgs_kernels import UnitGradients, combine_gradients, gradient_gramian
+from vgs_kernels import UnitGradients, VisualGradientSteering, combine_gradients, gradient_gramian, steer_
 from vgs_kernels.torchjd_adapter import from_torchjd
 
 SCALES = ("unit", "preserve")
@@ -145,6 +145,102 @@ def test_settings_that_make_no_sense_are_refused(arguments: dict, message: str) 
 def test_a_gramian_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         UnitGradients()(torch.eye(3))
+
+
+# ---------------------------------------------------------------------------------------------- the paper's, and steer_
+
+
+@settings(max_examples=50, deadline=None)
+@given(seeds, st.floats(0.0, 8.0), factors, factors)
+def test_steering_keeps_the_length_of_distillation(seed: int, gamma: float, a: float, b: float) -> None:
+    scale = torch.tensor([a, b], dtype=torch.float64)
+    gramian = scale[:, None] * random_gramian(seed) * scale
+    weights = VisualGradientSteering(gamma)(gramian)
+    torch.testing.assert_close(weights[1], gamma * weights[0], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(length(weights, gramian), gramian[0, 0].sqrt(), rtol=1e-6, atol=0.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seeds, st.floats(0.0, 8.0))
+def test_steering_keeps_the_length_in_float32(seed: int, gamma: float) -> None:
+    gramian = random_gramian(seed, torch.float32)
+    weights = VisualGradientSteering(gamma)(gramian)
+    assert weights.dtype == torch.float32
+    combined = length(weights.double(), gramian.double())
+    torch.testing.assert_close(combined, gramian[0, 0].double().sqrt(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "policy", [VisualGradientSteering(2.0), UnitGradients(0.8), UnitGradients(0.8, scale="preserve")]
+)
+@pytest.mark.parametrize(
+    "sizes", [(1e-23, 1e-23), (1e19, 1e19), (1e-23, 1e19), (1e19, 1e-23), (1e-19, 1e19), (0.0, 1e19)]
+)
+def test_weights_are_finite_for_every_norm(policy: object, sizes: tuple[float, float]) -> None:
+    gradients = [[torch.tensor([0.6, 0.8]) * sizes[0]], [torch.tensor([0.0, 1.0]) * sizes[1]]]
+    weights = policy(gradient_gramian(*gradients))  # type: ignore[operator]
+    assert torch.isfinite(weights).all()
+    if min(sizes) > 1e-20:  # the square is a float32
+        assert (weights > 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_distillation_goes_on_without_a_visual_gradient_and_not_without_its_own(value: float) -> None:
+    policy = VisualGradientSteering()
+    assert policy(torch.tensor([[4.0, value], [value, value]])).tolist() == [1.0, 0.0]
+    assert policy(torch.tensor([[value, value], [value, 4.0]])).tolist() == [0.0, 0.0]
+
+
+def test_what_cancels_is_not_amplified() -> None:
+    gramian = torch.tensor([[4.0, -2.0], [-2.0, 1.0]])  # standard + 2 vis is 0
+    weights = VisualGradientSteering(2.0)(gramian)
+    assert torch.isfinite(weights).all()
+    assert weights.max() <= 2.0 / (4 * torch.finfo(torch.float32).eps ** 0.5)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])
+def test_a_gamma_that_makes_no_sense_is_refused(gamma: float) -> None:
+    with pytest.raises(ValueError, match="gamma must be a finite number of at least 0"):
+        VisualGradientSteering(gamma)
+
+
+def small_problem() -> tuple[nn.Module, list[nn.Parameter], Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3))
+    model[0].bias.requires_grad_(False)
+    return model, list(model.parameters()), torch.randn(5, 7)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("max_norm", [None, 0.01])
+def test_steer_is_two_gradients_a_policy_and_their_combination(shared: bool, max_norm: float | None) -> None:
+    model, parameters, inputs = small_problem()
+    trained = [p for p in parameters if p.requires_grad]
+
+    def losses() -> list[Tensor]:
+        outputs = model(inputs), model(inputs)
+        return [outputs[0].square().mean(), (outputs[0 if shared else 1] - 1.0).abs().sum()]
+
+    gradients = [torch.autograd.grad(loss, trained, retain_graph=True) for loss in losses()]
+    policy = VisualGradientSteering(2.0)
+    gramian = gradient_gramian(*gradients)
+    expected = [torch.empty_like(p) for p in trained]
+    norm = combine_gradients(*gradients, policy(gramian), out=expected, max_norm=max_norm)
+    for repeat in (1, 2):  # it adds, as backward does
+        steered = steer_(parameters, *losses(), policy, max_norm=max_norm)
+        torch.testing.assert_close([p.grad for p in trained], [repeat * g for g in expected])
+    torch.testing.assert_close((steered.gramian, steered.weights, steered.norm), (gramian, policy(gramian), norm))
+    assert model[0].bias.grad is None
+
+
+def test_steer_takes_a_parameter_that_one_loss_does_not_reach() -> None:
+    first, second, neither = (torch.ones(3, requires_grad=True) for _ in range(3))
+    steer_([first, second, neither], first.sum(), 2 * second.sum(), UnitGradients(0.8))
+    torch.testing.assert_close(first.grad, torch.full((3,), 0.2 / 3**0.5))
+    torch.testing.assert_close(second.grad, torch.full((3,), 0.8 / 3**0.5))
+    assert neither.grad is None
+    with pytest.raises(ValueError, match="every gradient is None"):
+        steer_([neither], first.sum(), second.sum(), UnitGradients(0.8))
 
 
 # -------------------------------------------------------------------------------------------------------------- TorchJD

@@ -12,7 +12,7 @@ from .decomposed_kl.old_types import DecomposedKL as OldDecomposedKL
 from .decomposed_kl.old_types import LinearDecomposedKL as OldLinearDecomposedKL
 from .gradient_gramian import gradient_gramian
 from .linear import linear_decomposed_kl, linear_reverse_kl
-from .linear_decomposed_kl import linear_decomposed_kl as old_linear_decomposed_kl
+from .old_linear import linear_decomposed_kl as old_linear_decomposed_kl
 from .report import backend_report
 from .reverse_kl import reverse_kl
 from .selftest import SelfTestResult, self_test

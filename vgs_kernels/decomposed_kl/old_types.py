@@ -35,7 +35,7 @@ class HiddenGradients(NamedTuple):
 
 
 class LinearDecomposedKL(NamedTuple):
-    """What `vgs_kernels.linear_decomposed_kl` returns; sums over tokens, in nats.
+    """What `vgs_kernels.old_linear` returns; sums over tokens, in nats.
 
     What belongs to tokens, of shape `(tokens,)`, is detached and 0 where the token weight is 0.
     """
