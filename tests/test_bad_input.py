@@ -20,6 +20,7 @@ from vgs_distill.errors import InputError
 
 from tests.command_line import invoke, refused
 from tests.conftest import Workspace
+from tests.small_run import ON_CPU
 
 
 def entries(folder: Path) -> list[str]:
@@ -171,6 +172,25 @@ def test_a_wrong_model(kind: str, workspace: Workspace, tmp_path: Path) -> None:
     config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), **changes)
     assert sentence in refused("train", "--config", config)
     assert not run.exists()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["pickled weights", "no weights", "damaged weights", "code of its own"])
+def test_the_trainer_refuses_a_wrong_model_in_the_same_words(
+    kind: str, role: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    from vgs_distill import VGSConfig, VGSTrainer, load_rows
+
+    (folder,) = MODELS[kind][0](workspace, tmp_path / "model").values()
+    models = {name: folder if name == role else str(workspace.root / name) for name in ("student", "teacher")}
+    run = str(tmp_path / "run")
+    changes = {"model_name_or_path": models["student"], "teacher_model_name_or_path": models["teacher"]}
+    told = refused("train", "--config", workspace.yaml(tmp_path / "run.yaml", output_dir=run, **changes))
+    assert f"the {role} {folder!r}" in told
+    dataset = load_rows(str(workspace.root / "rows.jsonl"), split="train")
+    with pytest.raises(InputError) as error:
+        VGSTrainer(*models.values(), VGSConfig(output_dir=run, **ON_CPU), dataset)
+    assert told == f"vgs: {error.value}"
 
 
 def test_an_output_dir_that_is_a_file(workspace: Workspace, tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_a_configuration_is_read_by_the_parser(name: str) -> None:
     require(values, "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
     assert (config.gamma, config.decomposition) == (0.8, "matched")
     if name == "qwen3vl_full.yaml":
-        assert student_source(model, config).options["dtype"] == "float32"
-        assert teacher_source(model, config).options["dtype"] == "bfloat16"
+        assert student_source("student", config, model).options["dtype"] == "float32"
+        assert teacher_source("teacher", config, model).options["dtype"] == "bfloat16"
     adapter = get_peft_config(model)
     assert (adapter is not None) == (name == "qwen3vl_lora.yaml")
 

@@ -133,6 +133,8 @@ class VGSConfig(DistillationConfig):
             saves a checkpoint and ends training in `TrainingStopped`; ``"none"`` does not watch.
         teacher_device: Where the teacher runs: None for beside the student, a device such as ``"cuda:1"`` or ``"cpu"``,
             or ``"offload"`` to keep its weights in CPU memory and bring them to the student's device layer by layer.
+            Given by name, it is loaded in bf16 for a GPU that computes in it, unless `teacher_model_init_kwargs` holds
+            another ``dtype``.
         pack_teacher: Run both views of the teacher in one batch. None decides: yes where it wastes no padding (masks
             that keep the length of the prompt: ``blank``, ``attention``) or where weights travel (``offload``). False
             needs the least memory.

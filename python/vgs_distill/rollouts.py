@@ -7,7 +7,7 @@ features of video and audio, and the prompts without their evidence.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from .inputs.families import EvidenceTokens, check_modality, family_of, placehol
 from .inputs.formats import PROMPT_COLUMNS, canonical_rows
 from .inputs.modalities import IMAGE, MODALITIES, Modality
 from .masking import TOKEN_TYPES, with_evidence, without_evidence
-from .models.teacher import load_student, student_config
+from .models.sources import ModelSource, check_no_adapter
 from .report.timing import StepTimer
 from .resilience.sampler import EpochOrder
 
@@ -62,23 +62,28 @@ class Rollouts(DistillationTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        student: ModelSource,
         args: VGSConfig,
         train_dataset: Dataset | IterableDataset,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
         **kwargs: Any,
     ) -> None:
         self._modality = MODALITIES[args.modality]
-        config = student_config(model, args) if isinstance(model, str) else model.config
+        config = student.check()
         check_modality(config, self._modality)
+        check_no_adapter(student)
+        if processing_class is None:
+            processing_class = student.processor()
         rows = RowCheck.of(args, config, processing_class)
         rows.check(train_dataset)
         rows.check_evaluation(kwargs.get("eval_dataset"))
-        if isinstance(model, str) and self._modality is not IMAGE:  # TRL would look for its image token
-            model = load_student(model, args)
+        model = student.model
+        if model is None:
+            model = student.load(quantization_config=kwargs.pop("quantization_config", None))
+            args.model_init_kwargs = None  # TRL would say that it ignores them
         if args.distributed_state is not None:
             allow_fsdp_on_cpu(args.distributed_state)
-        with nullcontext() if isinstance(model, str) else _image_token_named(model.config, self._modality):
+        with _image_token_named(model.config, self._modality):
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
             )

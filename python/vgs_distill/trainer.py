@@ -30,7 +30,8 @@ from .loss import DecomposedLoss, LossSettings, MicroBatchLoss
 from .masking import Batch, multimodal_inputs
 from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
-from .models.teacher import load_teacher, place_teacher, shared_vocabulary
+from .models.sources import student_source, teacher_source
+from .models.teacher import place_teacher, shared_vocabulary
 from .report.loss_meter import LossMeter
 from .report.model_card import ModelCards
 from .report.recording import RunRecorder
@@ -96,8 +97,10 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             raise ValueError(f"args must be a VGSConfig, got {type(args).__name__}; build one with VGSConfig(...)")
         if args.output_dir is not None:
             check_output_dir(args.output_dir)
+        teacher = teacher_source(teacher_model, args)
+        teacher.check()
         super().__init__(
-            model,
+            student_source(model, args),
             args,
             train_dataset,
             processing_class,
@@ -106,7 +109,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             callbacks=callbacks,
             **kwargs,
         )
-        vocab_size = self._take_teacher(teacher_model)
+        vocab_size = self._take_teacher(teacher.load())
         self._never_sample(vocab_size)
         if args.torch_compile:
             compile_backbone(self.model, args.torch_compile_backend, args.torch_compile_mode)
@@ -137,11 +140,9 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             )
             self._micro_batch_loss = torch.zeros(())  # KL(student || teacher), for the log
 
-    def _take_teacher(self, teacher: str | PreTrainedModel) -> int:
-        """Load, check and place the teacher; return how many entries its vocabulary shares with the student's."""
+    def _take_teacher(self, teacher: PreTrainedModel) -> int:
+        """Check and place the teacher; return how many entries its vocabulary shares with the student's."""
         args, student = self.args, self.model.config
-        if isinstance(teacher, str):
-            teacher = load_teacher(teacher, args)
         check_teacher_reads_the_same(student, teacher.config, self._modality)
         shared = shared_vocabulary(student, teacher.config, len(self._tokenizer), padding=args.steering != "none")
         self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device)

@@ -21,7 +21,7 @@ from vgs_distill.masking import Batch, masked_view, stack_views
 from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import read_run
 
-from tests.families.models import SMALL_FAMILIES
+from tests.families.models import SMALL_FAMILIES, TEACHER_WIDTH
 from tests.families.training import first_rows, make_trainer, processor_of, step_logs
 from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
 
@@ -86,6 +86,18 @@ def test_the_teacher_writes_answers_that_change_nothing(family: str, tmp_path: P
         students.append(trainer.model.state_dict())
     for name, value in students[0].items():
         assert torch.equal(value, students[1][name]), name
+
+
+@every_family
+def test_a_teacher_in_half_precision_beside_a_student_in_full(family: str, tmp_path: Path) -> None:
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        teacher = SMALL_FAMILIES[family].model(processor_of(family), 2, TEACHER_WIDTH).to(dtype)
+        trainer = make_trainer(family, str(tmp_path), teacher=teacher, max_steps=1, record_completions_every=1)
+        trainer.train()
+        losses += [row["loss/full"] for row in step_logs(trainer)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2)
 
 
 @every_family

@@ -102,7 +102,8 @@ def _prepare(
     """The models and the rows; what is cheap to check is checked before weights are loaded."""
     loss_config = _loss_config(settings)
     check_installed(model.attn_implementation, use_liger_kernel=False)
-    student = student_source(model, settings)
+    assert model.model_name_or_path is not None
+    student = student_source(model.model_name_or_path, settings, model)
     modality = MODALITIES[settings.modality]
     config = student.check(modality)
     check_modality(config, modality)
@@ -114,7 +115,7 @@ def _prepare(
     processor = student.processor()
     teacher = None
     if settings.teacher_model_name_or_path is not None:
-        teacher = teacher_source(model, settings)
+        teacher = teacher_source(settings.teacher_model_name_or_path, settings, model)
         teacher.check(modality)
         check_tokenizers(processor, teacher)
     tokens = EvidenceTokens.of(config, processor, modality)

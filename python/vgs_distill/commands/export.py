@@ -37,7 +37,7 @@ def export(run: Path, output: Path, *, merge: bool = False, trust_remote_code: b
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{str(output)!r} exists already; choose another folder")
     source = ModelSource("student", str(run), None, trust_remote_code, {"dtype": "auto"})
-    source.check(modality=None)
+    source.check()
     if merge and source.base is None:
         raise InputError(f"{str(run)!r} holds a whole model, no adapter; leave out --merge")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,8 @@ def build(
     check_installed(model.attn_implementation, config.use_liger_kernel)
     if data.dataset_streaming and config.max_steps < 1:
         raise InputError("a streamed dataset has no length; set max_steps with dataset_streaming")
-    student, teacher = student_source(model, config), teacher_source(model, config)
+    student = student_source(values["model_name_or_path"], config, model)
+    teacher = teacher_source(values["teacher_model_name_or_path"], config, model)
     modality = MODALITIES[config.modality]
     configs = student.check(modality), teacher.check(modality)
     check_no_adapter(student)

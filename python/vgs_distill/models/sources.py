@@ -2,7 +2,8 @@
 
 A name may be that of an adapter: config and weights are then those of the model it belongs to, with the adapter beside.
 
-Weights are read from safetensors only, and code that a repository ships runs only where `trust_remote_code` says so.
+The command line and `VGSTrainer` load through here alone: weights are read from safetensors only, and code that a
+repository ships runs only where `trust_remote_code` says so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import (
@@ -27,9 +27,10 @@ from transformers.utils import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
+from ..config import OFFLOAD, VGSConfig
 from ..errors import InputError, one_sentence
 from ..inputs.families import placeholder_ids
-from ..inputs.modalities import IMAGE, Modality
+from ..inputs.modalities import Modality
 from .modules import linear_layers
 from .weights import with_adapter
 
@@ -38,13 +39,14 @@ _PROBE = "What is in the picture? 1 + 1 = 2, naïve façade"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where one model comes from and how it is loaded."""
+    """Where one model comes from and how it is loaded; or a model that is there already."""
 
     role: str  # for messages: student or teacher
     name: str
     revision: str | None
     trust_remote_code: bool
     options: dict[str, Any]  # further arguments of from_pretrained
+    model: PreTrainedModel | None = None
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -53,8 +55,7 @@ class ModelSource:
     @cached_property
     def base(self) -> ModelSource | None:
         """The model that an adapter belongs to; None where the name is a model's own."""
-        found = find_adapter_config_file(self.name, revision=self.revision)
-        if found is None:
+        if self.model is not None or (found := find_adapter_config_file(self.name, revision=self.revision)) is None:
             return None
         try:
             settings = json.loads(Path(found).read_text(encoding="utf-8"))
@@ -65,8 +66,10 @@ class ModelSource:
             raise InputError(f"the adapter {self.name!r} does not name its model (base_model_name_or_path)")
         return replace(self, role="adapter's base", name=name, revision=revision)
 
-    def check(self, modality: Modality | None = IMAGE) -> PretrainedConfig:
-        """Read its config; InputError unless it is a model, with safetensors weights, that reads the modality asked."""
+    def check(self, modality: Modality | None = None) -> PretrainedConfig:
+        """Its config; InputError unless it has weights in safetensors and names a placeholder of the modality."""
+        if self.model is not None:
+            return self.model.config
         if not Path(self.name).exists() and self.name.startswith((".", "/", "~")):
             raise InputError(f"there is no {self.role} model at {self.name!r}; give a folder or a name of the hub")
         if self.base is not None:
@@ -102,28 +105,31 @@ class ModelSource:
     def tokenizer(self) -> Any:
         return self._beside(AutoTokenizer)
 
-    def load(self, device: torch.device | None = None) -> PreTrainedModel:
-        """The model with its weights, on `device` or where TRL puts it; an adapter works inside its layers."""
+    def load(self, device: torch.device | None = None, **more: Any) -> PreTrainedModel:
+        """The model with its weights, on `device` or where TRL puts it; an adapter works inside its layers.
+
+        `more` goes to from_pretrained.
+        """
+        if self.model is not None:
+            return self.model
         if self.base is None:
-            return self._load(device)
-        model: Any = self._with_adapter(device).get_base_model()
+            return self._load(device, more)
+        model: Any = with_adapter(self.base.load(device, **more), self.name, self.revision).get_base_model()
         return model
 
     def load_merged(self) -> PreTrainedModel:
         """The model with its adapter added to its weights, as one that needs no adapter."""
-        return self._with_adapter(torch.device("cpu")).merge_and_unload()
-
-    def _with_adapter(self, device: torch.device | None) -> PeftModel:
         assert self.base is not None
-        return with_adapter(self.base.load(device), self.name, self.revision)
+        return with_adapter(self.base.load(torch.device("cpu")), self.name, self.revision).merge_and_unload()
 
-    def _load(self, device: torch.device | None) -> PreTrainedModel:
+    def _load(self, device: torch.device | None, more: dict[str, Any]) -> PreTrainedModel:
         place: dict[str, Any] = {} if device is None else {"device_map": device}
         if device is None and PartialState().num_processes > 1:
             place = {"device_map": None}  # by default TRL spreads a model over all GPUs, which are other processes'
+        options = {**self.hub, **place, **self.options, **more, "use_safetensors": True}
         try:
-            return create_model_from_path(self.name, **self.hub, **place, use_safetensors=True, **self.options)
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            return create_model_from_path(self.name, **options)
+        except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the {self.role} {self.name!r}: {one_sentence(error)}") from error
 
     def _beside(self, kind: Any, **options: Any) -> Any:
@@ -146,24 +152,43 @@ class ModelSource:
             raise InputError(f"cannot read the {self.role} {self.name!r}: {one_sentence(error)}") from error
 
 
-def student_source(arguments: ModelConfig, settings: Any) -> ModelSource:
-    """The student as TRL's `ModelConfig` describes it; `settings` holds trust_remote_code and model_init_kwargs."""
-    options: dict[str, Any] = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
-    if (quantization := get_quantization_config(arguments)) is not None:
-        options["quantization_config"] = quantization
-    options |= getattr(settings, "model_init_kwargs", None) or {}
-    assert arguments.model_name_or_path is not None
-    return ModelSource(
-        "student", arguments.model_name_or_path, arguments.model_revision, settings.trust_remote_code, options
-    )
+def student_source(model: str | PreTrainedModel, settings: Any, arguments: ModelConfig | None = None) -> ModelSource:
+    """The student. `settings` hold trust_remote_code and, of a run, model_init_kwargs, which win over `arguments`."""
+    options = _shared_options(arguments)
+    if arguments is not None:
+        options["revision"] = arguments.model_revision
+        if (quantization := get_quantization_config(arguments)) is not None:
+            options["quantization_config"] = quantization
+    return _source("student", model, settings, options | (getattr(settings, "model_init_kwargs", None) or {}))
 
 
-def teacher_source(arguments: ModelConfig, settings: Any) -> ModelSource:
-    """The teacher: dtype and attention of the student, unless teacher_model_init_kwargs says otherwise."""
-    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
-    options |= getattr(settings, "teacher_model_init_kwargs", None) or {}
-    name, revision = settings.teacher_model_name_or_path, settings.teacher_model_revision
-    return ModelSource("teacher", name, revision, settings.trust_remote_code, options)
+def teacher_source(model: str | PreTrainedModel, settings: Any, arguments: ModelConfig | None = None) -> ModelSource:
+    """The teacher: dtype and attention of the student, but in a run bf16 where it gets to a GPU that has it. What
+    teacher_model_init_kwargs of `settings` say wins.
+    """
+    options = _shared_options(arguments) | {"revision": settings.teacher_model_revision}
+    if isinstance(settings, VGSConfig):
+        where = settings.teacher_device
+        if where is not None:  # not to the student's device first, where it may not fit
+            options["device_map"] = "cpu" if where == OFFLOAD else where
+        device = settings.device if where in (None, OFFLOAD) else torch.device(where)
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            options["dtype"] = torch.bfloat16
+    return _source("teacher", model, settings, options | (getattr(settings, "teacher_model_init_kwargs", None) or {}))
+
+
+def _shared_options(arguments: ModelConfig | None) -> dict[str, Any]:
+    """What the command line tells from_pretrained of student and teacher alike."""
+    if arguments is None:
+        return {}
+    return {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+
+
+def _source(role: str, model: str | PreTrainedModel, settings: Any, options: dict[str, Any]) -> ModelSource:
+    trust, revision = options.pop("trust_remote_code", settings.trust_remote_code), options.pop("revision", None)
+    if isinstance(model, str):
+        return ModelSource(role, model, revision, trust, options)
+    return ModelSource(role, str(model.config.name_or_path), revision, trust, options, model)
 
 
 def adapter_config(arguments: ModelConfig, student: PreTrainedModel, modality: Modality) -> Any:

@@ -1,4 +1,4 @@
-"""The teacher of a run: loaded, checked against the student, and put where `VGSConfig.teacher_device` says.
+"""The teacher of a run: checked against the student, and put where `VGSConfig.teacher_device` says.
 
 The head of the teacher always stays beside that of the student, because the loss projects both chunk by chunk.
 """
@@ -7,49 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path
 
-from ..config import OFFLOAD, VGSConfig
+from ..config import OFFLOAD
 from ..errors import InputError
 from .heads import backbone, without_compile_wrapper
-
-
-def load_teacher(name: str, args: VGSConfig) -> PreTrainedModel:
-    """Load a teacher by name as TRL does."""
-    return _load(name, args, {"revision": args.teacher_model_revision} | _options(args.teacher_model_init_kwargs))
-
-
-def load_student(name: str, args: VGSConfig) -> PreTrainedModel:
-    """Load a student by name, before TRL would."""
-    model = _load(name, args, _options(args.model_init_kwargs))
-    args.model_init_kwargs = None
-    return model
-
-
-def student_config(name: str, args: VGSConfig) -> PretrainedConfig:
-    """The config of a student by name."""
-    revision = _options(args.model_init_kwargs).get("revision")
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        name, revision=revision or "main", trust_remote_code=args.trust_remote_code
-    )
-    return config
-
-
-def _load(name: str, args: VGSConfig, options: dict[str, Any]) -> PreTrainedModel:
-    options = {"trust_remote_code": args.trust_remote_code, **options}
-    if isinstance(dtype := options.get("dtype"), str) and dtype != "auto":
-        options["dtype"] = getattr(torch, dtype)
-    return create_model_from_path(name, **options)
-
-
-def _options(init_kwargs: Any) -> dict[str, Any]:
-    return dict(init_kwargs or {})
 
 
 def shared_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig, tokens: int, padding: bool) -> int:

@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 from ..errors import InputError, one_sentence
 
@@ -43,11 +44,12 @@ def with_adapter(model: PreTrainedModel, name: str, revision: str | None = None)
         InputError: as `load_weights`, or it is no adapter that peft knows.
     """
     try:
+        file: Any = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=revision)  # peft takes pickled ones
         config = PeftConfig.from_pretrained(name, revision=revision)
         wrapped: PeftModel = get_peft_model(model, config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"cannot use the adapter {name!r}: {one_sentence(error)}") from error
-    load_weights(wrapped, Path(name))
+    load_weights(wrapped, Path(file).parent)
     return wrapped
 
 
