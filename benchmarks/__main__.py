@@ -19,6 +19,7 @@ from benchmarks.harness.records import RECORDS
 # In the order of the run. `takes` are the options that the benchmark understands.
 BENCHMARKS = {
     "accuracy": ("device", "quick", "force", "records"),
+    "linear_reverse_kl": ("device", "quick", "force", "records"),
     "linear_decomposed_kl": ("device", "quick", "force", "records"),
     "decomposed_kl": ("device", "quick", "force", "records"),
     "sweep": ("device", "quick", "force", "records"),

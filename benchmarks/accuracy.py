@@ -13,22 +13,26 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import inputs, peers, truth
+from benchmarks import linear_gate, peers
 from benchmarks.harness.cases import DTYPES, case_of, case_parser, drive
-from benchmarks.harness.gates import Check, Gate, accumulation_dtype
+from benchmarks.harness.gates import Gate, accumulation_dtype
 from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.records import Record, Row, Target
 from benchmarks.harness.tables import error_text
-from benchmarks.inputs import Streams, converging_streams, random_heads
-from benchmarks.truth import Errors, Result, Truth
+from benchmarks.inputs import converging_streams, random_heads, rotate_head
+from benchmarks.methods import METHODS, OBJECTIVES
+from benchmarks.peers import Way
+from benchmarks.truth import Errors, Truth
 from vgs_kernels import backend
 
 NAME = "accuracy"
+STANDARD = OBJECTIVES["standard"]
+NUMBERS = ("loss", "hidden_gradient", "head_gradient")
 DEVIATIONS = (4.0, 30.0)
 DIVERGENCES = (1e-1, 1e-2, 1e-3)
 LABELS = {
@@ -40,21 +44,19 @@ LABELS = {
     "liger_compiled": "Liger, chunked, compiled",
     "liger_fused": "Liger, fused",
 }
-# Of the largest logit, where the kernels accumulate: log ratios are differences of numbers that size.
-FLOOR_LOGIT_ROUNDINGS = 4
 GRADIENT_LIMIT, LOSS_LIMIT = 1e-2, 1e-5
 
 
-def ways(dtype: str, device: str, compile_peers: bool) -> dict[str, Callable[[Streams], Result]]:
+def ways(dtype: str, device: str, compile_peers: bool) -> dict[str, Way]:
     """What is compared, by the names of `LABELS`."""
-    found: dict[str, Callable[[Streams], Result]] = {
-        "ours": peers.ours_reverse_kl,
-        "plain_fp32": lambda streams: peers.reverse_kl(streams, accumulation_dtype(DTYPES[dtype])),
+    found: dict[str, Way] = {
+        "ours": lambda streams: METHODS["opd"].ours(streams)[0],
+        "plain_fp32": lambda streams: peers.plain(STANDARD, streams, accumulation_dtype(DTYPES[dtype])),
         "trl": peers.trl_reverse_kl,
         "liger": lambda streams: peers.liger_reverse_kl(streams, compiled=False),
     }
     if DTYPES[dtype].itemsize == 2:
-        found["plain_16_bit"] = peers.reverse_kl
+        found["plain_16_bit"] = lambda streams: peers.plain(STANDARD, streams)
     if compile_peers:
         found["liger_compiled"] = peers.liger_reverse_kl
     if device == "cuda":
@@ -72,27 +74,30 @@ def cases() -> Iterator[tuple[float, float]]:
 def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Namespace) -> Record:
     start = time.perf_counter()
     head, _ = random_heads(shape["width"], shape["teacher_width"], shape["vocab"], DTYPES[dtype], args.device)
+    rotation = rotate_head(head, shape["teacher_width"])
     compared = ways(dtype, args.device, compile_peers=not args.no_compile)
     rows, checks, reached = [], [], {}
     for deviation, divergence in cases():
         where = f"{deviation:g},{divergence:g}"
-        streams = converging_streams(shape["tokens"], head, shape["teacher_width"], deviation, divergence)
-        exact = Truth(streams, peers.standard, students=["student"], teachers=["teacher"])
-        reached[where] = exact.loss / shape["tokens"]
+        streams = converging_streams(shape["tokens"], rotation, deviation, divergence)
+        exact = Truth(streams, {"standard": STANDARD})
+        reached[where] = exact.losses["standard"].mean().item()
         errors: dict[str, Errors] = {}
         for name, way in compared.items():
             row = Row(f"{name}@{where}", f"{LABELS[name]}, logits ± {deviation:g}, KL {divergence:g}")
             try:
-                errors[name] = exact.errors(way(streams))
-                row.errors = errors[name]._asdict()
+                errors[name] = exact.errors("standard", way(streams))
+                row.errors = {number: getattr(errors[name], number) for number in NUMBERS}
             except Exception as error:
                 row.note = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(row)
-            print(f"  {row.label}: {row.note or ', '.join(map(error_text, errors[name]))}", flush=True)
-        checks += gate_checks(where, errors, error_floor(dtype, exact.largest_logit))
-    gate = Gate(tuple(checks))
+            print(f"  {row.label}: {row.note or ', '.join(map(error_text, row.errors.values()))}", flush=True)
+        others = [found for name, found in errors.items() if name != "ours"]
+        floors = linear_gate.floors(DTYPES[dtype], exact.largest_logit)
+        checks += linear_gate.checks(where, errors["ours"], others, floors)
+    gate = Gate(tuple(checks), linear_gate.HELD_TO)
     facts = {
-        "backend": backend.resolve("decomposed_kl", torch.device(args.device)),
+        "backend": backend.resolve("stream_kl", torch.device(args.device)),
         "reached_kl": reached,
         "case_seconds": time.perf_counter() - start,
     }
@@ -100,19 +105,6 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
         NAME, case_of(shape, dtype, threads), gate, rows, environment(args.device), targets(rows), facts,
         sources=digest(),
     )  # fmt: skip
-
-
-def error_floor(dtype: str, largest_logit: float) -> float:
-    return FLOOR_LOGIT_ROUNDINGS * torch.finfo(accumulation_dtype(DTYPES[dtype])).eps * largest_logit
-
-
-def gate_checks(where: str, errors: Mapping[str, Errors], floor: float) -> list[Check]:
-    """Ours at most twice the most exact peer's, number by number."""
-    others = [found for name, found in errors.items() if name != "ours"]
-    return [
-        Check(f"{where} {key}", error, min(getattr(other, key) for other in others), floor)
-        for key, error in errors["ours"]._asdict().items()
-    ]
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
@@ -144,7 +136,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def digest() -> str:
-    return source_digest(Path(__file__), *(Path(str(used.__file__)) for used in (inputs, peers, truth)))
+    return source_digest(Path(__file__), *linear_gate.SOURCES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

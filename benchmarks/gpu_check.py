@@ -49,7 +49,8 @@ def benchmark_commands() -> list[list[str]]:
     commands = []
     for protocol in GPU_PROTOCOLS:
         shape = [f"--{key.replace('_', '-')}={value}" for key, value in protocol.shape.items()]
-        commands.append(["benchmarks.linear_decomposed_kl", f"--dtype={protocol.dtype}", *shape])
+        for module in ("linear_reverse_kl", "linear_decomposed_kl"):
+            commands.append([f"benchmarks.{module}", f"--dtype={protocol.dtype}", *shape])
     commands.append(["benchmarks.decomposed_kl", "--tokens=2048"])
     commands.append(["benchmarks.sweep"])
     return commands

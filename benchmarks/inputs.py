@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.gates import BLOCK
+from vgs_kernels import LMHead
 
-DECOMPOSITIONS = ("teacher_prior", "bayes", "matched")
-USES_MASKED_STUDENT = ("bayes", "matched")
+STUDENTS = ("student", "masked_student")
+TARGET_SHAPE = {"tokens": 512, "width": 1024, "teacher_width": 1024, "vocab": 151936}  # what targets are stated for
 
 
 @dataclass
@@ -25,29 +27,20 @@ class Streams:
     student_head: Tensor  # (vocab, student width)
     teacher_head: Tensor  # (vocab, teacher width)
 
-    def first(self, tokens: int) -> Streams:
-        """The same heads with the first tokens only."""
-        hidden = [
-            h[:tokens].detach().clone() for h in (self.student, self.masked_student, self.teacher, self.masked_teacher)
-        ]
-        return Streams(hidden[0].requires_grad_(), hidden[1].requires_grad_(), *hidden[2:], *self.heads)
-
     @property
     def heads(self) -> tuple[Tensor, Tensor]:
         return self.student_head, self.teacher_head
 
     @property
+    def lm_heads(self) -> tuple[LMHead, LMHead]:
+        return LMHead(self.student_head), LMHead(self.teacher_head)
+
+    @property
     def tokens(self) -> int:
         return self.student.shape[0]
 
-    def leaves(self, decomposition: str, component: str) -> list[Tensor]:
-        """The tensors that a component's gradient reaches: hidden states, head."""
-        masked = component == "lang" and decomposition in USES_MASKED_STUDENT
-        return [self.masked_student if masked else self.student, self.student_head]
-
-    def all_leaves(self, decomposition: str) -> list[Tensor]:
-        masked = [self.masked_student] if decomposition in USES_MASKED_STUDENT else []
-        return [self.student, *masked, self.student_head]
+    def head_of(self, name: str) -> Tensor:
+        return self.student_head if name in STUDENTS else self.teacher_head
 
 
 def random_heads(
@@ -103,28 +96,31 @@ def peaked_streams(tokens: int, heads: tuple[Tensor, Tensor], seed: int = 1) -> 
     return Streams(hidden[0].requires_grad_(), hidden[1].requires_grad_(), *hidden[2:], *heads)
 
 
-def rotated_head(head: Tensor, teacher_width: int, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """A teacher's head that gives the student's logits, and the (teacher width, student width) map of hidden states.
+class Rotation(NamedTuple):
+    """A teacher's head that gives the student's logits for hidden states that went through `turn`."""
 
-    The map has orthonormal columns, so that both heads round their own numbers and no product is shared.
-    """
+    student_head: Tensor  # (vocab, student width)
+    teacher_head: Tensor  # (vocab, teacher width)
+    turn: Tensor  # (teacher width, student width), orthonormal columns
+
+
+def rotate_head(head: Tensor, teacher_width: int, seed: int = 3) -> Rotation:
+    """Both heads round their own numbers, and no product is shared."""
     width = head.shape[1]
     generator = torch.Generator(head.device).manual_seed(seed)
     square = torch.empty(teacher_width, teacher_width, device=head.device).normal_(generator=generator)
     turn = torch.linalg.qr(square).Q[:, :width].contiguous()
-    blocks = [block.float() @ turn.t() for block in head.detach().split(BLOCK)]
-    return torch.cat([block.to(head.dtype) for block in blocks]), turn
+    blocks = [(block.float() @ turn.t()).to(head.dtype) for block in head.detach().split(BLOCK)]
+    return Rotation(head, torch.cat(blocks), turn)
 
 
-def converging_streams(
-    tokens: int, student_head: Tensor, teacher_width: int, deviation: float, divergence: float, seed: int = 1
-) -> Streams:
+def converging_streams(tokens: int, rotation: Rotation, deviation: float, divergence: float, seed: int = 1) -> Streams:
     """A student close to its teacher: KL(p || q) and KL(p0 || r) of every token near `divergence`, in nats.
 
     Logits have the given standard deviation over the vocabulary. What the image changes is a move of the hidden states
     by a tenth of their size; what the student has not learnt is a move in a random direction, as large as it takes.
     """
-    teacher_head, turn = rotated_head(student_head, teacher_width)
+    student_head, teacher_head, turn = rotation
     generator = torch.Generator(student_head.device).manual_seed(seed)
 
     def noise(scale: float) -> Tensor:
@@ -134,13 +130,10 @@ def converging_streams(
     seeing = masked + noise(deviation / 10)
     teachers, students = [], []
     for view in (seeing, masked):
-        teacher = (view @ turn.t()).to(student_head.dtype)
-        direction = noise(1.0)
-        students.append(_at_divergence(view, direction, student_head, teacher, teacher_head, divergence))
-        teachers.append(teacher)
-    return Streams(
-        students[0].requires_grad_(), students[1].requires_grad_(), *teachers, student_head, teacher_head
-    )  # fmt: skip
+        teachers.append((view @ turn.t()).to(student_head.dtype))
+        student = _at_divergence(view, noise(1.0), student_head, teachers[-1], teacher_head, divergence)
+        students.append(student.requires_grad_())
+    return Streams(*students, *teachers, student_head, teacher_head)
 
 
 def _at_divergence(

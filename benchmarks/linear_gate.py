@@ -1,142 +1,105 @@
-"""The gate of `linear_decomposed_kl`: values, hidden and head gradients against fp64, beside plain torch's errors."""
+"""The gate of the benchmarks from hidden states: loss and gradients against fp64, beside the most exact peer's.
+
+On spread-out and on peaked inputs, and on students close to their teachers, where a divergence is a small difference of
+large logits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.harness.gates import Check, Gate, accumulation_dtype, relative_error
-from benchmarks.inputs import DECOMPOSITIONS, USES_MASKED_STUDENT, Streams, peaked_streams, random_streams
-from benchmarks.oracle import Oracle
-from benchmarks.truth import Result
+from benchmarks import inputs, methods, peers, truth
+from benchmarks.harness.gates import Check, Gate, accumulation_dtype
+from benchmarks.inputs import Streams, converging_streams, peaked_streams, random_streams, rotate_head
+from benchmarks.methods import METHODS, OBJECTIVES
+from benchmarks.truth import Errors, Result, Truth
 
 GATE_TOKENS = 8
-GATE_KINDS = {"random": random_streams, "peaked": peaked_streams}
-# The gate's floor is 4 roundings of the largest logit in the accumulation dtype (log ratios are differences of numbers
-# that size; the tests of the kernels allow the same), plus an eighth of a rounding of the results' own dtype.
-FLOOR_LOGIT_ROUNDINGS, FLOOR_RESULT_ROUNDINGS = 4, 1 / 8
-STEERING_WEIGHTS = (0.3, 1.7)
+NEAR = ((4.0, 1e-3), (30.0, 1e-1))  # deviation of the logits, KL: the ends of what `accuracy` measures
+HELD_TO = "the most exact peer in the same dtype"
+FLOOR_LOGIT_ROUNDINGS = 4
+FLOOR_GRADIENT_ROUNDINGS = 1 / 2  # of the largest entry: the peer's rounding is that large, or by chance less
+SOURCES = (Path(__file__), *(Path(str(used.__file__)) for used in (inputs, methods, peers, truth)))
+
+Ours = Callable[[str, Streams], Sequence[Result]]  # (name of the method, streams)
+WorstErrors = dict[str, dict[str, float]]  # name of the way -> number -> the worst of all inputs
+
+
+def ours(method: str, streams: Streams) -> Sequence[Result]:
+    return METHODS[method].ours(streams)
+
+
+def gate_inputs(heads: tuple[Tensor, Tensor], tokens: int) -> dict[str, Streams]:
+    found = {"random": random_streams(tokens, heads), "peaked": peaked_streams(tokens, heads)}
+    rotation = rotate_head(heads[0], heads[1].shape[1])
+    for deviation, divergence in NEAR:
+        name = f"logits ± {deviation:g}, KL {divergence:g},"
+        found[name] = converging_streams(tokens, rotation, deviation, divergence)
+    return found
 
 
 def run_gate(
     heads: tuple[Tensor, Tensor],
+    gated: Sequence[str],
+    ways: Mapping[str, tuple[str, peers.Way]],
     tokens: int = GATE_TOKENS,
-    decomposed: Callable[[str, Streams], tuple[Tensor, ...]] = peers.ours_decomposed,
-) -> tuple[Gate, dict[str, dict[str, float]]]:
-    """The gate on random and on peaked inputs, and the gradients' errors at KL(p || q) of ours, TRL and Liger.
+    ours: Ours = ours,
+) -> tuple[Gate, WorstErrors]:
+    """The gate of some of our methods, and the worst errors of these and of `ways`: name -> objective and call.
 
-    `decomposed` is what is gated in the place of our call; tests plant errors there.
+    Plain torch with fp32 logits is always among the peers. `ours` is gated in place of our calls: tests plant errors.
     """
-    checks: list[Check] = []
-    errors_at_kl: dict[str, dict[str, float]] = {}
-    for kind, make in GATE_KINDS.items():
-        streams = make(tokens, heads)
-        oracle = Oracle(streams)
-        for decomposition in DECOMPOSITIONS:
-            name = f"{kind} {decomposition}"
-            checks += _check_decomposition(name, decomposition, streams, oracle, decomposed)
-        for name, divergence in REVERSE_KL.items() if kind == "random" else ():
-            try:
-                _loss, (hidden,), head = divergence(streams)
-            except Exception as error:
-                print(f"  {name} does not run: {type(error).__name__}: {error}", flush=True)
-                continue
-            full = oracle.parts("matched")  # its vis is KL(p || q)
-            errors_at_kl[name] = {
-                "hidden_gradient": relative_error(hidden, full.hidden["vis"]),
-                "head_gradient": relative_error(oracle.probe(head), full.head["vis"]),
-            }
-    return Gate(tuple(checks)), errors_at_kl
+    lines: list[Check] = []
+    worst: WorstErrors = {}
+    wide = accumulation_dtype(heads[0].dtype)
+    for kind, streams in gate_inputs(heads, tokens).items():
+        names = dict.fromkeys(objective for method in gated for objective in METHODS[method].objectives)
+        exact = Truth(streams, {name: OBJECTIVES[name] for name in names})
+        of_peers = {name: [exact.errors(name, peers.plain(OBJECTIVES[name], streams, wide))] for name in names}
+        for way_name, (name, way) in ways.items():
+            of_peers[name].append(exact.errors(name, way(streams)))
+            _keep_worst(worst, way_name, of_peers[name][-1])
+        for method in gated:
+            for name, result in zip(METHODS[method].objectives, ours(method, streams), strict=True):
+                found = exact.errors(name, result)
+                allowed = floors(heads[0].dtype, exact.largest_logit)
+                lines += checks(f"{kind} {method} {name}", found, of_peers[name], allowed)
+                _keep_worst(worst, method, found)
+    return Gate(tuple(lines), HELD_TO), worst
 
 
-def narrow_gate(heads: tuple[Tensor, Tensor], tokens: int = GATE_TOKENS) -> Gate:
-    """Plain torch with the softmax in 16 bits, held to what we are held to, on the values alone.
-
-    It is faster than with the softmax in fp32. It is a baseline only where it passes.
-    """
-    streams = random_streams(tokens, heads)
-    oracle = Oracle(streams)
-    exact = oracle.parts("teacher_prior")
-    with torch.no_grad():
-        narrow, plain = (peers.naive_parts("teacher_prior", streams, widen) for widen in (False, True))
-    floor = floor_of(heads[0].dtype, oracle)
-    return Gate(
-        tuple(
-            Check(f"softmax in 16 bits {name}", *(relative_error(x, truth) for x in (mine, theirs)), floor)
-            for name, mine, theirs, truth in zip(("lang", "vis"), narrow, plain, (exact.lang, exact.vis), strict=True)
-        )
-    )
+def error_floor(dtype: torch.dtype, largest_logit: float) -> float:
+    """Log ratios are differences of numbers as large as the largest logit, in the accumulation dtype."""
+    return FLOOR_LOGIT_ROUNDINGS * torch.finfo(accumulation_dtype(dtype)).eps * largest_logit
 
 
-def floor_of(dtype: torch.dtype, oracle: Oracle) -> float:
-    floor = FLOOR_LOGIT_ROUNDINGS * torch.finfo(accumulation_dtype(dtype)).eps * oracle.largest_logit
-    return floor + FLOOR_RESULT_ROUNDINGS * torch.finfo(dtype).eps
+def floors(dtype: torch.dtype, largest_logit: float) -> Errors:
+    floor = error_floor(dtype, largest_logit)
+    rounding = FLOOR_GRADIENT_ROUNDINGS * torch.finfo(dtype).eps
+    return Errors(floor, floor, floor + rounding, floor + rounding)
 
 
-def _liger_eager(streams: Streams) -> Result:
-    return peers.liger_reverse_kl(streams, compiled=False)
+def checks(name: str, found: Errors, of_peers: Sequence[Errors], floors: Errors) -> list[Check]:
+    """At most twice the most exact peer's: gradients, and the tokens' losses, in whose sum errors cancel by chance."""
+    lines = []
+    for place, number in enumerate(Errors._fields):
+        of_them = [peer[place] for peer in of_peers if peer[place] is not None]
+        if number != "loss":
+            lines.append(Check(f"{name} {number.replace('_', ' ')}", found[place], min(of_them), floors[place]))
+    return lines
 
 
-REVERSE_KL = {"teacher_prior_both": peers.ours_reverse_kl, "trl": peers.trl_reverse_kl, "liger": _liger_eager}
-
-
-def _check_decomposition(
-    name: str,
-    decomposition: str,
-    streams: Streams,
-    oracle: Oracle,
-    decomposed: Callable[[str, Streams], tuple[Tensor, ...]],
-) -> list[Check]:
-    """Values, gradients of both components, gradients of their objective."""
-    exact = oracle.parts(decomposition)
-    floor = floor_of(streams.student.dtype, oracle)
-
-    def check(what: str, result: Tensor, plain: Tensor, truth: Tensor) -> Check:
-        return Check(f"{name} {what}", relative_error(result, truth), relative_error(plain, truth), floor)
-
-    with torch.no_grad():
-        tokens = peers.ours(decomposition, streams).tokens
-        plain_values = peers.naive_parts(decomposition, streams)
-    lang, lang_head, vis, vis_head = _probed(oracle, decomposed(decomposition, streams))
-    plain = _probed(oracle, peers.naive_decomposed(decomposition, streams))
-    return [
-        check("lang", tokens.lang, plain_values[0], exact.lang),
-        check("vis", tokens.vis, plain_values[1], exact.vis),
-        check("lang hidden gradient", lang, plain[0], exact.hidden["lang"]),
-        check("lang head gradient", lang_head, plain[1], exact.head["lang"]),
-        check("vis hidden gradient", vis, plain[2], exact.hidden["vis"]),
-        check("vis head gradient", vis_head, plain[3], exact.head["vis"]),
-        *(check(*triple) for triple in _objective_gradients(decomposition, streams, oracle, plain)),
-    ]
-
-
-def _probed(oracle: Oracle, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Hidden gradients as they are, head gradients through the oracle's probes."""
-    lang, lang_head, vis, vis_head = gradients
-    return lang, oracle.probe(lang_head), vis, oracle.probe(vis_head)
-
-
-def _objective_gradients(
-    decomposition: str, streams: Streams, oracle: Oracle, plain: tuple[Tensor, ...]
-) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """What, ours, plain torch's, the truth."""
-    exact = oracle.parts(decomposition)
-    lang_weight, vis_weight = STEERING_WEIGHTS
-    weights = torch.tensor(STEERING_WEIGHTS, device=streams.student.device)
-    *hidden, head = peers.ours_objective(decomposition, streams, weights)
-
-    def weighted(lang: Tensor, vis: Tensor) -> Tensor:
-        return lang_weight * lang.double() + vis_weight * vis.double()
-
-    if decomposition in USES_MASKED_STUDENT:
-        plain_hidden = [vis_weight * plain[2].double(), lang_weight * plain[0].double()]
-        exact_hidden = [vis_weight * exact.hidden["vis"], lang_weight * exact.hidden["lang"]]
-    else:
-        plain_hidden = [weighted(plain[0], plain[2])]
-        exact_hidden = [weighted(exact.hidden["lang"], exact.hidden["vis"])]
-    found = [("objective hidden gradient", *three) for three in zip(hidden, plain_hidden, exact_hidden, strict=True)]
-    plain_head, exact_head = weighted(plain[1], plain[3]), weighted(exact.head["lang"], exact.head["vis"])
-    return [*found, ("objective head gradient", oracle.probe(head), plain_head, exact_head)]
+def _keep_worst(worst: WorstErrors, name: str, found: Errors) -> None:
+    before = worst.get(name, {})
+    numbers = {
+        "loss": found.loss if found.losses is None else found.losses,
+        "hidden_gradient": found.hidden_gradient,
+        "head_gradient": found.head_gradient,
+    }
+    worst[name] = {  # `max` of Python would lose a NaN
+        number: torch.tensor([error, before.get(number, 0.0)]).max().item() for number, error in numbers.items()
+    }

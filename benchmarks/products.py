@@ -6,14 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from vgs_kernels.linear.products import Products
 
 from benchmarks.harness.records import Row
 from benchmarks.harness.timing import Timing
 from benchmarks.inputs import Streams
+from benchmarks.methods import METHODS
+from vgs_kernels import backend
 
 PRODUCTS = {
-    "project_student": "one projection, student",
-    "project_teacher": "one projection, teacher",
+    "project_student": "one projection, student, fp32 logits",
+    "project_teacher": "one projection, teacher, fp32 logits",
     "hidden_product": "one hidden-gradient product",
     "head_product": "one head-gradient product",
 }
@@ -23,26 +27,56 @@ def product_calls(streams: Streams) -> dict[str, Callable[[], Any]]:
     """Each of `PRODUCTS` on all tokens at once, into tensors that exist."""
     student, teacher = streams.student.detach(), streams.teacher
     student_head, teacher_head = (head.detach() for head in streams.heads)
-    logits = student.new_zeros(streams.tokens, student_head.shape[0])
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    logits = student.new_zeros(streams.tokens, student_head.shape[0], dtype=dtype)
+    gradients = torch.zeros_like(logits, dtype=student.dtype)
     hidden_out, head_out = torch.empty_like(student), torch.empty_like(student_head)
+    project = _projection(student)
     return {
-        "project_student": lambda: torch.mm(student, student_head.t(), out=logits),
-        "project_teacher": lambda: torch.mm(teacher, teacher_head.t(), out=logits),
-        "hidden_product": lambda: torch.mm(logits, student_head, out=hidden_out),
-        "head_product": lambda: torch.mm(logits.t(), student, out=head_out),
+        "project_student": lambda: project(student, student_head, logits),
+        "project_teacher": lambda: project(teacher, teacher_head, logits),
+        "hidden_product": lambda: torch.mm(gradients, student_head, out=hidden_out),
+        "head_product": lambda: torch.mm(gradients.t(), student, out=head_out),
     }
 
 
-def floor_rows(timings: Mapping[str, Timing]) -> list[Row]:
-    """The products alone: 3 or 4 projections, and 1 or 2 pairs of hidden and head product."""
-    parts = [timings[n].seconds for n in ("project_student", "project_teacher", "hidden_product", "head_product")]
-    counts = {  # student projections, teacher projections, pairs
-        "floor_3": (1, 2, 0, "floor: 3 projections alone"),
-        "floor_5": (1, 2, 1, "floor: 5 products (objective, teacher_prior)"),
-        "floor_7": (1, 2, 2, "floor: 7 products (both components, teacher_prior)"),
-        "floor_8": (2, 2, 2, "floor: 8 products (bayes, matched)"),
-    }
-    return [
-        Row(name, label, [s * student + t * teacher + pairs * (h + w) for s, t, h, w in zip(*parts, strict=False)])
-        for name, (student, teacher, pairs, label) in counts.items()
-    ]
+def _projection(hidden: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """torch's product where it has one with fp32 output; of 16-bit operands on a CPU only ours has."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return lambda hidden, head, out: torch.mm(hidden, head.t(), out=out)
+    if hidden.is_cuda:
+        return lambda hidden, head, out: torch.mm(hidden, head.t(), out_dtype=out.dtype, out=out)
+    products = Products(hidden.device, hidden.dtype, backend.resolve("stream_kl", hidden.device) == "native")
+    return lambda hidden, head, out: products.project(hidden, head, None, out)
+
+
+def limits(dtype: str) -> dict[str, float]:
+    """How many times its products alone a method may take on a CPU.
+
+    A matrix unit (AMX) makes the products, and not the rest, several times faster; it takes bf16 alone.
+    """
+    native = torch.ops.vgs_kernels_native
+    if dtype == "bf16" and hasattr(native, "has_matrix_unit") and native.has_matrix_unit():
+        return dict.fromkeys(("opd", "vgs", "vgs_preserving", "matched"), 1.4) | {"prior_parts": 1.5}
+    return {"opd": 1.15, "vgs": 1.2, "vgs_preserving": 1.2, "matched": 1.2, "prior_parts": 1.25}
+
+
+def floor_name(method: str) -> str:
+    return f"floor_{METHODS[method].cost.products:g}"
+
+
+def floor_rows(timings: Mapping[str, Timing], methods: tuple[str, ...] = tuple(METHODS)) -> list[Row]:
+    """The products of every method alone, from the turns of each."""
+    parts = [timings[name].seconds for name in PRODUCTS]
+    rows = {}
+    for method in methods:
+        cost = METHODS[method].cost
+        seconds = [
+            cost.student_projections * student + cost.teacher_projections * teacher + cost.gradients * (hidden + head)
+            for student, teacher, hidden, head in zip(*parts, strict=False)
+        ]
+        name = floor_name(method)
+        rows.setdefault(name, Row(name, f"floor: {cost.products:g} products", seconds))
+    projections = [2 * student + 2 * teacher for student, teacher, _, _ in zip(*parts, strict=False)]
+    floors = sorted(rows.values(), key=lambda row: row.label)
+    return [Row("floor_projections", "floor: 4 projections", projections), *floors]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 class Protocol(NamedTuple):
     source: str
     dtype: str
-    shape: dict[str, int]  # as in a record of `linear_decomposed_kl`
+    shape: dict[str, int]  # as in a record of the benchmarks from hidden states
 
 
 def _shape(tokens: int, width: int, teacher_width: int, vocab: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How time and memory of `linear_decomposed_kl` grow with tokens, vocabulary and width; the data of the report's plot.
+"""How time and memory of OPD and VGS grow with tokens, vocabulary and width; the data of the report's plot.
 
     python -m benchmarks.sweep            three sweeps, bf16, 2 threads; a few minutes
     python -m benchmarks.sweep --quick    three small points each
@@ -11,22 +11,25 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import linear_decomposed_kl
+from benchmarks import linear_gate, peers, products
 from benchmarks.harness.cases import DTYPES, Case, run_cases
 from benchmarks.harness.gates import Gate
 from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.memory import MEMORY_METHOD
 from benchmarks.harness.records import RECORDS, Record, Row, finished_record, write_record
 from benchmarks.harness.tables import describe_record, seconds_text
-from benchmarks.harness.timing import interleaved
-from benchmarks.inputs import random_heads
-from benchmarks.linear_gate import run_gate
-from benchmarks.products import PRODUCTS, floor_rows
+from benchmarks.harness.timing import Timing, interleaved
+from benchmarks.inputs import random_heads, random_streams
+from benchmarks.linear_gate import HELD_TO, run_gate
+from benchmarks.methods import METHODS, OBJECTIVES
+from benchmarks.products import floor_rows, product_calls
 from vgs_kernels import backend
 
 NAME = "sweep"
@@ -39,12 +42,42 @@ AXES = {
 QUICK_BASE = {"tokens": 32, "vocab": 4096, "width": 64}
 QUICK_AXES = {"tokens": (16, 32, 64), "vocab": (2048, 4096, 8192), "width": (32, 64, 128)}
 LABELS = {
-    "naive_decomposed": "plain torch, both components",
-    "naive_monolithic": "plain torch, monolithic reverse KL",
-    "teacher_prior_both": "ours, both components",
-    "teacher_prior_objective": "ours, objective",
-    "floor_7": "7 products alone",
+    "plain_opd": "plain torch, OPD",
+    "plain_vgs": "plain torch, VGS",
+    "opd": "ours, OPD",
+    "vgs": "ours, VGS",
+    "floor_6": "the 6 products of VGS alone",
 }
+
+
+def calls(shape: dict[str, int], heads: tuple[Tensor, Tensor]) -> dict[str, Callable[[], Any]]:
+    """What is timed at a point, by the names of `LABELS` and of the products."""
+    streams = random_streams(shape["tokens"], heads)
+    wide = torch.promote_types(heads[0].dtype, torch.float32)
+    return {
+        **product_calls(streams),
+        "plain_opd": lambda: peers.plain(OBJECTIVES["standard"], streams, wide),
+        "plain_vgs": lambda: peers.plain(OBJECTIVES["vgs"], streams, wide),
+        "opd": lambda: METHODS["opd"].ours(streams),
+        "vgs": lambda: METHODS["vgs"].ours(streams),
+    }
+
+
+def rows_of(point: str, timings: Mapping[str, Timing]) -> list[Row]:
+    """The floor and every call at one value of the axis; `point` says which."""
+    (floor,) = (row for row in floor_rows(timings, ("vgs",)) if row.name == "floor_6")
+    value = point.rpartition(" ")[2]
+    floor.name, floor.label = f"floor_6@{value}", f"{LABELS['floor_6']}, {point}"
+    found = [floor]
+    for name in (name for name in LABELS if name in timings):
+        row = Row(
+            f"{name}@{value}", f"{LABELS[name]}, {point}", timings[name].seconds, note=timings[name].problem or ""
+        )
+        row.peak_bytes = timings[name].peak_bytes
+        row.floor = floor.name if name == "vgs" else None
+        row.ours = f"{name.removeprefix('plain_')}@{value}" if name.startswith("plain_") else None
+        found.append(row)
+    return found
 
 
 def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, args: argparse.Namespace) -> Record:
@@ -53,45 +86,29 @@ def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
     gates, rows = [], []
     for value in values:
         shape = base | {axis: value}
-        shape["teacher_width"] = shape["width"]
         heads = random_heads(shape["width"], shape["width"], shape["vocab"], DTYPES[dtype], args.device)
         if value in (values[0], values[-1]):
-            gate, _ = run_gate(heads, min(4, shape["tokens"]))
+            gate, _ = run_gate(heads, ["opd", "vgs"], {}, min(4, shape["tokens"]))
             print(gate.describe(), flush=True)
             gates.append(gate)
             if not gate.passed:
                 break
-        calls = linear_decomposed_kl.line_up(shape, dtype, heads, args.device, compile_peers=False).calls
-        wanted = [*PRODUCTS, *(name for name in LABELS if name in calls)]
         timings = interleaved(
-            {name: calls[name] for name in wanted}, min_rounds=args.rounds, max_rounds=3 * args.rounds,
-            budget_s=args.budget, device=args.device,
+            calls(shape, heads), min_rounds=args.rounds, max_rounds=3 * args.rounds, budget_s=args.budget,
+            device=args.device,
         )  # fmt: skip
-        floor = next(row for row in floor_rows(timings) if row.name == "floor_7")
-        floor.name, floor.label = f"floor_7@{value}", f"{LABELS['floor_7']}, {axis} {value}"
-        rows.append(floor)
-        for name in LABELS:
-            if name in timings:
-                timing = timings[name]
-                rows.append(
-                    Row(
-                        f"{name}@{value}", f"{LABELS[name]}, {axis} {value}", timing.seconds,
-                        peak_bytes=timing.peak_bytes, note=timing.problem or "",
-                        floor=floor.name if name == "teacher_prior_both" else None,
-                        ours=f"teacher_prior_both@{value}" if name == "naive_decomposed" else None,
-                    )
-                )  # fmt: skip
-        print(f"  {axis} {value}: {seconds_text(rows[-2].median)}", flush=True)
-    case = case_of(axis, base, values, dtype, args.threads)
-    facts = {
-        "backend": backend.resolve("decomposed_kl", torch.device(args.device)),
-        "memory": MEMORY_METHOD[args.device],
-        "case_seconds": time.perf_counter() - start,
-    }
-    gate = Gate(tuple(check for gate in gates for check in gate.checks))
+        rows += rows_of(f"{axis} {value}", timings)
+        print(f"  {axis} {value}: {seconds_text(rows[-1].median)}", flush=True)
+    gate = Gate(tuple(check for gate in gates for check in gate.checks), HELD_TO)
     return Record(
-        NAME, case, gate, rows if gate.passed else [], environment(args.device), facts=facts, sources=digest()
-    )
+        NAME, case_of(axis, base, values, dtype, args.threads), gate, rows if gate.passed else [],
+        environment(args.device), sources=digest(),
+        facts={
+            "backend": backend.resolve("stream_kl", torch.device(args.device)),
+            "memory": MEMORY_METHOD[args.device],
+            "case_seconds": time.perf_counter() - start,
+        },
+    )  # fmt: skip
 
 
 def case_of(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, threads: int) -> dict[str, object]:
@@ -101,7 +118,7 @@ def case_of(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
 
 
 def digest() -> str:
-    return source_digest(Path(__file__), *linear_decomposed_kl.SOURCES)
+    return source_digest(Path(__file__), Path(products.__file__), *linear_gate.SOURCES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

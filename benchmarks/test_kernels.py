@@ -8,10 +8,10 @@ Outside the default `testpaths`.
 from __future__ import annotations
 
 import pytest
-import torch
 
-from benchmarks import decomposed_kl, inputs, linear_gate, peers
+from benchmarks import decomposed_kl, inputs
 from benchmarks.harness.cases import DTYPES
+from benchmarks.methods import METHODS
 
 pytest.importorskip("pytest_benchmark")
 VOCAB = 32768
@@ -23,9 +23,8 @@ def test_decomposed_kl(benchmark, dtype: str) -> None:  # type: ignore[no-untype
     benchmark(decomposed_kl.loss_and_gradient, decomposed_kl.our_parts, streams)
 
 
-@pytest.mark.parametrize("decomposition", inputs.DECOMPOSITIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_linear_decomposed_kl(benchmark, dtype: str, decomposition: str) -> None:  # type: ignore[no-untyped-def]
+def test_from_hidden_states(benchmark, dtype: str, method: str) -> None:  # type: ignore[no-untyped-def]
     streams = inputs.random_streams(64, inputs.random_heads(256, 256, VOCAB, DTYPES[dtype], "cpu"))
-    weights = torch.tensor(linear_gate.STEERING_WEIGHTS)
-    benchmark(peers.ours_objective, decomposition, streams, weights)
+    benchmark(METHODS[method].ours, streams)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,73 +11,84 @@ from torch import Tensor
 from benchmarks.harness.gates import BLOCK, relative_error
 from benchmarks.inputs import Streams
 
-STUDENTS = ("student", "masked_student")
-# Logits of some of the four streams, (tokens, vocab) each, by name -> the loss of every token, (tokens,).
-Losses = Callable[..., Tensor]
 
+class Objective(NamedTuple):
+    """A loss of the four streams: its formula on logits, and which streams it reads."""
 
-class Errors(NamedTuple):
-    """The loss's relative error; a gradient's largest error over its largest entry, the worst of all hidden states'."""
-
-    loss: float
-    hidden_gradient: float
-    head_gradient: float
+    losses: Callable[..., Tensor]  # logits by the streams' names, (tokens, vocab) each -> (tokens,)
+    students: tuple[str, ...]  # streams that carry gradient
+    constants: tuple[str, ...]
 
 
 class Result(NamedTuple):
     """What every way from hidden states to gradients returns."""
 
     loss: Tensor  # (), the sum over the tokens
-    hidden: Sequence[Tensor]  # (tokens, width), of the students that carry gradient
+    losses: Tensor | None  # (tokens,); None where a way has no more than the sum
+    hidden: Sequence[Tensor]  # (tokens, width), of the objective's students
     head: Tensor  # (vocab, width)
 
 
-class Truth:
-    """The sum over the tokens of `losses`, and its gradients, for the given streams."""
+class Errors(NamedTuple):
+    """Of the sum and, in the 2-norm, of the tokens' losses: relative. Of a gradient: its largest error over its largest
+    entry, the worst of all hidden states'.
+    """
 
-    def __init__(self, streams: Streams, losses: Losses, students: Sequence[str], teachers: Sequence[str]) -> None:
-        """`students` carry gradient; `teachers` are the other streams that `losses` reads."""
-        wide = {name: _wide_logits(getattr(streams, name), streams.student_head) for name in students}
-        constant = {name: _wide_logits(getattr(streams, name), _head_of(streams, name)) for name in teachers}
-        self.largest_logit = max(logits.abs().max().item() for logits in (wide | constant).values())
-        self.loss = 0.0
-        self._logit_gradients = {name: torch.empty_like(logits) for name, logits in wide.items()}
-        for start in range(0, streams.tokens, 16):
-            part = slice(start, start + 16)
-            leaves = {name: logits[part].clone().requires_grad_() for name, logits in wide.items()}
-            loss = losses(**leaves, **{name: logits[part] for name, logits in constant.items()}).sum()
-            for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-                self._logit_gradients[name][part] = gradient
-            self.loss += loss.item()
-        self._hidden = {name: getattr(streams, name).detach().double() for name in students}
-        head = streams.student_head.detach()
-        self._hidden_gradients = [torch.zeros_like(hidden) for hidden in self._hidden.values()]
+    loss: float
+    losses: float | None
+    hidden_gradient: float
+    head_gradient: float
+
+
+class Truth:
+    """The sums over the tokens of some objectives, and their gradients, for the given streams."""
+
+    def __init__(self, streams: Streams, objectives: Mapping[str, Objective]) -> None:
+        self.streams, self.objectives = streams, objectives
+        names = {name for objective in objectives.values() for name in (*objective.students, *objective.constants)}
+        logits = {name: _wide_logits(getattr(streams, name), streams.head_of(name)) for name in sorted(names)}
+        self.largest_logit = max(stream.abs().max().item() for stream in logits.values())
+        self.losses: dict[str, Tensor] = {}  # (tokens,)
+        self._logit_gradients: dict[str, list[Tensor]] = {}  # of the objective's students
+        for name, objective in objectives.items():
+            leaves = [logits[student].detach().requires_grad_() for student in objective.students]
+            constants = {constant: logits[constant] for constant in objective.constants}
+            losses = objective.losses(**dict(zip(objective.students, leaves, strict=True)), **constants)
+            self._logit_gradients[name] = list(torch.autograd.grad(losses.sum(), leaves))
+            self.losses[name] = losses.detach()
+        self._hidden_gradients = self._through_head()
+
+    def _through_head(self) -> dict[str, list[Tensor]]:
+        """Hidden gradients of all objectives in one pass over the head."""
+        head = self.streams.student_head.detach()
+        stacked = torch.cat([gradient for gradients in self._logit_gradients.values() for gradient in gradients])
+        hidden = stacked.new_zeros(stacked.shape[0], head.shape[1])
         for start in range(0, head.shape[0], BLOCK):
             part = slice(start, start + BLOCK)
-            block = head[part].double()
-            for result, gradient in zip(self._hidden_gradients, self._logit_gradients.values(), strict=True):
-                result += gradient[:, part] @ block
+            hidden += stacked[:, part] @ head[part].double()
+        pieces = iter(hidden.split(self.streams.tokens))
+        return {name: [next(pieces) for _ in gradients] for name, gradients in self._logit_gradients.items()}
 
-    def errors(self, result: Result) -> Errors:
-        exact = torch.tensor(self.loss, dtype=torch.float64)
-        pairs = zip(result.hidden, self._hidden_gradients, strict=True)
+    def errors(self, name: str, result: Result) -> Errors:
+        exact = self.losses[name]
+        pairs = zip(result.hidden, self._hidden_gradients[name], strict=True)
         return Errors(
-            relative_error(result.loss.detach().reshape(1).cpu(), exact.reshape(1)),
+            relative_error(result.loss.reshape(1), exact.sum().reshape(1)),
+            None if result.losses is None else relative_error(result.losses, exact),
             torch.tensor([_over_largest([_differences(mine, theirs)]) for mine, theirs in pairs]).max().item(),
-            self._head_error(result.head),
+            self._head_error(name, result.head),
         )
 
-    def _head_error(self, result: Tensor) -> float:
+    def _head_error(self, name: str, result: Tensor) -> float:
         """In blocks of rows: the whole gradient in fp64 takes more than a gigabyte at the benchmarks' sizes."""
+        hidden = torch.cat(
+            [getattr(self.streams, student).detach().double() for student in self.objectives[name].students]
+        )
+        gradients = torch.cat(self._logit_gradients[name])
         blocks = []
         for start in range(0, result.shape[0], BLOCK):
             part = slice(start, start + BLOCK)
-            exact = sum(
-                gradient[:, part].t() @ hidden
-                for gradient, hidden in zip(self._logit_gradients.values(), self._hidden.values(), strict=True)
-            )
-            assert isinstance(exact, Tensor)
-            blocks.append(_differences(result[part], exact))
+            blocks.append(_differences(result[part], gradients[:, part].t() @ hidden))
         return _over_largest(blocks)
 
 
@@ -90,10 +101,6 @@ def _over_largest(blocks: Sequence[Tensor]) -> float:
     """Of all blocks. NaN anywhere gives NaN, which `max` of Python would lose."""
     difference, largest = torch.stack(list(blocks)).amax(0).tolist()
     return difference / largest if largest else difference
-
-
-def _head_of(streams: Streams, name: str) -> Tensor:
-    return streams.student_head if name in STUDENTS else streams.teacher_head
 
 
 def _wide_logits(hidden: Tensor, head: Tensor) -> Tensor:

@@ -47,6 +47,20 @@ def case_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def linear_arguments(doc: str | None, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, int]]:
+    """Options and shape of a benchmark from hidden states."""
+    parser = case_parser(doc)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--teacher-width", type=int, help="default: the student's")
+    parser.add_argument("--vocab", type=int, default=151936)
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.tokens, args.width, args.vocab, args.no_compile, args.budget = 64, 256, 8192, True, 0.2
+    widths = {"width": args.width, "teacher_width": args.teacher_width or args.width}
+    return args, {"tokens": args.tokens, **widths, "vocab": args.vocab}
+
+
 def drive(
     module: str,
     args: argparse.Namespace,

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness.gates import Check, Gate
 from benchmarks.harness.machine import hardware, versions
 
-SCHEMA = 3
+SCHEMA = 4
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 
 
@@ -121,7 +121,7 @@ class Record:
         return cls(
             benchmark=data["benchmark"],
             case=data["case"],
-            gate=Gate(tuple(Check(**check) for check in data["gate"]["checks"])),
+            gate=Gate(tuple(Check(**check) for check in data["gate"]["checks"]), data["gate"]["held_to"]),
             rows=[Row(**row) for row in data["rows"]],
             environment=data["environment"],
             targets=[Target(**target) for target in data["targets"]],

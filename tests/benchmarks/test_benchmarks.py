@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from benchmarks import (
     gpu_check,
     linear_decomposed_kl,
     linear_gate,
+    linear_reverse_kl,
+    methods,
     peers,
     protocols,
     report,
@@ -27,23 +30,22 @@ from benchmarks import (
 )
 from benchmarks.harness import timing
 from benchmarks.harness.cases import DTYPES, Case, run_cases
-from benchmarks.harness.gates import Check, Gate, relative_error
-from benchmarks.harness.lineup import Lineup
+from benchmarks.harness.gates import Check, Gate
 from benchmarks.harness.machine import environment
 from benchmarks.harness.memory import MIB, tensor_bytes
 from benchmarks.harness.records import GateError, Record, Row, Target, finished_record, read_records, write_record
 from benchmarks.harness.tables import describe_record, table_rows
 from benchmarks.harness.timing import Timing, interleaved, time_limit
 from benchmarks.inputs import (
-    DECOMPOSITIONS,
     Streams,
     converging_streams,
     logits_fp32,
     peaked_streams,
     random_heads,
     random_streams,
+    rotate_head,
 )
-from benchmarks.oracle import Oracle
+from benchmarks.methods import METHODS, OBJECTIVES, reverse_kl
 from benchmarks.products import floor_rows
 from benchmarks.truth import Result, Truth
 
@@ -54,7 +56,7 @@ MACHINE = {"device": "cpu", "name": "Some (R) CPU", "cores": 2, "memory_gib": 8.
 
 def record_of(gate: Gate = GREEN, **changes: Any) -> Record:
     fields: dict[str, Any] = {
-        "benchmark": "linear_decomposed_kl",
+        "benchmark": "linear_reverse_kl",
         "case": {"tokens": 4, "width": 8, "teacher_width": 8, "vocab": 16, "dtype": "bf16", "threads": 1},
         "gate": gate,
         "rows": [
@@ -167,7 +169,7 @@ def test_record_round_trip(tmp_path: Path) -> None:
     record = record_of(RED, sources="abc")
     path = write_record(record, tmp_path)
     assert path.name == (
-        "linear_decomposed_kl-some-cpu-tokens-4-width-8-teacher_width-8-vocab-16-dtype-bf16-threads-1.json"
+        "linear_reverse_kl-some-cpu-tokens-4-width-8-teacher_width-8-vocab-16-dtype-bf16-threads-1.json"
     )
     assert read_records(tmp_path) == [record]
     assert list(tmp_path.iterdir()) == [path]
@@ -207,85 +209,108 @@ def tiny_heads(dtype: str = "fp32") -> tuple[Tensor, Tensor]:
     return random_heads(256, 288, 301, DTYPES[dtype], "cpu")
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_gate_of_linear_decomposed_kl_is_green(dtype: str) -> None:
-    gate, errors = linear_gate.run_gate(tiny_heads(dtype), tokens=5)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_gate_of_the_methods_is_green_and_peers_compute_what_they_are_compared_as(dtype: str) -> None:
+    eager = {"trl": peers.trl_reverse_kl, "liger": lambda streams: peers.liger_reverse_kl(streams, compiled=False)}
+    ways = {name: ("standard", way) for name, way in eager.items()}
+    gate, worst = linear_gate.run_gate(tiny_heads(dtype), list(METHODS), ways, tokens=5)
     assert gate.passed, gate.describe()
-    assert set(errors) == {"teacher_prior_both", "trl", "liger"}
-    # TRL and Liger compute what they are compared as: reverse KL to one teacher.
-    limit = 0.3 if dtype == "bf16" else 1e-3
-    assert all(error < limit for found in errors.values() for error in found.values()), errors
+    assert set(worst) == {*METHODS, "trl", "liger"}
+    if dtype == "fp32":
+        assert all(error < 1e-2 for found in worst.values() for error in found.values()), worst
 
 
-def _scaled_head_gradient(decomposition: str, streams: Streams) -> tuple[Tensor, ...]:
-    gradients = list(peers.ours_decomposed(decomposition, streams))
-    gradients[3] = gradients[3] * 1.001
-    return tuple(gradients)
+def _changed(method: str, streams: Streams, change: Callable[[Result], Result]) -> list[Result]:
+    *before, last = METHODS[method].ours(streams)
+    return [*before, change(last)]
 
 
-def _one_wrong_entry(decomposition: str, streams: Streams) -> tuple[Tensor, ...]:
+def _scaled_head_gradient(method: str, streams: Streams) -> list[Result]:
+    return _changed(method, streams, lambda result: result._replace(head=result.head * 1.001))
+
+
+def _one_wrong_entry(method: str, streams: Streams) -> list[Result]:
     """As a missing mask does: the last vocabulary entry's gradient is off."""
-    gradients = list(peers.ours_decomposed(decomposition, streams))
-    gradients[1] = gradients[1].clone()
-    gradients[1][-1] += 0.01 * gradients[1].norm()
-    return tuple(gradients)
+
+    def change(result: Result) -> Result:
+        head = result.head.clone()
+        head[-1, 0] += 0.01 * head.abs().max()
+        return result._replace(head=head)
+
+    return _changed(method, streams, change)
 
 
-def _swapped_components(decomposition: str, streams: Streams) -> tuple[Tensor, ...]:
-    lang_hidden, lang_head, vis_hidden, vis_head = peers.ours_decomposed(decomposition, streams)
-    return vis_hidden, vis_head, lang_hidden, lang_head
+def _wrong_loss_of_one_token(method: str, streams: Streams) -> list[Result]:
+    def change(result: Result) -> Result:
+        assert result.losses is not None
+        losses = result.losses.clone()
+        losses[0] *= 1.01
+        return result._replace(losses=losses)
+
+    return _changed(method, streams, change)
 
 
-@pytest.mark.parametrize("planted", [_scaled_head_gradient, _one_wrong_entry, _swapped_components])
-def test_gate_of_linear_decomposed_kl_refuses_a_planted_error(planted: Any) -> None:
-    gate, _ = linear_gate.run_gate(tiny_heads(), tokens=5, decomposed=planted)
+def _swapped_parts(method: str, streams: Streams) -> list[Result]:
+    return METHODS[method].ours(streams)[::-1]
+
+
+@pytest.mark.parametrize("planted", [_scaled_head_gradient, _one_wrong_entry, _wrong_loss_of_one_token, _swapped_parts])
+def test_gate_of_the_methods_refuses_a_planted_error(planted: Any) -> None:
+    gate, _ = linear_gate.run_gate(tiny_heads(), ["vgs_parts"], {}, tokens=5, ours=planted)
     assert not gate.passed
     assert "RED" in gate.describe()
 
 
+def test_gate_refuses_16_bit_logits() -> None:
+    def rounded(method: str, streams: Streams) -> list[Result]:
+        return [peers.plain(OBJECTIVES[METHODS[method].objectives[0]], streams)]
+
+    gate, _ = linear_gate.run_gate(tiny_heads("bf16"), ["opd"], {}, tokens=5, ours=rounded)
+    assert not gate.passed
+
+
 def test_gate_of_decomposed_kl() -> None:
-    def wrong(*streams: Tensor) -> tuple[Tensor, Tensor]:
-        lang, vis = decomposed_kl.our_parts(*streams)
-        return lang, vis * 1.0001
+    def wrong(*streams: Tensor) -> Tensor:
+        return decomposed_kl.KINDS["vgs"].ours(*streams) * 1.0001
 
     assert decomposed_kl.run_gate(999, "fp32", "cpu").passed
     assert decomposed_kl.run_gate(999, "bf16", "cpu").passed
-    assert not decomposed_kl.run_gate(999, "fp32", "cpu", wrong).passed
+    assert not decomposed_kl.run_gate(999, "fp32", "cpu", {"vgs": wrong}).passed
 
 
 def test_peaked_inputs_are_peaked_at_the_targets_vocabulary() -> None:
     streams = peaked_streams(6, random_heads(256, 256, 151936, torch.bfloat16, "cpu"))
-    with torch.no_grad():
-        tokens = peers.ours("teacher_prior", streams).tokens
-    assert 0.3 < tokens.entropy.mean() < 2.0
-    assert tokens.full.mean() > 0.05  # and student and teacher differ
+    assert 0.3 < methods.student_entropy(streams) < 2.0
+    (result,) = METHODS["opd"].ours(streams)
+    assert result.loss / 6 > 0.05  # and student and teacher differ
 
 
 @pytest.mark.parametrize("divergence", [1e-1, 1e-3])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_converging_student_is_as_far_from_its_teacher_as_asked(dtype: str, divergence: float) -> None:
     head, _ = random_heads(128, 128, 1000, DTYPES[dtype], "cpu")
-    streams = converging_streams(8, head, teacher_width=160, deviation=4.0, divergence=divergence)
+    streams = converging_streams(8, rotate_head(head, teacher_width=160), deviation=4.0, divergence=divergence)
     student, masked = (logits_fp32(hidden, head) for hidden in (streams.student, streams.masked_student))
     teacher, other = (logits_fp32(h, streams.teacher_head) for h in (streams.teacher, streams.masked_teacher))
     assert student.std(-1).mean() == pytest.approx(4.0, rel=0.1)
-    assert peers.standard(student, teacher).tolist() == pytest.approx([divergence] * 8, rel=0.5)
-    assert peers.standard(masked, other).tolist() == pytest.approx([divergence] * 8, rel=0.5)
-    assert peers.standard(teacher, other).min() > 0.01  # the image makes a difference
+    assert reverse_kl(student, teacher).tolist() == pytest.approx([divergence] * 8, rel=0.5)
+    assert reverse_kl(masked, other).tolist() == pytest.approx([divergence] * 8, rel=0.5)
+    assert reverse_kl(teacher, other).min() > 0.01  # the image makes a difference
 
 
 def test_truth_is_autograd_in_fp64_and_errors_are_over_the_largest_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(truth, "BLOCK", 100)
     streams = random_streams(19, tiny_heads("fp64"))  # more tokens than it takes at a time
-    exact = Truth(streams, peers.standard, students=["student"], teachers=["teacher"])
-    loss, (hidden,), head = peers.reverse_kl(streams)
-    assert max(exact.errors(Result(loss, [hidden], head))) < 1e-12
+    exact = Truth(streams, {"standard": OBJECTIVES["standard"]})
+    loss, losses, (hidden,), head = peers.plain(OBJECTIVES["standard"], streams)
+    assert max(exact.errors("standard", Result(loss, losses, [hidden], head))) < 1e-12
     wrong = head.clone()
     wrong[-1, 3] += 0.01 * head.abs().max()
-    found = exact.errors(Result(loss * 1.5, [hidden], wrong))
-    assert found == pytest.approx((0.5, found.hidden_gradient, 0.01), rel=1e-6)
+    found = exact.errors("standard", Result(loss * 1.5, None, [hidden], wrong))
+    assert (found.loss, found.head_gradient) == pytest.approx((0.5, 0.01), rel=1e-6)
+    assert found.losses is None
     wrong[150, 0] = math.nan
-    assert math.isnan(exact.errors(Result(loss, [hidden], wrong)).head_gradient)
+    assert math.isnan(exact.errors("standard", Result(loss, losses, [hidden], wrong)).head_gradient)
 
 
 def test_there_is_no_speedup_over_a_more_exact_peer() -> None:
@@ -300,53 +325,69 @@ def test_there_is_no_speedup_over_a_more_exact_peer() -> None:
     assert [row[column] for row in cells] == ["", "8.00×", "no figure: it is more exact", "8.00×"]
 
 
-def test_the_oracle_agrees_with_plain_torch_in_fp64() -> None:
-    streams = random_streams(3, tiny_heads("fp64"))
-    oracle = Oracle(streams)
-    for decomposition in DECOMPOSITIONS:
-        exact = oracle.parts(decomposition)
-        plain = peers.naive_decomposed(decomposition, streams)
-        for position, component in ((0, "lang"), (2, "vis")):
-            assert relative_error(plain[position], exact.hidden[component]) < 1e-13
-            assert relative_error(oracle.probe(plain[position + 1]), exact.head[component]) < 1e-13
+def test_our_methods_are_the_textbook_in_fp64() -> None:
+    """With the plain formulas in fp64, every method's call agrees to rounding: the formulas say what it computes."""
+    streams = random_streams(10, tiny_heads("fp64"))
+    for name, method in METHODS.items():
+        exact = Truth(streams, {objective: OBJECTIVES[objective] for objective in method.objectives})
+        for objective, result in zip(method.objectives, method.ours(streams), strict=True):
+            assert max(exact.errors(objective, result)) < 1e-10, name
 
 
 def test_floors_count_the_products() -> None:
     seconds = {"project_student": 1.0, "project_teacher": 10.0, "hidden_product": 100.0, "head_product": 1000.0}
     rows = floor_rows({name: Timing([value]) for name, value in seconds.items()})
-    assert {row.name: row.median for row in rows} == {
-        "floor_3": 21, "floor_5": 1121, "floor_7": 2221, "floor_8": 2222
+    assert {row.name: row.median for row in rows} == pytest.approx({
+        "floor_projections": 22, "floor_4": 1111, "floor_6": 1122, "floor_7.2": 1455.3, "floor_8": 2222,
+        "floor_5": 1121, "floor_7": 2221,
+    })  # fmt: skip
+
+
+def test_a_peer_takes_part_in_its_fastest_configuration() -> None:
+    def broken(_streams: Streams) -> Result:
+        raise ValueError("no such kernel")
+
+    def slow(streams: Streams) -> Result:
+        time.sleep(0.05)
+        return METHODS["opd"].ours(streams)[0]
+
+    streams = random_streams(2, tiny_heads())
+    ways: dict[str, dict[str, peers.Way]] = {
+        "trl": {"": slow, "compiled": lambda streams: METHODS["opd"].ours(streams)[0]}, "liger": {"": broken}
     }  # fmt: skip
+    best, trials = linear_reverse_kl.best_of(ways, streams, "cpu")
+    assert {name: configuration for name, (configuration, _) in best.items()} == {"trl": "compiled"}
+    assert "no such kernel" in str(trials["liger"][""])
+    lineup = linear_reverse_kl.line_up(streams, best, trials, "cpu")
+    assert lineup.rows["trl"].label == "TRL chunked divergence, compiled"
+    assert "liger" not in lineup.calls
+    assert "no such kernel" in lineup.rows["liger"].note
 
 
-def test_a_16_bit_softmax_fails_the_gate_and_is_no_baseline() -> None:
-    gate = linear_gate.narrow_gate(random_heads(256, 256, 32768, torch.bfloat16, "cpu"))
-    assert not gate.passed
-    lineup = Lineup("cpu")
-    for name in ("naive_decomposed_narrow", "naive_monolithic_narrow", "naive_decomposed"):
-        lineup.add(name, name, lambda: None)
-    linear_decomposed_kl.drop_narrow(lineup, gate)
-    assert list(lineup.calls) == ["naive_decomposed"]
-    assert "fails the gate" in lineup.rows["naive_monolithic_narrow"].note
+def test_targets_hold_no_speedup_over_a_more_exact_peer() -> None:
+    rows = [
+        Row("opd", "ours", [2.0], peak_bytes=2**27, errors={"loss": 1e-2}),
+        Row("trl", "TRL", [20.0], ours="opd", errors={"loss": 1e-6}),
+        Row("liger", "Liger", [4.0], ours="opd", errors={"loss": 1e-1}),
+        Row("floor_4", "floor", [1.9]),
+    ]
+    found = {target.text: target for target in linear_reverse_kl.targets(record_of(rows=rows), "bf16")}
+    assert found["times faster than TRL chunked divergence"].value is None
+    assert found["times faster than Liger chunked JSD"].value == 2.0
+    assert found["time over the 4 products alone"].value == pytest.approx(2.0 / 1.9)
+    assert found["peak memory above inputs and gradients, MiB"].met
 
 
-def test_targets_use_the_faster_spelling_of_plain_torch() -> None:
-    names = ("naive_decomposed", "naive_decomposed_narrow", "naive_monolithic", "teacher_prior_both", "trl")
-    rows = [Row(name, name, [seconds]) for name, seconds in zip(names, (12.0, 8.0, 4.0, 2.0, 20.0), strict=True)]
-    record = record_of(rows=rows, facts={"peaked_student_entropy": 1.5})
-    found = {target.text: target for target in linear_decomposed_kl.targets(record, "bf16")}
-    assert found["teacher_prior, both components: times faster than plain torch, both components"].value == 4.0
-    assert found["teacher_prior, both components: times faster than TRL called twice"].met
-    assert found["teacher_prior, objective: time over plain torch's monolithic reverse KL"].met is None
-
-
-@pytest.mark.parametrize("module", [linear_decomposed_kl, decomposed_kl, sweep, accuracy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [linear_reverse_kl, linear_decomposed_kl, decomposed_kl, sweep, accuracy], ids=lambda m: m.__name__
+)
 def test_end_to_end(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a case's own process does, on shapes of a second."""
     monkeypatch.setattr(sweep, "QUICK_BASE", {"tokens": 4, "vocab": 257, "width": 256})
     monkeypatch.setattr(sweep, "QUICK_AXES", {"tokens": (2, 4)})
     common = ["--here", "--threads=1", "--rounds=1", "--budget=0", f"--records={tmp_path}", "--dtype=fp32"]
     options = {
+        linear_reverse_kl: ["--tokens=8", "--width=256", "--vocab=257", "--no-compile"],
         linear_decomposed_kl: ["--tokens=8", "--width=256", "--vocab=257", "--no-compile"],
         decomposed_kl: ["--tokens=8", "--vocab=257", "--no-compile"],
         sweep: ["--quick", "--axis=tokens"],
@@ -360,7 +401,7 @@ def test_end_to_end(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (record,) = read_records(tmp_path)
     assert record.gate.passed
     assert len(record.rows) >= 6
-    assert all(row.errors if module is accuracy else row.median for row in record.rows)
+    assert all(row.errors if module is accuracy else row.median or "needs a GPU" in row.note for row in record.rows)
     assert report.main([f"--records={tmp_path}", f"--docs={tmp_path / 'docs'}"]) == 0
     assert (tmp_path / "docs" / "benchmarks.md").exists()
     assert (tmp_path / "docs" / "benchmarks-growth.svg").exists() == (module is sweep)
@@ -370,15 +411,15 @@ def test_report_marks_gpu_shapes_not_measured_until_a_gpu_record_exists() -> Non
     protocol = protocols.GPU_PROTOCOLS[0]
     on_cpu = record_of(case={**protocol.shape, "dtype": protocol.dtype})
     lines = [line for line in report.build([on_cpu], None).splitlines() if line.startswith("| Liger: bf16, 1024")]
-    assert len(lines) == 1
-    assert set(lines[0].split(" | ")[1:-1]) == {"not measured"}
+    assert len(lines) == len(report.GPU_ROWS)
+    assert all(set(line.split(" | ")[1:-1]) == {"not measured"} for line in lines)
 
     hardware = MACHINE | {"device": "cuda", "name": "Some GPU"}
-    rows = [Row("teacher_prior_both", "ours", [0.125])]
+    rows = [Row("opd", "ours", [0.125])]
     environment = on_cpu.environment | {"hardware": hardware}
     on_gpu = record_of(case=on_cpu.case, rows=rows, environment=environment)
     page = report.build([on_cpu, on_gpu], None)
-    (line,) = [line for line in page.splitlines() if line.startswith("| Liger: bf16, 1024")]
+    line, _ = [line for line in page.splitlines() if line.startswith("| Liger: bf16, 1024")]
     assert "| Some GPU | 125 ms | not measured |" in line
     red = record_of(RED, case=on_cpu.case, rows=rows, environment=environment)
     assert "125 ms" not in report.build([red], None)
