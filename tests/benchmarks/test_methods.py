@@ -1,0 +1,156 @@
+"""What is measured is what is said: methods against the textbook in fp64, inputs, and gates that see planted errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import (
+    decomposed_kl,
+    linear_gate,
+    methods,
+    peers,
+    truth,
+)
+from benchmarks.harness.cases import DTYPES
+from benchmarks.harness.timing import Timing
+from benchmarks.inputs import (
+    Streams,
+    converging_streams,
+    logits_fp32,
+    peaked_streams,
+    random_heads,
+    random_streams,
+    rotate_head,
+)
+from benchmarks.methods import METHODS, OBJECTIVES, reverse_kl
+from benchmarks.products import floor_rows
+from benchmarks.truth import Result, Truth
+from tests.benchmarks.examples import tiny_heads
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_gate_of_the_methods_is_green_and_peers_compute_what_they_are_compared_as(dtype: str) -> None:
+    eager = {"trl": peers.trl_reverse_kl, "liger": lambda streams: peers.liger_reverse_kl(streams, compiled=False)}
+    ways = {name: ("standard", way) for name, way in eager.items()}
+    gate, worst = linear_gate.run_gate(tiny_heads(dtype), list(METHODS), ways, tokens=5)
+    assert gate.passed, gate.describe()
+    assert set(worst) == {*METHODS, "trl", "liger"}
+    if dtype == "fp32":
+        assert all(error < 1e-2 for found in worst.values() for error in found.values()), worst
+
+
+def _changed(method: str, streams: Streams, change: Callable[[Result], Result]) -> list[Result]:
+    *before, last = METHODS[method].ours(streams)
+    return [*before, change(last)]
+
+
+def _scaled_head_gradient(method: str, streams: Streams) -> list[Result]:
+    return _changed(method, streams, lambda result: result._replace(head=result.head * 1.001))
+
+
+def _one_wrong_entry(method: str, streams: Streams) -> list[Result]:
+    """As a missing mask does: the last vocabulary entry's gradient is off."""
+
+    def change(result: Result) -> Result:
+        head = result.head.clone()
+        head[-1, 0] += 0.01 * head.abs().max()
+        return result._replace(head=head)
+
+    return _changed(method, streams, change)
+
+
+def _wrong_loss_of_one_token(method: str, streams: Streams) -> list[Result]:
+    def change(result: Result) -> Result:
+        assert result.losses is not None
+        losses = result.losses.clone()
+        losses[0] *= 1.01
+        return result._replace(losses=losses)
+
+    return _changed(method, streams, change)
+
+
+def _swapped_parts(method: str, streams: Streams) -> list[Result]:
+    return METHODS[method].ours(streams)[::-1]
+
+
+@pytest.mark.parametrize("planted", [_scaled_head_gradient, _one_wrong_entry, _wrong_loss_of_one_token, _swapped_parts])
+def test_gate_of_the_methods_refuses_a_planted_error(planted: Any) -> None:
+    gate, _ = linear_gate.run_gate(tiny_heads(), ["vgs_parts"], {}, tokens=5, ours=planted)
+    assert not gate.passed
+    assert "RED" in gate.describe()
+
+
+def test_gate_refuses_16_bit_logits() -> None:
+    def rounded(method: str, streams: Streams) -> list[Result]:
+        return [peers.plain(OBJECTIVES[METHODS[method].objectives[0]], streams)]
+
+    gate, _ = linear_gate.run_gate(tiny_heads("bf16"), ["opd"], {}, tokens=5, ours=rounded)
+    assert not gate.passed
+
+
+def test_gate_of_decomposed_kl() -> None:
+    def wrong(*streams: Tensor) -> Tensor:
+        return decomposed_kl.KINDS["vgs"].ours(*streams) * 1.0001
+
+    assert decomposed_kl.run_gate(999, "fp32", "cpu").passed
+    assert decomposed_kl.run_gate(999, "bf16", "cpu").passed
+    assert not decomposed_kl.run_gate(999, "fp32", "cpu", {"vgs": wrong}).passed
+
+
+def test_peaked_inputs_are_peaked_at_the_targets_vocabulary() -> None:
+    streams = peaked_streams(6, random_heads(256, 256, 151936, torch.bfloat16, "cpu"))
+    assert 0.3 < methods.student_entropy(streams) < 2.0
+    (result,) = METHODS["opd"].ours(streams)
+    assert result.loss / 6 > 0.05  # and student and teacher differ
+
+
+@pytest.mark.parametrize("divergence", [1e-1, 1e-3])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_converging_student_is_as_far_from_its_teacher_as_asked(dtype: str, divergence: float) -> None:
+    head, _ = random_heads(128, 128, 1000, DTYPES[dtype], "cpu")
+    streams = converging_streams(8, rotate_head(head, teacher_width=160), deviation=4.0, divergence=divergence)
+    student, masked = (logits_fp32(hidden, head) for hidden in (streams.student, streams.masked_student))
+    teacher, other = (logits_fp32(h, streams.teacher_head) for h in (streams.teacher, streams.masked_teacher))
+    assert student.std(-1).mean() == pytest.approx(4.0, rel=0.1)
+    assert reverse_kl(student, teacher).tolist() == pytest.approx([divergence] * 8, rel=0.5)
+    assert reverse_kl(masked, other).tolist() == pytest.approx([divergence] * 8, rel=0.5)
+    assert reverse_kl(teacher, other).min() > 0.01  # the image makes a difference
+
+
+def test_truth_is_autograd_in_fp64_and_errors_are_over_the_largest_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "BLOCK", 100)
+    streams = random_streams(19, tiny_heads("fp64"))  # more tokens than it takes at a time
+    exact = Truth(streams, {"standard": OBJECTIVES["standard"]})
+    loss, losses, (hidden,), head = peers.plain(OBJECTIVES["standard"], streams)
+    assert max(exact.errors("standard", Result(loss, losses, [hidden], head))) < 1e-12
+    wrong = head.clone()
+    wrong[-1, 3] += 0.01 * head.abs().max()
+    found = exact.errors("standard", Result(loss * 1.5, None, [hidden], wrong))
+    assert (found.loss, found.head_gradient) == pytest.approx((0.5, 0.01), rel=1e-6)
+    assert found.losses is None
+    wrong[150, 0] = math.nan
+    assert math.isnan(exact.errors("standard", Result(loss, losses, [hidden], wrong)).head_gradient)
+
+
+def test_our_methods_are_the_textbook_in_fp64() -> None:
+    """With the plain formulas in fp64, every method's call agrees to rounding: the formulas say what it computes."""
+    streams = random_streams(10, tiny_heads("fp64"))
+    for name, method in METHODS.items():
+        exact = Truth(streams, {objective: OBJECTIVES[objective] for objective in method.objectives})
+        for objective, result in zip(method.objectives, method.ours(streams), strict=True):
+            assert max(exact.errors(objective, result)) < 1e-10, name
+
+
+def test_floors_count_the_products() -> None:
+    seconds = {"project_student": 1.0, "project_teacher": 10.0, "hidden_product": 100.0, "head_product": 1000.0}
+    rows = floor_rows({name: Timing([value]) for name, value in seconds.items()})
+    assert {row.name: row.median for row in rows} == pytest.approx({
+        "floor_projections": 22, "floor_4": 1111, "floor_6": 1122, "floor_7.2": 1455.3, "floor_8": 2222,
+        "floor_5": 1121, "floor_7": 2221,
+    })  # fmt: skip
