@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vgs_kernels.stream_kl.reference import Streams
-from vgs_kernels.stream_kl.transform import LogitTransform
 
 from benchmarks import methods, truth
 from benchmarks.harness.cases import DTYPES, case_of, case_parser, drive
@@ -32,6 +30,8 @@ from benchmarks.harness.memory import MEMORY_METHOD
 from benchmarks.harness.records import Record, Target
 from benchmarks.methods import GAMMA, OBJECTIVES, PRIOR_WEIGHTS
 from vgs_kernels import backend, decomposed_kl, reverse_kl
+from vgs_kernels.stream_kl.reference import Streams
+from vgs_kernels.stream_kl.transform import LogitTransform
 
 NAME = "decomposed_kl"
 TARGET_SHAPE = {"tokens": 512, "vocab": 151936}

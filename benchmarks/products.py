@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vgs_kernels.linear.products import Products
 
 from benchmarks.harness.records import Row
 from benchmarks.harness.timing import Timing
 from benchmarks.inputs import Streams
 from benchmarks.methods import METHODS
 from vgs_kernels import backend
+from vgs_kernels.linear.products import Products
 
 PRODUCTS = {
     "project_student": "one projection, student, fp32 logits",
