@@ -49,16 +49,16 @@ SOURCES = (Path(__file__), Path(products.__file__), *linear_gate.SOURCES)
 def configurations(dtype: str, device: str, compile_peers: bool) -> dict[str, dict[str, Way]]:
     """Peer, by the names of `LABELS` -> configuration -> how it is called."""
     standard, wide = OBJECTIVES["standard"], torch.promote_types(DTYPES[dtype], torch.float32)
-    found: dict[str, dict[str, Way]] = {"plain_fp32": {"": lambda streams: peers.plain(standard, streams, wide)}}
+    found: dict[str, dict[str, Way]] = {"plain_fp32": {"eager": lambda streams: peers.plain(standard, streams, wide)}}
     if wide != DTYPES[dtype]:
-        found["plain_16_bit"] = {"": lambda streams: peers.plain(standard, streams)}
-    found["trl"] = {"": peers.trl_reverse_kl}
+        found["plain_16_bit"] = {"eager": lambda streams: peers.plain(standard, streams)}
+    found["trl"] = {"eager": peers.trl_reverse_kl}
     found["liger"] = {
-        f"chunks of {size}": lambda streams, n=size: peers.liger_reverse_kl(streams, False, n)  # type: ignore[misc]
+        f"eager, chunks of {size}": lambda streams, n=size: peers.liger_reverse_kl(streams, False, n)  # type: ignore[misc]
         for size in LIGER_CHUNKS
     }
     if device == "cuda":
-        found["liger_fused"] = {"": peers.liger_fused_reverse_kl}
+        found["liger_fused"] = {"eager": peers.liger_fused_reverse_kl}
     if compile_peers:
         found["plain_fp32"]["compiled"] = peers.compiled_plain(standard, wide)
         if "plain_16_bit" in found:
@@ -78,6 +78,7 @@ def best_of(
     best: dict[str, tuple[str, Way]] = {}
     trials: dict[str, dict[str, float | str]] = {}
     for peer, ways in found.items():
+        print(f"trials of {LABELS[peer]}", flush=True)
         trial = Lineup(device)
         for configuration, way in ways.items():
             trial.add(configuration, configuration, lambda way=way: way(streams))  # type: ignore[misc]

@@ -40,11 +40,11 @@ def test_a_peer_takes_part_in_its_fastest_configuration() -> None:
 
     streams = random_streams(2, tiny_heads())
     ways: dict[str, dict[str, peers.Way]] = {
-        "trl": {"": slow, "compiled": lambda streams: METHODS["opd"].ours(streams)[0]}, "liger": {"": broken}
+        "trl": {"eager": slow, "compiled": lambda streams: METHODS["opd"].ours(streams)[0]}, "liger": {"eager": broken}
     }  # fmt: skip
     best, trials = linear_reverse_kl.best_of(ways, streams, "cpu")
     assert {name: configuration for name, (configuration, _) in best.items()} == {"trl": "compiled"}
-    assert "no such kernel" in str(trials["liger"][""])
+    assert "no such kernel" in str(trials["liger"]["eager"])
     lineup = linear_reverse_kl.line_up(streams, best, trials, "cpu")
     assert lineup.rows["trl"].label == "TRL chunked divergence, compiled"
     assert "liger" not in lineup.calls
