@@ -16,6 +16,7 @@ from benchmarks.harness.gates import accumulation_dtype
 from benchmarks.inputs import Streams
 from benchmarks.truth import Objective, Result
 from vgs_kernels import LinearDecomposedKL, linear_decomposed_kl, linear_reverse_kl
+from vgs_kernels.linear.reference import reverse_kl, visual_target
 
 GAMMA = 2.0
 PRESERVATION = 1.0  # lambda
@@ -24,21 +25,12 @@ MATCHED_GAMMA = 0.8
 PRIOR_WEIGHTS = (0.3, 1.7)  # of lang and vis
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (tokens, vocab) logits -> (tokens,)
-    """KL(p || q)."""
-    log_p = student.log_softmax(-1)
-    return (log_p.exp() * (log_p - teacher.log_softmax(-1))).sum(-1)
-
-
 def visual(student: Tensor, teacher: Tensor, masked_teacher: Tensor, masked_student: Tensor) -> Tensor:
-    """KL(p || q*) with q* proportional to q p0 / r; p0 within it is a constant."""
-    target = masked_student.detach().log_softmax(-1) + teacher.log_softmax(-1) - masked_teacher.log_softmax(-1)
-    return reverse_kl(student, target)
+    return reverse_kl(student, visual_target(teacher, masked_teacher, masked_student.detach()))
 
 
 def vgs(student: Tensor, teacher: Tensor, masked_teacher: Tensor, masked_student: Tensor) -> Tensor:
-    vis = visual(student, teacher, masked_teacher, masked_student)
-    return reverse_kl(student, teacher) + GAMMA * vis
+    return reverse_kl(student, teacher) + GAMMA * visual(student, teacher, masked_teacher, masked_student)
 
 
 def vgs_preserving(student: Tensor, teacher: Tensor, masked_teacher: Tensor, masked_student: Tensor) -> Tensor:
@@ -59,18 +51,16 @@ def matched(student: Tensor, teacher: Tensor, masked_teacher: Tensor, masked_stu
 
 
 def prior_lang(student: Tensor, masked_teacher: Tensor) -> Tensor:
-    """KL(p || r)."""
     return reverse_kl(student, masked_teacher)
 
 
 def prior_vis(student: Tensor, teacher: Tensor, masked_teacher: Tensor) -> Tensor:
-    """KL(p || q) - KL(p || r)."""
     return reverse_kl(student, teacher) - reverse_kl(student, masked_teacher)
 
 
 def prior(student: Tensor, teacher: Tensor, masked_teacher: Tensor) -> Tensor:
     lang, vis = PRIOR_WEIGHTS
-    return lang * prior_lang(student, masked_teacher) + vis * prior_vis(student, teacher, masked_teacher)
+    return (lang - vis) * reverse_kl(student, masked_teacher) + vis * reverse_kl(student, teacher)
 
 
 _ALL = ("teacher", "masked_teacher", "masked_student")

@@ -1,6 +1,6 @@
-"""What `linear_reverse_kl` and `linear_decomposed_kl` compute, on whole logits in plain torch, in the dtype given.
+"""What the calls compute, on whole logits in plain torch, in the dtype given: the textbook in ten lines.
 
-For finite logits without options. Autograd forms the gradients. Self-test and benchmarks compare with it.
+For finite logits without options. Autograd forms the gradients. Benchmarks compare with it, in float64 and in float32.
 """
 
 from __future__ import annotations
@@ -8,13 +8,42 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (tokens, vocab) logits
+    """KL(p || q) of every token, (tokens,)."""
+    log_p = student.log_softmax(-1)
+    return (log_p.exp() * (log_p - teacher.log_softmax(-1))).sum(-1)
+
+
+def visual_target(teacher: Tensor, masked_teacher: Tensor, masked_student: Tensor) -> Tensor:
+    """log q*, up to a constant a token: q* is proportional to q p0 / r."""
+    return masked_student.log_softmax(-1) + teacher.log_softmax(-1) - masked_teacher.log_softmax(-1)
+
+
+def decomposed_kl(
+    student: Tensor,  # (tokens, vocab) logits
+    teacher: Tensor,
+    masked_teacher: Tensor,
+    masked_student: Tensor | None,  # None: teacher_prior
+) -> dict[str, Tensor]:
+    """standard, vis, lang and, with a masked student, dependency of every token, (tokens,) each."""
+    standard = reverse_kl(student, teacher)
+    if masked_student is None:
+        lang = reverse_kl(student, masked_teacher)
+        return {"standard": standard, "vis": standard - lang, "lang": lang}
+    p0 = masked_student.detach()
+    return {
+        "standard": standard,
+        "vis": reverse_kl(student, visual_target(teacher, masked_teacher, p0)),
+        "lang": reverse_kl(p0, masked_teacher),
+        "dependency": reverse_kl(teacher, masked_teacher),
+    }
+
+
 def linear_reverse_kl(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
 ) -> Tensor:
-    """KL(p || q) of every token, (tokens,)."""
-    log_p = (student_hidden @ student_weight.t()).log_softmax(-1)  # (tokens, vocab)
-    log_q = (teacher_hidden @ teacher_weight.t()).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    """`reverse_kl` from hidden states (tokens, width) and heads (vocab, width)."""
+    return reverse_kl(student_hidden @ student_weight.t(), teacher_hidden @ teacher_weight.t())
 
 
 def linear_decomposed_kl(
@@ -25,18 +54,10 @@ def linear_decomposed_kl(
     masked_teacher_hidden: Tensor,  # (tokens, teacher width)
     masked_student_hidden: Tensor | None,  # (tokens, student width); None: teacher_prior
 ) -> dict[str, Tensor]:
-    """standard, vis, lang and, with a masked student, dependency of every token, (tokens,) each."""
-    log_p = (student_hidden @ student_weight.t()).log_softmax(-1)  # (tokens, vocab)
-    log_q, log_r = ((h @ teacher_weight.t()).log_softmax(-1) for h in (teacher_hidden, masked_teacher_hidden))
-    p = log_p.exp()
-    standard = (p * (log_p - log_q)).sum(-1)
-    if masked_student_hidden is None:
-        return {"standard": standard, "vis": (p * (log_r - log_q)).sum(-1), "lang": (p * (log_p - log_r)).sum(-1)}
-    log_p0 = (masked_student_hidden @ student_weight.t()).detach().log_softmax(-1)
-    target = (log_p0 + log_q - log_r).log_softmax(-1)
-    return {
-        "standard": standard,
-        "vis": (p * (log_p - target)).sum(-1),
-        "lang": (log_p0.exp() * (log_p0 - log_r)).sum(-1),
-        "dependency": (log_q.exp() * (log_q - log_r)).sum(-1),
-    }
+    """`decomposed_kl` from hidden states and heads."""
+    return decomposed_kl(
+        student_hidden @ student_weight.t(),
+        teacher_hidden @ teacher_weight.t(),
+        masked_teacher_hidden @ teacher_weight.t(),
+        None if masked_student_hidden is None else masked_student_hidden @ student_weight.t(),
+    )
