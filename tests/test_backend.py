@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vgs_kernels import BackendUnavailableError, backend
+from vgs_kernels import BackendUnavailableError, active_backends, backend
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,12 @@ def test_an_explicit_choice_that_cannot_run_raises_and_says_why(monkeypatch: pyt
     monkeypatch.setitem(backend._MODULES["decomposed_kl"], "native", "vgs_kernels.decomposed_kl.native")
     with pytest.raises(BackendUnavailableError, match="'native' cannot run decomposed_kl on cpu: the compiled"):
         backend.resolve("decomposed_kl", CPU, "native")
+
+
+def test_the_active_backends_are_those_that_calls_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert active_backends(CPU) == {row.op: row.active for row in backend.status() if row.device == "cpu"}
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
+    assert set(active_backends(CPU).values()) == {"reference"}
 
 
 def test_a_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from .decomposed_kl.old_types import LinearDecomposedKL as OldLinearDecomposedKL
 from .gradient_gramian import gradient_gramian
 from .linear import linear_decomposed_kl, linear_reverse_kl
 from .old_linear import linear_decomposed_kl as old_linear_decomposed_kl
-from .report import backend_report
+from .report import active_backends, backend_report
 from .reverse_kl import reverse_kl
 from .selftest import SelfTestResult, self_test
 from .steer import Steered, steer_
@@ -51,6 +51,7 @@ __all__ = [
     "UnitGradients",
     "VisualGradientSteering",
     "__version__",
+    "active_backends",
     "backend_report",
     "combine_gradients",
     "decomposed_kl",

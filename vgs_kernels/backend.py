@@ -54,6 +54,8 @@ _MODULES: dict[str, dict[str, str]] = {
     },
 }
 
+OPS = tuple(_MODULES)
+
 # Of the ops on lists of tensors: without the extension, plain torch that launches once for many tensors.
 _LISTS = ("native", "foreach", "reference")
 

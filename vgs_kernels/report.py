@@ -11,6 +11,11 @@ from . import backend
 from .version import __version__
 
 
+def active_backends(device: torch.device) -> dict[str, str]:
+    """Op -> the backend that runs it on `device`, as `backend=None` chooses it."""
+    return {op: backend.resolve(op, device) for op in backend.OPS}
+
+
 def backend_report() -> str:
     """What runs every op on the devices of this machine, what would run it faster and how to get it, as text."""
     try:

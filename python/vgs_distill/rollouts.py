@@ -118,6 +118,10 @@ class Rollouts(DistillationTrainer):
             inputs = {**inputs, "batch_num_images": torch.tensor(counts, device=inputs["prompt_ids"].device)}
         return inputs
 
+    def roll_out(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Prompts of these rows, with their evidence and without, and a completion of each as training samples them."""
+        return self._generate_and_score_completions(rows)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._family.needs_image and not all(row[self._modality.plural] for row in inputs):
             raise InputError(

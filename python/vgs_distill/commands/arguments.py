@@ -133,6 +133,10 @@ class SettingsParser(TrlParser):
             try:
                 filled.append(kind(**{item.name: values[item.name] for item in fields(kind) if item.init}))
             except (ValueError, TypeError, OSError, ImportError) as error:
+                if "use_cpu" in str(error):  # transformers' remark comes in a second sentence
+                    raise InputError(
+                        "there is no GPU here that computes in bf16; add --use_cpu to train on the CPU, or --bf16 false"
+                    ) from error
                 raise InputError(one_sentence(error)) from error
             except RecursionError:
                 raise InputError("a value is nested too deeply; write it flat, or leave it out") from None

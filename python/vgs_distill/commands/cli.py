@@ -14,6 +14,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,17 @@ class Command:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    if fields.answer("train", arguments):
+    parser = Parser(prog="vgs train", add_help=False)
+    parser.add_argument("--dry-run", "--dry_run", action="store_true")
+    parser.add_argument("--preview", type=int, nargs="?", const=1, default=0)
+    asked, others = parser.parse_known_args(arguments)
+    if asked.preview < 0:
+        raise InputError(f"preview must be 1 or more rows, got {asked.preview}")
+    if fields.answer("train", others):
         return 0
     from .train import train
 
-    train(arguments)
+    train(others, dry_run=asked.dry_run, preview=asked.preview)
     return 0
 
 
@@ -266,8 +273,23 @@ def _fail(sentence: str, code: int = 2) -> int:
     return code
 
 
+def quiet_libraries() -> None:
+    """Leave out what a user can do nothing about. To be called before the libraries are imported.
+
+    TRL uses names that transformers has replaced, and is told so many times a run. Bars for loading weights and reading
+    rows fill a file with repetitions where there is no terminal.
+    """
+    warnings.filterwarnings(
+        "ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated and will be removed in v6", FutureWarning
+    )
+    if not sys.stderr.isatty():
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+
+
 def main() -> None:
     """Entry point of the `vgs` script."""
+    quiet_libraries()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -103,6 +103,16 @@ DESCRIPTIONS = {
     "with a teacher, the divergence from it on the model's own completions. Prints a table and writes JSON.",
 }
 
+# What is asked of a command itself, and is no field.
+_LOOKS = {
+    "train": (
+        "",
+        "before training:",
+        "  --dry-run      Check and load everything, say what would be trained, and leave nothing behind.",
+        "  --preview [N]  The same, and N rows as the models read them, with and without the image, and a completion.",
+    )
+}
+
 # Where the text of the library speaks of something else, or says nothing.
 _HELP = {
     "train": {
@@ -321,4 +331,4 @@ def _page(command: str, sections: Mapping[str, Sequence[Field]]) -> str:
                 block[0] = flag.ljust(column) + block[0]
                 lines.append(block.pop(0))
             lines += [" " * column + line for line in block]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_LOOKS.get(command, ())])

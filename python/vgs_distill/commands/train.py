@@ -32,19 +32,37 @@ from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import RunFile, in_the_way, saved_step
 from ..trainer import VGSTrainer
 from .arguments import DataArguments, require, train_parser
+from .console import RunConsole, next_commands
 
 
-def train(arguments: Sequence[str]) -> Path:
+def train(arguments: Sequence[str], *, dry_run: bool = False, preview: int = 0) -> Path:
     """Run `vgs train` with these flags and return the output folder.
+
+    `dry_run`: check and load everything, say what would be trained, and leave nothing behind; so does a `preview`,
+    which shows that many rows, too.
 
     Raises:
         InputError: something handed in cannot work; nothing has been written.
     """
     (config, data, model), values = train_parser().parse(arguments)
+    existed = config.output_dir is not None and Path(config.output_dir).exists()
     trainer, checkpoint = build(config, data, model, values)
+    console = RunConsole.attach(trainer, values["dataset_name"])
+    if dry_run or preview:
+        console.look(preview)
+        if not existed:
+            Path(config.output_dir).rmdir()  # which transformers makes
+        return Path(config.output_dir)
     trainer.add_callback(RunFile(values))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except SystemExit:
+        console.interrupted()
+        raise
+    finally:
+        console.stop()
     save(trainer)
+    console.closing(next_commands(trainer, values))
     return Path(config.output_dir)
 
 
