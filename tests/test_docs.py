@@ -160,7 +160,8 @@ def understand(command: list[str]) -> None:
 
     match command:
         case ["vgs", ("train" | "eval") as name, *arguments]:
-            (train_parser if name == "train" else eval_parser)().parse([*arguments, "--use_cpu"])
+            fields = cli.look_parser().parse_known_args(arguments)[1] if name == "train" else arguments
+            (train_parser if name == "train" else eval_parser)().parse([*fields, "--use_cpu"])
         case ["vgs", ("demo" | "export" | "report" | "doctor") as name, *arguments]:
             getattr(cli, f"{name}_parser")().parse_args(arguments)
         case ["vgs", name, *_]:

@@ -36,11 +36,16 @@ class Command:
     extra: str | None  # what has to be installed for it, beside the kernels
 
 
-def _train(arguments: Sequence[str]) -> int:
+def look_parser() -> Parser:
+    """The flags of `vgs train` that are no fields; the others are left to it."""
     parser = Parser(prog="vgs train", add_help=False)
     parser.add_argument("--dry-run", "--dry_run", action="store_true")
     parser.add_argument("--preview", type=int, nargs="?", const=1, default=0)
-    asked, others = parser.parse_known_args(arguments)
+    return parser
+
+
+def _train(arguments: Sequence[str]) -> int:
+    asked, others = look_parser().parse_known_args(arguments)
     if asked.preview < 0:
         raise InputError(f"preview must be 1 or more rows, got {asked.preview}")
     if fields.answer("train", others):

@@ -103,16 +103,6 @@ DESCRIPTIONS = {
     "with a teacher, the divergence from it on the model's own completions. Prints a table and writes JSON.",
 }
 
-# What is asked of a command itself, and is no field.
-_LOOKS = {
-    "train": (
-        "",
-        "before training:",
-        "  --dry-run      Check and load everything, say what would be trained, and leave nothing behind.",
-        "  --preview [N]  The same, and N rows as the models read them, with and without the image, and a completion.",
-    )
-}
-
 # Where the text of the library speaks of something else, or says nothing.
 _HELP = {
     "train": {
@@ -187,6 +177,12 @@ _OTHER_NAMES = {
     "wandb": "report_to",
     "limit": "max_rows",
 }
+
+
+_LOOK = {
+    "dry-run": ("", "Check and load everything, say what would be trained, and leave nothing behind."),
+    "preview": ("[N]", "The same, and N rows as the models read them, with and without the image, and a completion."),
+}  # flags of `vgs train` that are no fields
 
 
 def fields_of(command: str) -> dict[str, Field]:
@@ -314,6 +310,9 @@ def _kind(annotation: str) -> str:
 
 
 def _page(command: str, sections: Mapping[str, Sequence[Field]]) -> str:
+    if command == "train":
+        look = [Field(name, kind, None, text, text, "") for name, (kind, text) in _LOOK.items()]
+        sections = {**sections, "before training": look}
     width = min(shutil.get_terminal_size().columns, 120)
     column = 2 + max(len(f"--{field.name} {field.kind}") for listed in sections.values() for field in listed) + 2
     column = min(column, 44)
@@ -323,7 +322,7 @@ def _page(command: str, sections: Mapping[str, Sequence[Field]]) -> str:
         lines += ["", f"{title}:"]
         for field in listed:
             said = field.help if field.default is None else f"{field.help} (default: {field.default})"
-            flag = f"  --{field.name} {field.kind}"
+            flag = f"  --{field.name} {field.kind}".rstrip()
             block = textwrap.wrap(said, max(width - column, 20), break_on_hyphens=False) or [""]
             if len(flag) + 2 > column:
                 lines.append(flag)
@@ -331,4 +330,4 @@ def _page(command: str, sections: Mapping[str, Sequence[Field]]) -> str:
                 block[0] = flag.ljust(column) + block[0]
                 lines.append(block.pop(0))
             lines += [" " * column + line for line in block]
-    return "\n".join([*lines, *_LOOKS.get(command, ())])
+    return "\n".join(lines)
