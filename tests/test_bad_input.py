@@ -53,6 +53,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "top_p": ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0.0"),
     "teacher device unknown": ({"teacher_device": "gpu"}, "teacher_device='gpu' is no device of this machine"),
     "teacher device absent": ({"teacher_device": "cuda:99"}, "teacher_device='cuda:99' is no device of this machine"),
+    "word for a mapping": ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a mapping, as in"),
     "no completion": ({"max_completion_length": 0}, "max_completion_length must be 1 or more"),
     "temperature": ({"temperature": 0}, "temperature must be positive"),
     "DeepSpeed with exact": ({"deepspeed": "zero2.json"}, "DeepSpeed steps inside backward"),
@@ -129,6 +130,25 @@ def without_processor(workspace: Workspace, target: Path) -> dict[str, str]:
     return {"model_name_or_path": folder}
 
 
+def changed_file(name: str, folder: str, **values: Any) -> None:
+    path = Path(folder) / name
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in {**settings, **values}.items() if value is not ...}))
+
+
+def without_end(workspace: Workspace, target: Path) -> dict[str, str]:
+    folder = changed_model(workspace.root / "student", target)
+    changed_file("tokenizer_config.json", folder, eos_token=...)
+    changed_file("generation_config.json", folder, eos_token_id=...)
+    return {"model_name_or_path": folder}
+
+
+def without_chat_template(workspace: Workspace, target: Path) -> dict[str, str]:
+    folder = changed_model(workspace.root / "student", target)
+    (target / "chat_template.jinja").unlink()
+    return {"model_name_or_path": folder}
+
+
 def foreign_code(workspace: Workspace, target: Path) -> dict[str, str]:
     auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
     folder = changed_model(workspace.root / "student", target, model_type="own", auto_map=auto_map)
@@ -158,6 +178,8 @@ MODELS: dict[str, tuple[Callable[[Workspace, Path], dict[str, str]], str]] = {
     "damaged weights": (damaged_weights, "cannot load the student"),
     "no vision": (without_vision, "needs a model that reads images"),
     "no processor": (without_processor, "Can't load image processor"),
+    "no end token": (without_end, "neither the tokenizer nor the config of the student names an end token"),
+    "no chat template": (without_chat_template, "the processor of the student has no chat template"),
     "code of its own": (foreign_code, "ships code of its own"),
     "other vocabulary": (other_words, "different vocabularies"),
     "other tokenizer": (other_splitting, "split text differently"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 from transformers.utils import logging
 from vgs_distill import canonical_row, load_rows, with_evidence
 from vgs_distill.demo.models import CHAT_TEMPLATE, TURN_END, TURN_START, VISION_TOKENS
@@ -300,3 +307,22 @@ def test_eval_says_what_it_measured(workspace: Workspace, tmp_path: Path) -> Non
         assert found["trained_on"] is trained_on
         assert ("was trained on these very rows" in result.stdout) is trained_on
         assert "2 rows, from" in " ".join(result.stdout.split())
+
+
+def test_a_tokenizer_without_an_end_token_takes_the_model_s(workspace: Workspace, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(workspace.root / "student", student)
+    path = student / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    end = settings.pop("eos_token")
+    settings.pop("pad_token")
+    path.write_text(json.dumps(settings))
+    run = tmp_path / "run"
+    config = workspace.yaml(tmp_path / "run.yaml", output_dir=str(run), model_name_or_path=str(student))
+    result = invoke(["train", "--config", config])
+    assert result.exit_code == 0, result.output
+    assert AutoTokenizer.from_pretrained(run).eos_token == end
+    evaluation = ["--model_name_or_path", str(student), "--dataset_name", str(workspace.root / "rows.jsonl")]
+    evaluation += ["--use_cpu", "--max_completion_length", "2", "--output_file", str(tmp_path / "eval.json")]
+    result = invoke(["eval", *evaluation])
+    assert result.exit_code == 0, result.output

@@ -33,6 +33,12 @@ OFFLOAD = "offload"
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
+# Fields that hold a mapping, never the name of a file.
+_MAPPINGS = (
+    "model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs",
+    "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
+)  # fmt: skip
+
 # What numbers may be, and the words for it. NaN is in no range.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
@@ -222,6 +228,10 @@ class VGSConfig(DistillationConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        for name in _MAPPINGS:
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.lstrip().startswith("{"):
+                raise ValueError(f"{name} must be a mapping, as in '{{\"a\": 1}}', got {value!r}")
         masks = MODALITIES[self.modality].masks
         if self.image_mask not in masks:
             raise ValueError(

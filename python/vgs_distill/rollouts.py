@@ -72,8 +72,7 @@ class Rollouts(DistillationTrainer):
         config = student.check()
         check_modality(config, self._modality)
         check_no_adapter(student)
-        if processing_class is None:
-            processing_class = student.processor()
+        processing_class = student.processor_to_sample(config, processing_class)
         rows = RowCheck.of(args, config, processing_class)
         rows.check(train_dataset)
         rows.check_evaluation(kwargs.get("eval_dataset"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from trl import ModelConfig
 from vgs_distill.commands.export import export
+from vgs_distill.inputs.formats import canonical_row
 from vgs_distill.inputs.modalities import MODALITIES
 from vgs_distill.masking import with_evidence
 from vgs_distill.models.sources import ModelSource, adapter_config
@@ -70,9 +71,9 @@ def test_a_merged_model_computes_what_its_adapter_did(family: str, tmp_path: Pat
     assert said == "a model that from_pretrained loads"
 
     modality = MODALITIES[SMALL_FAMILIES[family].modality]
-    row = questions((1,), modality=modality.name)[0]
+    row = canonical_row(questions((1,), modality=modality.name)[0], modality, processor)
     inputs = processor.apply_chat_template(
-        [with_evidence(row, modality, processor)], tokenize=True, return_dict=True, return_tensors="pt"
+        [with_evidence(row, modality)], tokenize=True, return_dict=True, return_tensors="pt"
     )
 
     def logits(folder: Path) -> Tensor:

@@ -149,13 +149,16 @@ def test_accuracies_of_vgs_eval_are_shown(run_dir: Path) -> None:
     (run_dir / "checkpoint-20").mkdir()
     for path, accuracy in ((run_dir / "eval.json", 0.8125), (run_dir / "checkpoint-20" / "eval.json", 0.25)):
         measured = {"accuracy": accuracy, "full": 0.125}
-        path.write_text(
-            json.dumps({"rows": 64, "with_image": measured, "without_image": {"accuracy": 0.5, "full": None}})
-        )
+        source = (
+            {"source": "all rows of rows.jsonl", "trained_on": True} if accuracy > 0.5 else {}
+        )  # older ones have none
+        record = {"rows": 64, **source, "with_image": measured, "without_image": {"accuracy": 0.5, "full": None}}
+        path.write_text(json.dumps(record))
     (run_dir / "eval_notes.json").write_text('["no evaluation"]')
     text = " ".join(page_of(run_dir).text.split())
-    assert "20 25.0 % 50.0 % 0.125 – 64 checkpoint-20/eval.json".replace(" ", "") in text.replace(" ", "")
-    assert "60 81.2 % 50.0 % 0.125 – 64 eval.json".replace(" ", "") in text.replace(" ", "")
+    assert "20 25.0 % 50.0 % 0.125 – 64 – checkpoint-20/eval.json".replace(" ", "") in text.replace(" ", "")
+    seen = "60 81.2 % 50.0 % 0.125 – 64 all rows of rows.jsonl, which it was trained on eval.json"
+    assert seen.replace(" ", "") in text.replace(" ", "")
     assert "with image 81.2" in text
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +40,7 @@ from ..masking import Batch, with_evidence, without_evidence
 from ..models.heads import backbone
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
 from ..resilience.output_dir import check_output_dir
-from ..resilience.run_folder import RUN_FILE
+from ..resilience.run_folder import settings_of
 from .arguments import DatasetArguments, EvalArguments, eval_parser, require
 
 
@@ -112,7 +111,7 @@ def _prepare(
             f"every question is also asked without its image, but the processor of model type {config.model_type!r} "
             "takes no prompt without one"
         )
-    processor = student.processor()
+    processor = student.processor_to_sample(config)
     teacher = None
     if settings.teacher_model_name_or_path is not None:
         teacher = teacher_source(settings.teacher_model_name_or_path, settings, model)
@@ -157,11 +156,9 @@ def _rows(settings: EvalArguments, data: DatasetArguments, split: str | None, mo
 
 def _trained_on(model: str, name: str, split: str | None) -> bool:
     """Whether the model lies where `vgs train` left it, and was trained on these very rows."""
-    for folder in (Path(model), Path(model).parent):  # of a checkpoint the latter
-        if (folder / RUN_FILE).is_file():
-            run = yaml.safe_load((folder / RUN_FILE).read_text())
-            return is_same_source(name, split, run["dataset_name"], run["dataset_train_split"])
-    return False
+    run = settings_of(Path(model))
+    trained = run.get("dataset_name")
+    return trained is not None and is_same_source(name, split, trained, run.get("dataset_train_split"))
 
 
 def normalise(text: str) -> str:

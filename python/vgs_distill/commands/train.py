@@ -86,7 +86,7 @@ def build(
     check_teacher_reads_the_same(*configs, modality)
     if config.steering != "none":
         check_image_mask(configs[0], config.image_mask)
-    processor = student.processor()
+    processor = student.processor_to_sample(configs[0])
     check_tokenizers(processor, teacher)
     train_rows, eval_rows = rows(data, modality, evaluated=config.eval_strategy != "no")
     check = RowCheck.of(config, configs[0], processor)

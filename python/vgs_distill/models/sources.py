@@ -9,6 +9,7 @@ repository ships runs only where `trust_remote_code` says so.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import (
     find_adapter_config_file,
     is_flash_attn_2_available,
@@ -32,6 +41,7 @@ from ..errors import InputError, one_sentence
 from ..inputs.families import placeholder_ids
 from ..inputs.modalities import Modality
 from .modules import linear_layers
+from .sampling import prepare_for_sampling
 from .weights import with_adapter
 
 _PROBE = "What is in the picture? 1 + 1 = 2, naïve façade"
@@ -100,6 +110,16 @@ class ModelSource:
         processor = self._beside(AutoProcessor, padding_side="left", truncation_side="left")
         if not isinstance(processor, ProcessorMixin):
             raise InputError(f"the {self.role} {self.name!r} has a tokenizer but no processor; save that beside it")
+        return processor
+
+    def processor_to_sample(self, config: PretrainedConfig, own: Any = None) -> Any:
+        """The processor, or the one a user brings, with all that sampling needs; `config` is the model's."""
+        processor = self.processor() if own is None else own
+        generation = None if self.model is None else self.model.generation_config
+        if self.model is None:
+            with suppress(InputError):  # many models have none
+                generation = self._beside(GenerationConfig)
+        prepare_for_sampling(processor, config, generation)
         return processor
 
     def tokenizer(self) -> Any:

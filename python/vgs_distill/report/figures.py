@@ -145,7 +145,7 @@ GRADIENTS = (
         (Line("cosine", "ink", "steering/direction_cosine"),),
     ),
 )
-HELD_OUT = (
+EVALUATION = (
     Chart(
         "Accuracy",
         "Share of questions answered correctly by free generation, in percent, with the image in view and without.",
@@ -155,8 +155,8 @@ HELD_OUT = (
         ),
     ),
     Chart(
-        "Distance to the teacher, held out",
-        "The same divergence and its parts on prompts that are not trained on; nats per token.",
+        "Distance to the teacher, beside training",
+        "The same divergence and its parts on the prompts of the evaluation dataset; nats per token.",
         tuple(replace(line) for line in _parts("eval_")),
         zero_line=True,
     ),

@@ -16,7 +16,7 @@ from vgs_distill.errors import InputError
 
 from .charts import number, signed
 from .completions import completions_of
-from .figures import GRADIENTS, HELD_OUT, LOSS, TIME, figures_of, figures_over, window_of
+from .figures import EVALUATION, GRADIENTS, LOSS, TIME, figures_of, figures_over, window_of
 from .log import Points, RunLog, read_run
 from .page import SATURATION, TIME_PARTS, color_of_run, environment, spaced, time_bar, tint
 
@@ -64,7 +64,7 @@ def render_runs(logs: Mapping[str, RunLog], refresh_every: int | None = None) ->
     }
     if len(logs) == 1:
         return templates.get_template("run.html.jinja").render(**shared)
-    sections = {"Loss": LOSS, "Gradients": GRADIENTS, "Held out": HELD_OUT, "Where the time went": TIME}
+    sections = {"Loss": LOSS, "Gradients": GRADIENTS, "Evaluation": EVALUATION, "Where the time went": TIME}
     return templates.get_template("runs.html.jinja").render(
         **shared,
         sections={title: figures_over(logs, charts) for title, charts in sections.items()},
@@ -93,7 +93,7 @@ def _view(name: str, log: RunLog) -> dict[str, Any]:
         "loss_figures": figures_of(log, LOSS),
         "gradient_figures": figures_of(log, GRADIENTS),
         "modules": _module_map(log),
-        "evaluation_figures": figures_of(log, HELD_OUT),
+        "evaluation_figures": figures_of(log, EVALUATION),
         "evaluations": log.evaluations,
         "time": _time(log),
         "completions": completions_of(log),

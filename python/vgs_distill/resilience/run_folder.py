@@ -34,14 +34,30 @@ class RunFile(TrainerCallback):
         self._written = True
 
 
+def settings_of(model: Path) -> dict[str, Any]:
+    """The settings of the run that left a model, or a checkpoint, in this folder; empty if none of `vgs train` did."""
+    text = _written_by_a_run(model.parent if model.name.startswith(PREFIX_CHECKPOINT_DIR) else model)
+    try:
+        found = yaml.safe_load(text or "")
+    except yaml.YAMLError:  # somebody edited it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _written_by_a_run(folder: Path) -> str | None:
+    """The text of `run.yaml`, if it is there and that of `vgs train`."""
+    path = folder / RUN_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text if text.startswith(_HEADER) else None
+
+
 def in_the_way(folder: Path) -> str | None:
     """The name of something in `folder` that a new run would overwrite; None if there is nothing.
 
     A start that failed leaves `run.yaml`, records and logs, which are not in the way.
     """
     patterns = [f"{PREFIX_CHECKPOINT_DIR}-*", "*.safetensors", "*.bin"]
-    run_file = folder / RUN_FILE
-    if not (run_file.is_file() and run_file.read_text(encoding="utf-8", errors="replace").startswith(_HEADER)):
+    if _written_by_a_run(folder) is None:
         patterns += [RUN_FILE, "README.md", "config.json"]  # of something else
     found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
     return found[0] if found else None
