@@ -30,7 +30,7 @@ from benchmarks.harness.records import Record, Target
 from benchmarks.inputs import Streams, peaked_streams, random_heads, random_streams
 from benchmarks.linear_gate import GATE_TOKENS, run_gate
 from benchmarks.methods import METHODS, OBJECTIVES
-from benchmarks.products import PRODUCTS, floor_name, floor_rows, product_calls
+from benchmarks.products import floor_name, floor_rows, product_calls
 from vgs_kernels import backend
 
 NAME = "linear_decomposed_kl"
@@ -65,8 +65,8 @@ def plain_ways(dtype: str, compile_peers: bool) -> dict[str, peers.Way]:
 def line_up(streams: Streams, peaked: Streams, plain: Mapping[str, peers.Way], device: str) -> Lineup:
     """The products, plain torch and our calls, in the order of the turns."""
     lineup = Lineup(device)
-    for name, call in product_calls(streams).items():
-        lineup.add(name, PRODUCTS[name], call)
+    for name, (label, call) in product_calls(streams).items():
+        lineup.add(name, label, call)
     for name, way in plain.items():
         lineup.add(name, LABELS[name], lambda way=way: way(streams), ours="vgs")  # type: ignore[misc]
     for name, method in METHODS.items():

@@ -30,7 +30,7 @@ from benchmarks.inputs import Streams, random_heads, random_streams
 from benchmarks.linear_gate import GATE_TOKENS, run_gate
 from benchmarks.methods import METHODS, OBJECTIVES
 from benchmarks.peers import Way
-from benchmarks.products import PRODUCTS, floor_name, floor_rows, product_calls
+from benchmarks.products import floor_name, floor_rows, product_calls
 from vgs_kernels import backend
 
 NAME = "linear_reverse_kl"
@@ -95,8 +95,8 @@ def best_of(
 def line_up(streams: Streams, best: Mapping[str, tuple[str, Way]], trials: Mapping[str, Any], device: str) -> Lineup:
     """The products, the peers and our call, in the order of the turns."""
     lineup = Lineup(device)
-    for name, call in product_calls(streams).items():
-        lineup.add(name, PRODUCTS[name], call)
+    for name, (label, call) in product_calls(streams).items():
+        lineup.add(name, label, call)
     for name in trials:
         configuration, way = best.get(name, ("", None))
         lineup.add(
@@ -154,7 +154,7 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     lineup = line_up(streams, best, trials, device)
     timings = lineup.take_turns(
         args.rounds, 3 * args.rounds, args.budget, context=("plain_fp32", "plain_16_bit"),
-        warm_up=[name for name in lineup.calls if device == "cuda" or name in (*PRODUCTS, "opd")],
+        warm_up=[name for name in lineup.calls if device == "cuda" or name not in LABELS],
     )  # fmt: skip
     for name, errors in worst.items():
         lineup.rows[name].errors = errors

@@ -55,7 +55,7 @@ def calls(shape: dict[str, int], heads: tuple[Tensor, Tensor]) -> dict[str, Call
     streams = random_streams(shape["tokens"], heads)
     wide = torch.promote_types(heads[0].dtype, torch.float32)
     return {
-        **product_calls(streams),
+        **{name: call for name, (_, call) in product_calls(streams).items()},
         "plain_opd": lambda: peers.plain(OBJECTIVES["standard"], streams, wide),
         "plain_vgs": lambda: peers.plain(OBJECTIVES["vgs"], streams, wide),
         "opd": lambda: METHODS["opd"].ours(streams),

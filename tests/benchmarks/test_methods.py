@@ -149,7 +149,10 @@ def test_our_methods_are_the_textbook_in_fp64() -> None:
 
 
 def test_floors_count_the_products() -> None:
-    seconds = {"project_student": 1.0, "project_teacher": 10.0, "hidden_product": 100.0, "head_product": 1000.0}
+    seconds = {
+        "project_student:ours": 1.0, "project_teacher:torch": 20.0, "project_teacher:ours": 10.0,
+        "hidden_product:torch": 100.0, "hidden_product:ours": 200.0, "head_product:torch": 1000.0,
+    }  # fmt: skip
     rows = floor_rows({name: Timing([value]) for name, value in seconds.items()})
     assert {row.name: row.median for row in rows} == pytest.approx({
         "floor_projections": 22, "floor_4": 1111, "floor_6": 1122, "floor_7.2": 1455.3, "floor_8": 2222,
