@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.machine import has_matrix_unit
 from benchmarks.harness.records import Row
 from benchmarks.harness.timing import Timing
 from benchmarks.inputs import Streams
@@ -86,8 +87,7 @@ def limits(dtype: str) -> dict[str, float]:
 
     A matrix unit (AMX) makes the products, and not the rest, several times faster; it takes bf16 alone.
     """
-    native = torch.ops.vgs_kernels_native
-    if dtype == "bf16" and hasattr(native, "has_matrix_unit") and native.has_matrix_unit():
+    if dtype == "bf16" and has_matrix_unit():
         return dict.fromkeys(("opd", "vgs", "vgs_preserving", "matched"), 1.4) | {"prior_parts": 1.5}
     return {"opd": 1.15, "vgs": 1.2, "vgs_preserving": 1.2, "matched": 1.2, "prior_parts": 1.25}
 

@@ -78,13 +78,20 @@ def source_digest(*benchmark_files: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def has_matrix_unit() -> bool:
+    """Whether the CPU multiplies bf16 matrices in a unit of their own (AMX), as Linux tells."""
+    return "amx_bf16" in _cpu_info("flags").split()
+
+
 def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(key: str) -> str:
+    """What Linux says of the first core; empty where there is no such line."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(rf"^{key}\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else ""
 
 
 def _git(*arguments: str) -> str:
