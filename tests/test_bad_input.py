@@ -16,11 +16,14 @@ from typing import Any
 
 import datasets  # noqa: F401 - its log keeps the stderr of its first import, which must outlive one command
 import pytest
+from vgs_distill.commands.fields import COMMON
 from vgs_distill.errors import InputError
 
 from tests.command_line import invoke, refused
 from tests.conftest import Workspace
 from tests.small_run import ON_CPU
+
+NEEDED = [f"--{name}=x" for name in COMMON["train"]["needed"]]
 
 
 def entries(folder: Path) -> list[str]:
@@ -280,11 +283,11 @@ def test_a_wrong_flag() -> None:
 
 def test_a_flag_that_is_nested_too_deeply() -> None:
     nested = 2000 * '{"a":' + "1" + 2000 * "}"
-    assert "a value is nested too deeply" in refused("train", "--model_init_kwargs", nested, "--use_cpu")
+    assert "a value is nested too deeply" in refused("train", *NEEDED, "--model_init_kwargs", nested, "--use_cpu")
 
 
 def test_a_flag_without_its_value() -> None:
-    assert "gamma: expected one argument" in refused("train", "--gamma")
+    assert "gamma: expected one argument" in refused("train", *NEEDED, "--gamma")
 
 
 def test_liger_asked_for_and_absent(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,11 +54,12 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize("name", ["qwen3vl_full.yaml", "qwen3vl_lora.yaml"])
 def test_a_configuration_is_read_by_the_parser(name: str) -> None:
     from trl import get_peft_config
-    from vgs_distill.commands.arguments import require, train_parser
+    from vgs_distill.commands.arguments import given, train_parser
+    from vgs_distill.commands.fields import require
     from vgs_distill.models.sources import student_source, teacher_source
 
     (config, _, model), values = train_parser().parse(["--config", str(EXAMPLES / name), "--use_cpu"])
-    require(values, "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
+    require("train", given(values))
     assert (config.gamma, config.decomposition) == (0.8, "matched")
     if name == "qwen3vl_full.yaml":
         assert student_source("student", config, model).options["dtype"] == "float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 from trl import DistillationConfig
@@ -97,6 +98,16 @@ def test_a_flag_that_does_not_exist_is_answered_by_what_was_meant(command: str, 
     assert result.stderr == f"vgs: vgs {command} has no flag {flag.partition('=')[0]!r}{remedy}\n"
 
 
+def test_what_a_command_needs_is_asked_for() -> None:
+    assert invoke(["eval"]).stderr == (
+        "vgs: model_name_or_path and dataset_name must be given, in the YAML file or as a flag\n"
+    )
+    assert (
+        "vgs: output_dir, teacher_model_name_or_path and dataset_name must"
+        in invoke(["train", "--model_name_or_path", "x"]).stderr
+    )
+
+
 def test_a_file_without_its_flag_is_named() -> None:
     result = invoke(["train", "run.yaml"])
     assert result.stderr == (
@@ -104,8 +115,19 @@ def test_a_file_without_its_flag_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--help-all"], ["eval", "--lr", "1"]])
-def test_the_answer_comes_before_the_heavy_imports(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "--help-all"],
+        ["eval", "--lr", "1"],
+        ["eval"],
+        ["train", "--config", "wrong.yaml"],
+    ],
+)
+def test_the_answer_comes_before_the_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("gama: 0.8\n")
+    arguments = [str(tmp_path / name) if name == "wrong.yaml" else name for name in arguments]
     command = (
         "import sys; from vgs_distill.commands.cli import run\n"
         f"try: run({arguments!r})\n"

@@ -7,7 +7,6 @@ LoRA; the dataclasses here are what those two leave out.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import types
@@ -16,15 +15,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from trl import ModelConfig, TrlParser
 
 from ..config import VGSConfig
 from ..errors import InputError, one_sentence
-from .fields import hint, unknown_flag
+from .fields import unknown_flag, unknown_key
 from .parsing import refused
-
-_MOST_VALUES = 10_000  # of a configuration, which has some two hundred fields
+from .settings_file import find_config, read_settings
 
 
 @dataclass
@@ -121,7 +118,7 @@ class SettingsParser(TrlParser):
         Raises:
             InputError: a file, key, flag or value is wrong.
         """
-        path = self._find_config(arguments)
+        path = find_config(arguments)
         from_file = [] if path is None else self._flags_of(path)
         namespace, unknown = self.parse_known_args([*from_file, *arguments])
         if unknown:
@@ -156,43 +153,16 @@ class SettingsParser(TrlParser):
                 if _kinds(hints[item.name]) == {float, str}:  # of which transformers would take numbers only
                     self._option_string_actions[f"--{item.name}"].type = _float_or_name
 
-    def _find_config(self, arguments: Sequence[str]) -> Path | None:
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--config", nargs="?", const="")
-        config = finder.parse_known_args(arguments)[0].config
-        return None if config is None else Path(config)
-
     def _flags_of(self, path: Path) -> list[str]:
         """The file as flags, so that both are read by the same rules; what no flag can say becomes a default."""
-        try:
-            text = path.read_text(encoding="utf-8")
-            typed = yaml.safe_load(text)
-            written = yaml.load(text, yaml.BaseLoader)  # scalars as they were written: 1e-4 and no stay what they are
-        except OSError as error:
-            raise InputError(f"cannot read the configuration {str(path)!r} ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise InputError(f"the configuration {str(path)!r} is not text in UTF-8") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{str(path)!r} is not valid YAML: {one_sentence(error)}") from None
-        except RecursionError:
-            raise InputError(
-                f"{str(path)!r} is nested too deeply; a field holds a value, a list or a mapping"
-            ) from None
-        if not isinstance(typed, dict):
-            raise InputError(f"{str(path)!r} does not hold 'field: value' lines; write for example 'gamma: 0.8'")
-        if _size(typed, {}) > _MOST_VALUES:
-            raise InputError(
-                f"{str(path)!r} stands for more than {_MOST_VALUES} values once its aliases are followed; write them "
-                "out"
-            )
         flags: list[str] = []
-        for (key, scalar), value in zip(written.items(), typed.values(), strict=True):
+        for key, (scalar, value) in read_settings(path).items():
             if key == "env" and isinstance(scalar, dict):
                 self._environment = {name: str(setting) for name, setting in scalar.items()}
                 os.environ.update(self._environment)
                 continue
             if key not in self._hints:
-                raise InputError(f"{str(path)!r} has an unknown key {key!r}{hint(key, self._hints)}")
+                raise unknown_key(path, key, self._hints)
             kinds = _kinds(self._hints[key])
             if value is None:
                 if type(None) not in kinds and self.get_default(key) is not None:
@@ -212,16 +182,6 @@ class SettingsParser(TrlParser):
             else:
                 flags.append(f"--{key}={scalar}")
         return flags
-
-
-def _size(value: Any, known: dict[int, int]) -> int:
-    """How many values there are in this one. Aliases are one object, which is gone through once."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        held = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_size(one, known) for one in held)
-    return known[id(value)]
 
 
 def _float_or_name(text: str) -> float | str:
@@ -247,7 +207,6 @@ def eval_parser() -> SettingsParser:
     return SettingsParser("eval", (EvalArguments, DatasetArguments, ModelConfig))
 
 
-def require(values: dict[str, Any], *names: str) -> None:
-    """InputError that names those of the fields which were not given."""
-    if missing := [name for name in names if values[name] is None]:
-        raise InputError(f"{' and '.join(missing)} must be given, in the YAML file or as a flag")
+def given(values: dict[str, Any]) -> set[str]:
+    """The names of the fields that have a value."""
+    return {name for name, value in values.items() if value is not None}

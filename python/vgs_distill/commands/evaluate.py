@@ -41,7 +41,8 @@ from ..models.heads import backbone
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
 from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import settings_of
-from .arguments import DatasetArguments, EvalArguments, eval_parser, require
+from .arguments import DatasetArguments, EvalArguments, eval_parser, given
+from .fields import require
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
         InputError: something handed in cannot work; nothing has been written.
     """
     (settings, data, model), values = eval_parser().parse(arguments)
-    require(values, "model_name_or_path", "dataset_name")
+    require("eval", given(values))
     pattern = _check(settings)
     output = Path(settings.output_file)
     check_output_dir(output.parent)

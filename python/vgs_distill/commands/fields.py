@@ -11,7 +11,7 @@ import importlib.util
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def answer(command: str, arguments: Sequence[str]) -> bool:
     """Print the help that the arguments ask for, if any; return whether they did.
 
     Raises:
-        InputError: a flag is none of the command's.
+        InputError: a flag or a key of the YAML file is none of the command's, or a field that it needs is missing.
     """
     fields = fields_of(command)
     if "--help-all" in arguments:
@@ -243,7 +243,21 @@ def unknown_flag(command: str, argument: str, known: Mapping[str, object]) -> In
     return InputError(f"vgs {command} has no flag {flag!r}{hint(flag.lstrip('-'), known)}")
 
 
+def unknown_key(path: Path, key: str, known: Mapping[str, object]) -> InputError:
+    """What is said of a key of the YAML file that is no field of the command."""
+    return InputError(f"{str(path)!r} has an unknown key {key!r}{hint(key, known)}")
+
+
+def require(command: str, given: Collection[str]) -> None:
+    """InputError that names those of the fields the command needs which are not among the given ones."""
+    if missing := [name for name in COMMON[command]["needed"] if name not in given]:
+        *others, last = missing
+        listing = f"{', '.join(others)} and {last}" if others else last
+        raise InputError(f"{listing} must be given, in the YAML file or as a flag")
+
+
 def _check(command: str, arguments: Sequence[str], fields: Mapping[str, Field]) -> None:
+    given: set[str] = set()
     for index, argument in enumerate(arguments):
         flag = argument.partition("=")[0]
         if index and not re.match("--?[A-Za-z]", flag):  # a value
@@ -251,6 +265,17 @@ def _check(command: str, arguments: Sequence[str], fields: Mapping[str, Field]) 
         name = flag.removeprefix("--").replace("-", "_")
         if name != "config" and not {name, name.removeprefix("no_")} & fields.keys():
             raise unknown_flag(command, argument, fields)
+        given.add(name)
+    if "config" in given:
+        from .settings_file import find_config, read_settings
+
+        path = find_config(arguments)
+        assert path is not None
+        for key, (_, value) in read_settings(path).items():
+            if key not in fields and key != "env":
+                raise unknown_key(path, key, fields)
+            given |= {key} if value is not None else set()
+    require(command, given)
 
 
 def _class(source: _Source) -> ast.ClassDef:

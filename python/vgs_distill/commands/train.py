@@ -31,8 +31,9 @@ from ..resilience.checkpoints import find_checkpoint
 from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import RunFile, in_the_way, saved_step
 from ..trainer import VGSTrainer
-from .arguments import DataArguments, require, train_parser
+from .arguments import DataArguments, given, train_parser
 from .console import RunConsole, next_commands
+from .fields import require
 
 
 def train(arguments: Sequence[str], *, dry_run: bool = False, preview: int = 0) -> Path:
@@ -70,7 +71,7 @@ def build(
     config: VGSConfig, data: DataArguments, model: ModelConfig, values: dict[str, Any]
 ) -> tuple[VGSTrainer, str | None]:
     """The trainer, and the checkpoint it resumes from; cheap checks first."""
-    require(values, "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
+    require("train", given(values))
     assert config.output_dir is not None
     assert data.dataset_name is not None
     checkpoint = resume_point(config.output_dir, config.resume_from_checkpoint)
