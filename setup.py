@@ -39,7 +39,8 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mfma", "-mf16c"],
     "amx": ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-UNITS = {"kernels": ("baseline", "avx2", "avx512"), "products_amx": ("amx",)}
+INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+UNITS = {"kernels": ("baseline", "avx2", "avx512", "avx512bf16"), "products_amx": ("amx",)}
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,27 @@ STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {
       "float student_softcap, float teacher_softcap, Tensor(a!) out_student, "
       "Tensor(b!)? out_masked_student, Tensor(c!)? out_second, Tensor(d!)? row_gramian, Tensor(e!)? column_squares) -> ()");
 
-  // products of linear_decomposed_kl
+  // stream_kl
+  m.def(
+      "stream_divergences(Tensor student, Tensor teacher, Tensor? masked_teacher, Tensor? masked_student, "
+      "Tensor? token_weights, int vocab_size, float temperature, float student_scale, float teacher_scale, "
+      "float student_softcap, float teacher_softcap, float ratio_bound, float ratio_floor, Tensor(a!) values, "
+      "Tensor(b!) statistics) -> ()");
+  m.def(
+      "stream_gradients(Tensor student, Tensor teacher, Tensor? masked_teacher, Tensor? masked_student, Tensor values, "
+      "Tensor statistics, Tensor coefficients, Tensor? second_coefficients, int vocab_size, float temperature, "
+      "float student_scale, float teacher_scale, float student_softcap, float teacher_softcap, float ratio_bound, "
+      "float ratio_floor, Tensor(a!) out, Tensor(b!)? out_second, Tensor(c!)? column_squares) -> ()");
+
+  // products of a chunk of tokens with a head
   m.def("transpose(Tensor input, Tensor(a!) out) -> ()");
-  m.def("logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("hidden_gradient(Tensor gradient, Tensor weight, Tensor(a!) out) -> ()");
   m.def("head_gradient(Tensor gradient, Tensor hidden, bool accumulate, Tensor(a!) out) -> ()");
-  m.def("has_matrix_unit() -> bool");
-  m.def("matrix_unit_logits(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
   m.def("matrix_unit_hidden_gradient(Tensor gradient, Tensor weight, Tensor columns, Tensor(a!) out) -> ()");
   m.def("matrix_unit_head_gradient(Tensor gradient, Tensor hidden, Tensor columns, Tensor(a!) out) -> ()");
 
-  // its column filter
+  // the columns of a logit gradient that are worth multiplying
   m.def("gather_columns(Tensor matrix, Tensor columns, Tensor(a!) out) -> ()");
   m.def("select_columns(Tensor squares, float first, float second, Tensor(a!) columns) -> (int, int)");
 
@@ -38,8 +48,7 @@ STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {
   // combine_gradients. An entry of `out` may be the tensor of `lang` or `vis` beside it.
   m.def("combine(Tensor[] lang, Tensor[] vis, Tensor weights, Tensor(a!)[] out) -> ()");
 
-  // Instruction-set level of the CPU kernels: 2 AVX-512, 1 AVX2, 0 the compiler's default. It is the highest that runs
-  // here until it is set.
+  // Instruction-set level of the CPU kernels, a `Level` of cpu/kernels.h: the highest that runs here until it is set.
   m.def("cpu_level() -> int");
   m.def("highest_cpu_level() -> int");
   m.def("set_cpu_level(int level) -> ()");

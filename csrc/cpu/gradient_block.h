@@ -4,9 +4,6 @@
 
 #include "element.h"
 #include "simd.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 namespace gradients {
@@ -17,39 +14,6 @@ constexpr int64_t kBlock = 4096;  // entries; two buffers of float fill half of 
 
 // How far ahead of use a line is asked for. Hardware prefetchers stop at a page's end, every 4096 bytes.
 constexpr int64_t kPrefetchBytes = 2048;
-
-// Write one register's worth around the caches. `to` must be aligned to what is written.
-template <class Out, class Vec>
-inline void narrow_around_caches(Out* to, const Vec& v) {
-  Out entries[sizeof(Vec) / sizeof(v[0])];
-  narrow(entries, v);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(entries) == 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load<__m512i>(entries));
-    return;
-  }
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(entries) == 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load<__m256i>(entries));
-    return;
-  }
-#endif
-#if defined(__x86_64__)
-  if constexpr (sizeof(entries) == 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), load<__m128i>(entries));
-    return;
-  }
-#endif
-  memcpy(to, entries, sizeof(entries));
-}
-
-// Writes around the caches are not ordered with later ones, not even with those that tell other threads to go on.
-inline void fence_writes_around_caches() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
 
 template <class In>
 void widen_entries(const In* from, int64_t n, float* to) {

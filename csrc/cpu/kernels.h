@@ -9,6 +9,7 @@
 #include "decomposed_kl.h"
 #include "gradient_gramian.h"
 #include "products.h"
+#include "stream_kl.h"
 
 namespace vgs {
 
@@ -17,16 +18,22 @@ struct Kernels {
   ProductKernels products;
   GramianKernels gramian;
   CombineKernels combine;
+  StreamKLKernels stream_kl;
 };
 
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 
-// The highest level that this CPU and build have: 2 AVX-512, 1 AVX2 with FMA and F16C, 0 the compiler's default.
-int highest_level();
+// Levels of x86-64, each with what is below it: the compiler's default; AVX2 with FMA and F16C; AVX-512 as of 2017; with
+// products of bfloat16; with tiles of bfloat16 (products_amx.cpp), the other kernels being those of the level below.
+enum Level { kBaseline, kAVX2, kAVX512, kAVX512BF16, kAMX };
 
-// The kernels of the level in force: the highest, unless the operator set_cpu_level chose another.
+// The level in force: the highest that this CPU and build have, unless the operator set_cpu_level chose another.
+Level level();
+
+// Its kernels.
 const Kernels& kernels();
 
 }  // namespace vgs

@@ -7,16 +7,12 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
 #include "products_amx.h"
 #include "tensors.h"
-#if defined(VGS_HAVE_AMX) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace vgs {
 namespace {
@@ -97,122 +93,112 @@ std::unique_ptr<T[], decltype(&std::free)> cache_lines(int64_t size) {
   return {static_cast<T*>(memory), std::free};
 }
 
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
-
-void check_product(std::initializer_list<const Tensor*> matrices, bool fit) {
-  for (const Tensor* matrix : matrices) {
-    STD_TORCH_CHECK(matrix->dim() == 2 && matrix->scalar_type() == torch::headeronly::ScalarType::Float &&
-                        (matrix->stride(1) == 1 || matrix->size(1) == 1),
-                    "operands must be float32 matrices with unit stride in the last dimension");
-  }
+void check_operands(std::initializer_list<const Tensor*> matrices, bool fit) {
+  for (const Tensor* matrix : matrices)
+    STD_TORCH_CHECK(matrix->dim() == 2 && element_of(*matrix, "an operand") != kFloat64 &&
+                        (matrix->stride(1) == 1 || matrix->size(1) <= 1),
+                    "operands must be float32, bfloat16 or float16 matrices with unit stride in the last dimension");
   STD_TORCH_CHECK(fit, "the shapes of the operands do not fit");
 }
 
-// out (v, w) = or += gradient (n, v)^T hidden (n, w), float32. Every entry is one sum over n in order, whichever thread
-// computes it.
-void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, Tensor out) {
-  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = gradient.size(1);
-  check_product({&gradient, &hidden, &out}, gradient.size(0) == n && out.size(0) == vocab && out.size(1) == width);
-  const ProductKernels& kernels = vgs::kernels().products;
-  const auto panels = cache_lines<float>(n * round_up(width, kernels.panel_columns));
-  kernels.pack_hidden(floats(hidden), hidden.stride(0), n, width, panels.get());
-  const int64_t bands = (vocab + kernels.tile_rows - 1) / kernels.tile_rows;
-  torch::stable::parallel_for(0, bands, 16, [&](int64_t begin, int64_t end) {
-    const auto scratch = cache_lines<float>(n * kernels.tile_rows);
-    kernels.head_gradient(floats(gradient), gradient.stride(0), panels.get(), n, width,
-                          static_cast<float*>(out.data_ptr()), out.stride(0), begin * kernels.tile_rows,
-                          std::min(vocab, end * kernels.tile_rows), accumulate, scratch.get());
-  });
+Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), element_of(tensor, "an operand"), tensor.stride(0)}; }
+
+bool suits_matrix_unit(const Tensor& left, const Tensor& right, int64_t width) {
+  return level() == kAMX && element_of(left, "an operand") == kBFloat16 && element_of(right, "an operand") == kBFloat16 &&
+         width % amx::kBlock == 0;
 }
 
-// out (n, w) = gradient (n, v) weight (v, w), float32. Threads share the width; every entry is one sum over v in order.
-void hidden_gradient(const Tensor& gradient, const Tensor& weight, Tensor out) {
-  const int64_t n = gradient.size(0), vocab = gradient.size(1), width = weight.size(1);
-  check_product({&gradient, &weight, &out}, weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
-  const ProductKernels& kernels = vgs::kernels().products;
-  if (n == 0) return;
-  const int64_t panels = round_up(width, kernels.panel_columns) / kernels.panel_columns;
-  const int64_t scratch_rows = n + kernels.tile_rows + kernels.panel_columns;
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = cache_lines<float>(scratch_rows * kernels.band + kernels.tile_rows * kernels.panel_columns);
-    kernels.hidden_gradient(floats(gradient), gradient.stride(0), floats(weight), weight.stride(0), n, vocab,
-                            static_cast<float*>(out.data_ptr()), out.stride(0), begin * kernels.panel_columns,
-                            std::min(width, end * kernels.panel_columns), scratch.get());
-  });
-}
-
-// out (n, v) = hidden (n, w) weight (v, w)^T, float32. Threads share the vocabulary.
-void logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
-  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
-  check_product({&hidden, &weight, &out}, weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
-  const ProductKernels& kernels = vgs::kernels().products;
-  const int64_t padded = round_up(n, kernels.group) * width;
-  const auto panels = cache_lines<float>(padded);
-  std::fill_n(panels.get(), padded, 0.0f);
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t k = 0; k < width; ++k)
-      panels[(row / kernels.group * width + k) * kernels.group + row % kernels.group] =
-          floats(hidden)[row * hidden.stride(0) + k];
-  const int64_t bands = round_up(vocab, kernels.logit_band) / kernels.logit_band;
-  torch::stable::parallel_for(0, bands, 4, [&](int64_t begin, int64_t end) {
-    const auto scratch = cache_lines<float>(kernels.logit_band * kernels.group);
-    kernels.logits(panels.get(), floats(weight), weight.stride(0), n, width, static_cast<float*>(out.data_ptr()),
-                   out.stride(0), begin * kernels.logit_band, std::min(vocab, end * kernels.logit_band),
-                   scratch.get());
-  });
-}
-
-// Whether the CPU has a matrix unit for bfloat16 and Linux lends it to this process.
-bool has_matrix_unit() {
-#if defined(VGS_HAVE_AMX) && defined(__linux__)
-  static const bool available = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (highest_level() < 2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool tiles = d >> 24 & 1, products = d >> 22 & 1;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-    const bool rounding = a >> 5 & 1;
-    constexpr int kRequestPermission = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
-    return tiles && products && rounding && syscall(SYS_arch_prctl, kRequestPermission, kTiles) == 0;
-  }();
-  return available;
-#else
-  return false;
-#endif
-}
-
-// Operands of the matrix unit, whose tiles want a `width` of the head in whole blocks.
-void check_bfloat16(std::initializer_list<const Tensor*> matrices, int64_t width, bool fit) {
-  for (const Tensor* matrix : matrices)
-    STD_TORCH_CHECK(matrix->dim() == 2 && matrix->scalar_type() == torch::headeronly::ScalarType::BFloat16 &&
-                        (matrix->stride(1) == 1 || matrix->size(1) == 1),
-                    "operands must be bfloat16 matrices with unit stride in the last dimension");
-  STD_TORCH_CHECK(has_matrix_unit(), "this CPU, system or build has no matrix unit for bfloat16");
-  STD_TORCH_CHECK(fit && width % amx::kBlock == 0,
-                  "the shapes of the operands do not fit, or the width is no multiple of ", amx::kBlock);
-}
-
-// out (n, v) = hidden (n, w) weight (v, w)^T, bfloat16, on the matrix unit. Threads share the vocabulary.
-void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, Tensor out) {
-  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
-  check_bfloat16({&hidden, &weight, &out}, width,
-                 weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
+void matrix_unit_logits(const Tensor& hidden, const Tensor& weight, const float* bias, Tensor& out) {
 #if defined(VGS_HAVE_AMX)
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
   const auto panels = cache_lines<uint16_t>(round_up(n, amx::kBlock) * width);
   amx::pack_hidden(static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), n, width, panels.get());
   torch::stable::parallel_for(0, round_up(vocab, amx::kBlock) / amx::kBlock, 8, [&](int64_t begin, int64_t end) {
     const auto scratch = cache_lines<float>(amx::scratch_size(n));
-    amx::logits(panels.get(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), n, width,
-                static_cast<uint16_t*>(out.data_ptr()), out.stride(0), begin * amx::kBlock,
+    amx::logits(panels.get(), static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), n, width, bias,
+                out.data_ptr(), element_of(out, "out"), out.stride(0), begin * amx::kBlock,
                 std::min(vocab, end * amx::kBlock), scratch.get());
   });
 #endif
+}
+
+// out (n, v) = hidden (n, w) weight (v, w)^T + bias (v,), summed in float32 and rounded once to the dtype of `out`. Threads
+// share the vocabulary.
+void logits(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
+  check_operands({&hidden, &weight, &out}, weight.size(1) == width && out.size(0) == n && out.size(1) == vocab);
+  STD_TORCH_CHECK(!bias || (bias->numel() == vocab && bias->is_contiguous() && element_of(*bias, "bias") == kFloat32),
+                  "bias must be contiguous float32 with an entry for each row of weight");
+  const float* const added = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
+  if (suits_matrix_unit(hidden, weight, width)) return matrix_unit_logits(hidden, weight, added, out);
+  const ProductKernels& kernels = vgs::kernels().products;
+  const Matrix left = matrix_of(hidden), right = matrix_of(weight);
+  const bool pairs = kernels.multiplies_pairs(left.element, right.element);
+  const auto panels = cache_lines<float>(round_up(n, kernels.group) * width);
+  kernels.pack_rows(left, pairs, n, width, panels.get());
+  const int64_t bands = round_up(vocab, kernels.logit_band) / kernels.logit_band;
+  torch::stable::parallel_for(0, bands, 4, [&](int64_t begin, int64_t end) {
+    const auto scratch = cache_lines<float>(kernels.logit_scratch(width));
+    kernels.logits(panels.get(), pairs, right, n, width, added, out.data_ptr(), element_of(out, "out"), out.stride(0),
+                   begin * kernels.logit_band, std::min(vocab, end * kernels.logit_band), scratch.get());
+  });
+}
+
+// out (v, w) = or += gradient (n, v)^T hidden (n, w), summed in float32 and rounded once. Every entry is one sum over n in
+// order, whichever thread computes it.
+void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, Tensor out) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), vocab = gradient.size(1);
+  check_operands({&gradient, &hidden, &out}, gradient.size(0) == n && out.size(0) == vocab && out.size(1) == width);
+  const ProductKernels& kernels = vgs::kernels().products;
+  const Matrix left = matrix_of(gradient), right = matrix_of(hidden);
+  const bool pairs = kernels.multiplies_pairs(left.element, right.element);
+  const auto panels = cache_lines<float>(n * round_up(width, kernels.panel_columns));
+  kernels.pack_columns(right, pairs, n, width, panels.get());
+  const int64_t bands = round_up(vocab, kernels.tile_rows) / kernels.tile_rows;
+  torch::stable::parallel_for(0, bands, 16, [&](int64_t begin, int64_t end) {
+    const auto scratch = cache_lines<float>(n * kernels.tile_rows + 16);
+    kernels.head_gradient(left, panels.get(), pairs, n, vocab, width, out.data_ptr(), element_of(out, "out"),
+                          out.stride(0), begin * kernels.tile_rows, std::min(vocab, end * kernels.tile_rows), accumulate,
+                          scratch.get());
+  });
+}
+
+// out (n, w) = gradient (n, v) weight (v, w), summed in float32 and rounded once. Threads share the width; every entry is
+// one sum over v in order.
+void hidden_gradient(const Tensor& gradient, const Tensor& weight, Tensor out) {
+  const int64_t n = gradient.size(0), vocab = gradient.size(1), width = weight.size(1);
+  check_operands({&gradient, &weight, &out}, weight.size(0) == vocab && out.size(0) == n && out.size(1) == width);
+  const ProductKernels& kernels = vgs::kernels().products;
+  if (n == 0) return;
+  const Matrix left = matrix_of(gradient), right = matrix_of(weight);
+  const Element element = element_of(out, "out");
+  const bool in_place = element == kFloat32;
+  const auto rounded_later = cache_lines<float>(in_place ? 0 : n * width);
+  float* const sums = in_place ? static_cast<float*>(out.data_ptr()) : rounded_later.get();
+  const int64_t panels = round_up(width, kernels.panel_columns) / kernels.panel_columns;
+  const int64_t scratch_rows = n + kernels.tile_rows + kernels.panel_columns;
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = cache_lines<float>(scratch_rows * kernels.band + kernels.tile_rows * kernels.panel_columns);
+    kernels.hidden_gradient(left, right, kernels.multiplies_pairs(left.element, right.element), n, vocab, sums,
+                            in_place ? out.stride(0) : width, in_place ? sums : out.data_ptr(), element, out.stride(0),
+                            begin * kernels.panel_columns, std::min(width, end * kernels.panel_columns), scratch.get());
+  });
+}
+
+// Operands of a gathered product on the matrix unit, whose tiles want a `width` of the head in whole blocks.
+void check_for_matrix_unit(std::initializer_list<const Tensor*> matrices, int64_t width, bool fit) {
+  check_operands(matrices, fit);
+  for (const Tensor* matrix : matrices)
+    STD_TORCH_CHECK(element_of(*matrix, "an operand") == kBFloat16, "operands must be bfloat16");
+  STD_TORCH_CHECK(level() == kAMX, "this CPU, system or build has no matrix unit for bfloat16");
+  STD_TORCH_CHECK(width % amx::kBlock == 0, "the width must be a multiple of ", amx::kBlock);
 }
 
 // out (n, w) = gradient (n, k) weight[columns], bfloat16, on the matrix unit. The gathered rows of the weight never exist as
 // a whole. Threads share the width; every entry is one sum over the columns in order.
 void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& columns, Tensor out) {
   const int64_t n = gradient.size(0), width = weight.size(1), count = columns.numel();
-  check_bfloat16({&gradient, &weight, &out}, width,
+  check_for_matrix_unit({&gradient, &weight, &out}, width,
                  gradient.size(1) == count && out.size(0) == n && out.size(1) == width);
   const int64_t* const column = checked_indices(columns, weight.size(0));
 #if defined(VGS_HAVE_AMX)
@@ -241,7 +227,7 @@ void matrix_unit_hidden_gradient(const Tensor& gradient, const Tensor& weight, c
 // be there twice. Threads share the columns; every entry is one sum over n in order.
 void matrix_unit_head_gradient(const Tensor& gradient, const Tensor& hidden, const Tensor& columns, Tensor out) {
   const int64_t n = gradient.size(0), width = hidden.size(1), count = columns.numel();
-  check_bfloat16({&gradient, &hidden, &out}, width,
+  check_for_matrix_unit({&gradient, &hidden, &out}, width,
                  gradient.size(1) == count && hidden.size(0) == n && out.size(1) == width);
   const int64_t* const column = checked_indices(columns, out.size(0));
 #if defined(VGS_HAVE_AMX)
@@ -279,11 +265,6 @@ STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CPU, m) {
   m.impl("head_gradient", TORCH_BOX(&vgs::head_gradient));
   m.impl("hidden_gradient", TORCH_BOX(&vgs::hidden_gradient));
   m.impl("logits", TORCH_BOX(&vgs::logits));
-  m.impl("matrix_unit_logits", TORCH_BOX(&vgs::matrix_unit_logits));
   m.impl("matrix_unit_hidden_gradient", TORCH_BOX(&vgs::matrix_unit_hidden_gradient));
   m.impl("matrix_unit_head_gradient", TORCH_BOX(&vgs::matrix_unit_head_gradient));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vgs_kernels_native, CompositeExplicitAutograd, m) {
-  m.impl("has_matrix_unit", TORCH_BOX(&vgs::has_matrix_unit));
 }

@@ -2,13 +2,13 @@
 // product of 16 rows of the weight, as they lie, and 16 rows of the chunk, of which it wants pairs of entries side by side.
 // Four tiles of sums share two of each operand, so that every operand fetched is used twice.
 //
-// Logits: the sums have the vocabulary in their rows and the logits have it in their columns: they are transposed while they are
-// rounded, and leave in whole cache lines past the caches, since a chunk of logits does not fit in any.
+// Logits: the sums have the vocabulary in their rows and the logits have it in their columns: they are transposed on the way
+// out, and leave in whole cache lines past the caches, since a chunk of logits does not fit in any.
 //
 // Gathered products: the gathered rows are those of which pairs are wanted, interleaved once for all rows of the result.
 #include "products_amx.h"
 
-#include <immintrin.h>
+#include "simd.h"
 
 namespace vgs::amx {
 namespace {
@@ -106,58 +106,32 @@ void multiply(const uint16_t* tiles, const uint16_t* panel, int64_t depth, bool 
   store_sums(sums);
 }
 
-// Two rows of sums rounded to bfloat16: 16 pairs of entries that are neighbours in the vocabulary.
-__m512i rounded_pairs(const float* even, const float* odd) {
-  alignas(64) static const uint16_t kOrder[kBlock] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), reinterpret_cast<__m512i>(both));
-}
-
-// Transpose 16 x 16 entries of 32 bits: pairs of entries, pairs of pairs, then the quarters of the registers.
-void transpose(__m512i row[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      row[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      row[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    row[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    row[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
-// Write `rows` rows of the chunk, `columns` logits each, from sums (kBlock, kBlock).
-void write(const float* sums, int64_t rows, int64_t columns, uint16_t* out, int64_t stride) {
-  const bool aligned = columns == kBlock && reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride % kBlock == 0;
-  for (int64_t first = 0; first < rows; first += kHalf) {
-    __m512i row[16];
+// Write `rows` rows of the chunk, `columns` logits each, from sums (kBlock of the vocabulary, kBlock of the chunk).
+template <class Out>
+void write(const float* sums, int64_t rows, int64_t columns, const float* bias, Out* out, int64_t stride) {
+  constexpr bool kWholeLines = kHalf * sizeof(Out) == 64;
+  const bool around = kWholeLines && reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride * sizeof(Out) % 64 == 0;
+  for (int64_t first = 0; first < rows; first += kHalf)
+    for (int64_t v = 0; v < columns; v += kHalf) {
+      const int64_t count = columns - v < kHalf ? columns - v : kHalf;
+      FloatVec block[kHalf], added = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      row[i] = rounded_pairs(sums + 2 * i * kBlock + first, sums + (2 * i + 1) * kBlock + first);
-    transpose(row);
-    for (int64_t i = 0; i < kHalf && first + i < rows; ++i) {
-      uint16_t* to = out + (first + i) * stride;
-      if (aligned) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), row[i]);
-      else _mm512_mask_storeu_epi16(to, columns == kBlock ? ~0u : (1u << columns) - 1, row[i]);
+      for (int64_t i = 0; i < kHalf; ++i) block[i] = load<FloatVec>(sums + (v + i) * kBlock + first);
+      transpose(block);
+      if (bias) memcpy(&added, bias + v, count * sizeof(float));
+      for (int64_t i = 0; i < kHalf && first + i < rows; ++i) {
+        Out* const to = out + (first + i) * stride + v;
+        if (count == kHalf && around) {
+          narrow_around_caches(to, block[i] + added);
+        } else if (count == kHalf) {
+          narrow(to, block[i] + added);
+        } else {
+          Out entries[kHalf];
+          narrow(entries, block[i] + added);
+          memcpy(to, entries, count * sizeof(Out));
+        }
+      }
     }
-  }
 }
 
 // Pairs of rows side by side, kBlock rows by kBlock columns, as two tiles of 16 pairs. An unpack works on
@@ -233,7 +207,8 @@ void pack_hidden(const uint16_t* hidden, int64_t stride, int64_t n, int64_t widt
 }
 
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
-            uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch) {
+            const float* bias, void* out, Element out_element, int64_t out_stride, int64_t begin, int64_t end,
+            float* scratch) {
   alignas(64) uint16_t tiles[kBlock * kDepth];
   const Tiles configured;
   const int64_t blocks = (n + kBlock - 1) / kBlock;
@@ -248,9 +223,16 @@ void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_strid
       for (int64_t block = 0; block < blocks; ++block) {
         float* sums = scratch + block * kBlock * kBlock;
         multiply(tiles, panels + (start * blocks + block * depth) * kBlock, depth, start > 0, ahead, lines, sums);
-        if (start + depth == width)
-          write(sums, n - block * kBlock < kBlock ? n - block * kBlock : kBlock, rows,
-                out + block * kBlock * out_stride + v, out_stride);
+        if (start + depth < width) continue;
+        const int64_t tokens = n - block * kBlock < kBlock ? n - block * kBlock : kBlock;
+        const auto write_as = [&](auto* to) {
+          write(sums, tokens, rows, bias ? bias + v : nullptr, to + block * kBlock * out_stride + v, out_stride);
+        };
+        switch (out_element) {
+          case kBFloat16: write_as(static_cast<BFloat16*>(out)); break;
+          case kFloat16: write_as(static_cast<Float16*>(out)); break;
+          default: write_as(static_cast<float*>(out));
+        }
       }
     }
   }

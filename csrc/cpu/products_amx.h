@@ -1,8 +1,8 @@
-// Products in bfloat16 on the matrix unit of recent Intel CPUs (AMX): the logits of a chunk, and products with few gathered
+// Products of bfloat16 on the matrix unit of recent Intel CPUs (AMX): the logits of a chunk, and products with few gathered
 // rows, which both gradients of a filtered chunk are. No library templates: see kernels.h.
 #pragma once
 
-#include <stdint.h>
+#include "element.h"
 
 namespace vgs::amx {
 
@@ -16,10 +16,11 @@ constexpr int64_t scratch_size(int64_t n) { return (n + kBlock - 1) / kBlock * k
 // them: n rounded up to kBlock times `width` entries, from a cache line on.
 void pack_hidden(const uint16_t* hidden, int64_t stride, int64_t n, int64_t width, uint16_t* panels);
 
-// out[n, v] = sum over w of hidden[n, w] * weight[v, w] for the vocabulary [begin, end), begin and `width` multiples of
-// kBlock. `panels` is hidden, as pack_hidden arranges it; `scratch` begins a cache line too.
+// out[n, v] = bias[v] + sum over w of hidden[n, w] * weight[v, w] for the vocabulary [begin, end), begin and `width`
+// multiples of kBlock. `panels` is hidden, as pack_hidden arranges it; `bias` may be null; `scratch` begins a cache line too.
 void logits(const uint16_t* panels, const uint16_t* weight, int64_t weight_stride, int64_t n, int64_t width,
-            uint16_t* out, int64_t out_stride, int64_t begin, int64_t end, float* scratch);
+            const float* bias, void* out, Element out_element, int64_t out_stride, int64_t begin, int64_t end,
+            float* scratch);
 
 // Rows that are gathered at a time, and the columns of them: with the rows after them and the sums of 128 rows they stay in
 // the second-level cache, and one block of columns in the first.

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -136,12 +136,16 @@ inline FloatVec widen(const BFloat16* from) {
 
 inline void narrow(float* to, FloatVec v) { store(to, v); }
 inline void narrow(double* to, DoubleVec v) { store(to, v); }
+#if defined(__AVX512BF16__)
+inline void narrow(BFloat16* to, FloatVec v) { store(to, _mm512_cvtneps_pbh((__m512)v)); }
+#else
 inline void narrow(BFloat16* to, FloatVec v) {
   const auto bits = (Simd<float>::Unsigned)v;
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const auto chosen = v == v ? rounded : Simd<float>::Unsigned{} + 0x7fc0u;
   store(to, __builtin_convertvector(chosen, Simd<float>::Half));
 }
+#endif
 inline void narrow(double* to, FloatVec v) {
   for (int i = 0; i < Simd<float>::kLanes; ++i) to[i] = v[i];
 }
@@ -212,5 +216,79 @@ inline void narrow_through_float(Half* to, DoubleVec v) {
 }
 inline void narrow(BFloat16* to, DoubleVec v) { narrow_through_float(to, v); }
 inline void narrow(Float16* to, DoubleVec v) { narrow_through_float(to, v); }
+
+// Write one register's worth around the caches. `to` must be aligned to what is written.
+template <class Out, class Vec>
+inline void narrow_around_caches(Out* to, const Vec& v) {
+  Out entries[sizeof(Vec) / sizeof(v[0])];
+  narrow(entries, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(entries) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load<__m512i>(entries));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(entries) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load<__m256i>(entries));
+    return;
+  }
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(entries) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), load<__m128i>(entries));
+    return;
+  }
+#endif
+  memcpy(to, entries, sizeof(entries));
+}
+
+// Writes around the caches are not ordered with later ones, not even with those that tell other threads to go on.
+inline void fence_writes_around_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Transpose a square block of one register a row.
+inline void transpose(FloatVec row[Simd<float>::kLanes]) {
+#if defined(__AVX512F__)
+  // Pairs of entries, pairs of pairs, then the quarters of the registers.
+  __m512i r[16], t[16];
+  memcpy(r, row, sizeof(r));
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+  memcpy(row, r, sizeof(r));
+#else
+  constexpr int kLanes = Simd<float>::kLanes;
+  float entries[kLanes][kLanes], turned[kLanes][kLanes];
+  memcpy(entries, row, sizeof(entries));
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) turned[j][i] = entries[i][j];
+  memcpy(row, turned, sizeof(turned));
+#endif
+}
 
 }  // namespace
