@@ -18,7 +18,7 @@ NATIVE_PROBLEM = backend._native_problem()
 LEVELS = [0] if NATIVE_PROBLEM else range(torch.ops.vgs_kernels_native.highest_cpu_level() + 1)
 
 
-@pytest.fixture(params=LEVELS, ids=lambda level: ("baseline", "avx2", "avx512")[level])
+@pytest.fixture(params=LEVELS, ids=lambda level: ("baseline", "avx2", "avx512", "avx512bf16", "amx")[level])
 def level(request: pytest.FixtureRequest) -> Iterator[int]:
     """Each instruction-set level of the compiled CPU kernels that runs here, in force while the test runs."""
     if NATIVE_PROBLEM:

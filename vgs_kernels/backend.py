@@ -62,7 +62,7 @@ _LISTS = ("native", "foreach", "reference")
 # op -> device type -> backends, fastest first. "cuda" is also what PyTorch calls a ROCm device.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "decomposed_kl": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
-    "stream_kl": {"cpu": ("reference",), "cuda": ("reference",)},
+    "stream_kl": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "gradient_gramian": {"cpu": _LISTS, "cuda": _LISTS},
     "combine_gradients": {"cpu": _LISTS, "cuda": _LISTS},
 }

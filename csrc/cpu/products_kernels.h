@@ -267,7 +267,7 @@ constexpr int kGroup = kGroupVectors * kLanes;
 constexpr int kLogitTile = kRegisterBytes == 64 ? 6 : 3;  // with the group's vectors and a broadcast: 29 or 16 registers
 constexpr int64_t kLogitBand = 96;  // rows of the weight between two transpositions
 
-// Steps of a logit that are summed in a row: one chain over the whole width would have twice the rounding of a library.
+// Terms of a logit that are summed in a row: one chain over the whole width would have twice the rounding of a library.
 constexpr int64_t kDepth = 256;
 
 // Arrange the rows of a chunk as [group][step][kGroup], padded with zeros.
@@ -295,8 +295,9 @@ void pack_rows(const Matrix& hidden, bool pairs, int64_t n, int64_t width, float
 template <class Unit, int kRows, int kUsed>
 void logits_tile(const char* weight, int64_t row_bytes, const Unit* hidden, int64_t steps, float* out) {
   using Vec = typename Units<Unit>::Vec;
-  for (int64_t start = 0; start < steps; start += kDepth) {
-    const int64_t end = steps - start < kDepth ? steps : start + kDepth;
+  constexpr int64_t kSteps = kDepth / Units<Unit>::kTerms;
+  for (int64_t start = 0; start == 0 || start < steps; start += kSteps) {  // of width 0, sums of 0
+    const int64_t end = steps - start < kSteps ? steps : start + kSteps;
     FloatVec sum[kRows][kUsed];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
@@ -411,10 +412,7 @@ void logits(const float* panels, bool pairs, const Matrix& weight, int64_t n, in
 
 // Units of a sum in a band. Two bands stay in the second-level cache: the one that all tiles pass over, and the next,
 // which they fetch meanwhile.
-#ifndef KBAND
-#define KBAND 96
-#endif
-constexpr int64_t kBand = KBAND;
+constexpr int64_t kBand = 96;
 
 // Lines of the weight that the tiles of a panel fetch, one every `step` units: those of the same columns in the next band,
 // and those of the next columns in this one, which are about to be packed. Fetched in one go, they would wait for each
@@ -446,7 +444,7 @@ inline void hidden_gradient_tile(const Unit* gradient, const Unit* weight, int64
     Vec w[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) w[j] = load<Vec>(weight + k * kColumns + j * kLanes);
-    if (++waited == ahead.step) waited = 0, ahead.fetch();
+    if (++waited >= ahead.step) waited = 0, ahead.fetch();
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
@@ -471,10 +469,10 @@ void hidden_gradient_of(const Matrix& gradient, const Matrix& weight, int64_t n,
   // the first-level cache.
   Unit* const packed = scratch + tiles * kRows * kBand;
   float* const edge = reinterpret_cast<float*>(packed + kColumns * kBand + kLanes);
-  for (int64_t start = 0; start < vocab; start += kDeep) {
+  for (int64_t start = 0; start == 0 || start < vocab; start += kDeep) {  // without a vocabulary, sums of 0
     const int64_t depth = vocab - start < kDeep ? vocab - start : kDeep, steps = steps_of(depth, kTerms);
     const bool is_last = vocab - start - depth < depth;
-    const int64_t lines = (lines_of_row * depth + tiles - 1) / tiles, step = steps < lines ? 1 : steps / lines;
+    const int64_t lines = (lines_of_row * depth + tiles - 1) / tiles, step = lines ? steps / lines : 1;
     for (int64_t row = 0; row < tiles * kRows; ++row) {
       Unit* const to = scratch + row * kBand;
       if (row >= n) {

@@ -1,4 +1,4 @@
-"""The CPU helpers of `linear_decomposed_kl` against torch: products, transposition, choice of columns."""
+"""The compiled products of the linear calls against torch: products, transposition, choice of columns."""
 
 from __future__ import annotations
 
@@ -8,60 +8,99 @@ import pytest
 import torch
 
 from vgs_kernels import LMHead, backend
-from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
+from vgs_kernels.linear import linear_decomposed_kl
 
 if backend._native_problem() is not None:
     pytest.skip(f"native backend: {backend._native_problem()}", allow_module_level=True)
 
 operators = torch.ops.vgs_kernels_native
-SHAPES = ((1, 2, 3), (3, 29, 5), (17, 430, 70), (64, 1000, 64), (70, 113, 100))  # rows, vocabulary, width
+AMX = 4  # the level of it
+SHAPES = ((1, 2, 3), (3, 29, 5), (17, 430, 70), (64, 1000, 64), (70, 1113, 100), (65, 97, 1030), (33, 320, 544))
+HALVES = (torch.bfloat16, torch.float16)
+needs_matrix_unit = pytest.mark.skipif(operators.highest_cpu_level() < AMX, reason="needs a CPU with AMX for bfloat16")
 
 
 def nan(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
 
 
+def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Sums in float32 of terms of size 1, rounded to the dtype of the result."""
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(found.dtype).eps / 2 + 1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize(("rows", "vocab", "width"), SHAPES)
-def test_products(rows: int, vocab: int, width: int, level: int) -> None:
+def test_products(rows: int, vocab: int, width: int, dtype: torch.dtype, level: int) -> None:
     generator = torch.Generator().manual_seed(rows)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
     # Strided operands: the rows of a wider buffer.
-    gradient = torch.randn(rows, vocab + 3, generator=generator)[:, :vocab]
-    hidden = torch.randn(rows, width + 1, generator=generator)[:, 1:]
-    weight = torch.randn(vocab, width + 2, generator=generator)[:, :width]
-    exact_logits, exact_head = hidden.double() @ weight.double().t(), gradient.double().t() @ hidden.double()
-    out = nan(rows, vocab)
-    operators.logits(hidden, weight, out)
-    torch.testing.assert_close(out.double(), exact_logits, rtol=1e-5, atol=1e-5)
-    head = nan(vocab, width)
-    operators.head_gradient(gradient, hidden, False, head)
-    torch.testing.assert_close(head.double(), exact_head, rtol=1e-5, atol=1e-5)
-    operators.head_gradient(gradient, hidden, True, head)
-    exact_hidden, out = gradient.double() @ weight.double(), nan(rows, width + 2)
-    operators.hidden_gradient(gradient, weight, out[:, :width])
-    torch.testing.assert_close(out[:, :width].double(), exact_hidden, rtol=1e-5, atol=3e-5)
-    assert out[:, width:].isnan().all()
-    torch.testing.assert_close(head.double(), 2 * exact_head, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.skipif(not operators.has_matrix_unit(), reason="needs a CPU with AMX for bfloat16")
-@pytest.mark.parametrize(
-    ("rows", "vocab", "width"), [(1, 1, 32), (5, 70, 64), (33, 1000, 320), (64, 4099, 544), (128, 320, 96)]
-)
-def test_matrix_unit_logits(rows: int, vocab: int, width: int) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, width + 1, generator=generator).bfloat16()[:, 1:]
-    weight = torch.randn(vocab, width + 2, generator=generator).bfloat16()[:, :width]
+    hidden = normal(rows, width + 1).to(dtype)[:, 1:]
+    weight = normal(vocab, width + 2).to(dtype)[:, :width]
+    bias = normal(vocab)
     library = hidden @ weight.t()
-    for padding in (3, 0):  # rows that begin anywhere, and rows that fill cache lines where the vocabulary does
-        out = nan(rows, vocab + padding, dtype=torch.bfloat16)
-        operators.matrix_unit_logits(hidden, weight, out[:, :vocab])
-        exact = hidden.double() @ weight.double().t()
-        torch.testing.assert_close(out[:, :vocab].double(), exact, rtol=2**-8, atol=1e-5)
-        assert out[:, vocab:].isnan().all()
-    assert torch.equal(hidden @ weight.t(), library)  # what the library keeps in the unit is still there
+    exact_logits = hidden.double() @ weight.double().t()
+    for out_dtype in {torch.float32, dtype}:
+        for padding in (3, 0):  # rows that begin anywhere, and rows that fill cache lines where the vocabulary does
+            logits = nan(rows, vocab + padding, dtype=out_dtype)
+            for added in (None, bias):
+                operators.logits(hidden, weight, added, logits[:, :vocab])
+                assert_rounded_once(logits[:, :vocab], exact_logits + (0.0 if added is None else added))
+            assert logits[:, vocab:].isnan().all()
+        for gradient_dtype in {torch.float32, dtype}:
+            gradient = normal(rows, vocab + 3).to(gradient_dtype)[:, :vocab]
+            of_hidden = nan(rows, width + 2, dtype=out_dtype)
+            operators.hidden_gradient(gradient, weight, of_hidden[:, :width])
+            assert_rounded_once(of_hidden[:, :width], gradient.double() @ weight.double())
+            assert of_hidden[:, width:].isnan().all()
+            of_head, exact = nan(vocab, width + 2, dtype=out_dtype), gradient.double().t() @ hidden.double()
+            operators.head_gradient(gradient, hidden, False, of_head[:, :width])
+            assert_rounded_once(of_head[:, :width], exact)
+            before = of_head[:, :width].double()
+            operators.head_gradient(gradient, hidden, True, of_head[:, :width])
+            assert_rounded_once(of_head[:, :width], before + exact)
+            assert of_head[:, width:].isnan().all()
+    assert torch.equal(hidden @ weight.t(), library)  # what the library keeps in a matrix unit is still there
 
 
-@pytest.mark.skipif(not operators.has_matrix_unit(), reason="needs a CPU with AMX for bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_sums_without_terms(dtype: torch.dtype, level: int) -> None:
+    """Buffers that nobody wrote are not read."""
+    bias = torch.randn(50)
+    for added in (None, bias):
+        logits = nan(3, 50)
+        operators.logits(nan(3, 0, dtype=dtype), nan(50, 0, dtype=dtype), added, logits)
+        assert torch.equal(logits, torch.zeros(3, 50) if added is None else bias.expand(3, -1))
+    of_hidden, of_head = nan(3, 40, dtype=dtype), nan(50, 40, dtype=dtype)
+    operators.hidden_gradient(nan(3, 0, dtype=dtype), nan(0, 40, dtype=dtype), of_hidden)
+    assert not of_hidden.any()
+    for accumulate in (False, True):
+        operators.head_gradient(nan(0, 50, dtype=dtype), nan(0, 40, dtype=dtype), accumulate, of_head)
+        assert not of_head.any()
+    operators.logits(nan(0, 8, dtype=dtype), nan(50, 8, dtype=dtype), None, nan(0, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_broken_row_stays_in_it(dtype: torch.dtype, level: int) -> None:
+    """NaN and inf of one row or column reach what they belong to and nothing else."""
+    hidden, weight = torch.randn(19, 40).to(dtype), torch.randn(131, 40).to(dtype)
+    hidden[4, 3], weight[7, 5] = math.nan, math.inf
+    logits = torch.empty(19, 131)
+    operators.logits(hidden, weight, None, logits)
+    broken = torch.zeros(19, 131, dtype=torch.bool)
+    broken[4], broken[:, 7] = True, True
+    assert torch.equal(~logits.isfinite(), broken)
+    gradient, hidden = torch.randn(19, 131).to(dtype), torch.randn(19, 40).to(dtype)
+    gradient[2, 130] = math.nan
+    of_head = torch.empty(131, 40)
+    operators.head_gradient(gradient, hidden, False, of_head)
+    assert of_head.isnan().any(1).nonzero().flatten().tolist() == [130]
+
+
+@needs_matrix_unit
 @pytest.mark.parametrize(
     ("rows", "kept", "width"),
     [(1, 0, 32), (1, 1, 64), (5, 33, 1056), (33, 512, 320), (64, 1301, 2080), (99, 2999, 96), (128, 257, 1024)],
@@ -84,7 +123,7 @@ def test_matrix_unit_hidden_gradient(rows: int, kept: int, width: int) -> None:
         operators.matrix_unit_hidden_gradient(gradient.new_zeros(rows, 1), weight, torch.tensor([3000]), out[:, :width])
 
 
-@pytest.mark.skipif(not operators.has_matrix_unit(), reason="needs a CPU with AMX for bfloat16")
+@needs_matrix_unit
 @pytest.mark.parametrize(
     ("rows", "kept", "width"), [(1, 0, 32), (1, 1, 64), (5, 33, 1056), (33, 512, 320), (64, 301, 2080), (600, 777, 96)]
 )
@@ -157,8 +196,10 @@ def test_select_columns() -> None:
 
 def test_wrong_operands_raise() -> None:
     with pytest.raises(RuntimeError, match="do not fit"):
-        operators.logits(torch.ones(2, 3), torch.ones(5, 4), torch.ones(2, 5))
-    with pytest.raises(RuntimeError, match="float32 matrices"):
+        operators.logits(torch.ones(2, 3), torch.ones(5, 4), None, torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="bias must be contiguous float32 with an entry for each row of weight"):
+        operators.logits(torch.ones(2, 4), torch.ones(5, 4), torch.ones(4), torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 matrices"):
         operators.head_gradient(torch.ones(2, 3).double(), torch.ones(2, 4), False, torch.ones(3, 4))
     with pytest.raises(RuntimeError, match="transposed shape"):
         operators.transpose(torch.ones(2, 3), torch.ones(2, 3))
@@ -176,9 +217,8 @@ def test_threads_do_not_change_results(dtype: torch.dtype) -> None:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             result = linear_decomposed_kl(
-                hidden, LMHead(weight), teacher, LMHead(teacher_weight), masked_teacher_hidden=masked,
-                decomposition="teacher_prior", steering_weights=torch.tensor([0.5, 1.0]), backend="native",
-                max_chunk_bytes=4 * 3 * 9001 * dtype.itemsize,
+                hidden, LMHead(weight), teacher, LMHead(teacher_weight), masked, decomposition="teacher_prior",
+                objective=(1.0, 0.5, 0.0), backend="native", max_chunk_bytes=4 * 3 * 9001 * dtype.itemsize,
             )  # fmt: skip
             assert result.objective is not None
             found.append([result.objective, *torch.autograd.grad(result.objective, [hidden, weight])])
