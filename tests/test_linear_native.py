@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ if backend._native_problem() is not None:
     pytest.skip(f"native backend: {backend._native_problem()}", allow_module_level=True)
 
 operators = torch.ops.vgs_kernels_native
-AMX = 4  # the level of it
+AVX512_BF16, AMX = 3, 4  # levels of them
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
 SHAPES = ((1, 2, 3), (3, 29, 5), (17, 430, 70), (64, 1000, 64), (70, 1113, 100), (65, 97, 1030), (33, 320, 544))
 HALVES = (torch.bfloat16, torch.float16)
 needs_matrix_unit = pytest.mark.skipif(operators.highest_cpu_level() < AMX, reason="needs a CPU with AMX for bfloat16")
@@ -98,6 +103,38 @@ def test_a_broken_row_stays_in_it(dtype: torch.dtype, level: int) -> None:
     of_head = torch.empty(131, 40)
     operators.head_gradient(gradient, hidden, False, of_head)
     assert of_head.isnan().any(1).nonzero().flatten().tolist() == [130]
+
+
+def run_on_emulated_tiles(folder: Path, csrc: Path) -> subprocess.CompletedProcess[str]:
+    assert COMPILER is not None
+    emulator, program = ROOT / "tests" / "amx_emulator", folder / "products"
+    flags = ["-std=c++20", "-O2", "-w", "-mavx512f", "-mavx512bw", "-mavx512bf16", f"-I{csrc}", f"-I{emulator}"]
+    command = [COMPILER, *flags, str(emulator / "products.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return subprocess.run([str(program)], check=False, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(operators.highest_cpu_level() < AVX512_BF16, reason="needs a CPU with AVX512-BF16")
+@pytest.mark.parametrize(
+    ("correct", "planted"),
+    [
+        pytest.param("", "", id="as it is"),
+        pytest.param("memcpy(&added, bias + v,", "memcpy(&added, bias,", id="the bias of other columns"),
+        pytest.param("_tile_dpbf16ps(2, 5, 6);", "_tile_dpbf16ps(2, 4, 6);", id="a tile twice"),
+        pytest.param("const Configuration ours;", "Configuration ours; ours.rows[3] = 8;", id="half a tile"),
+    ],
+)
+def test_matrix_unit_over_emulated_tiles(correct: str, planted: str, tmp_path: Path) -> None:
+    """The kernels of AMX on a CPU without it, and that mistakes in them are found."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = (csrc / "cpu" / "products_amx.cpp").read_text()
+    assert correct in source
+    (csrc / "cpu" / "products_amx.cpp").write_text(source.replace(correct, planted) if correct else source)
+    result = run_on_emulated_tiles(tmp_path, csrc)
+    assert (result.returncode == 0) == (not planted), result.stdout + result.stderr
+    assert ("all cases passed" in result.stdout) == (not planted)
 
 
 @needs_matrix_unit
