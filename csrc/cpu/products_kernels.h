@@ -267,8 +267,9 @@ constexpr int kGroup = kGroupVectors * kLanes;
 constexpr int kLogitTile = kRegisterBytes == 64 ? 6 : 3;  // with the group's vectors and a broadcast: 29 or 16 registers
 constexpr int64_t kLogitBand = 96;  // rows of the weight between two transpositions
 
-// Terms of a logit that are summed in a row: one chain over the whole width would have twice the rounding of a library.
-constexpr int64_t kDepth = 256;
+// Steps of a logit that are summed in a row, and then in a row of such sums: a chain rounds more the longer it is, and a
+// divergence near 0 is all rounding.
+constexpr int64_t kSteps = 64;
 
 // Arrange the rows of a chunk as [group][step][kGroup], padded with zeros.
 template <class Unit>
@@ -295,7 +296,6 @@ void pack_rows(const Matrix& hidden, bool pairs, int64_t n, int64_t width, float
 template <class Unit, int kRows, int kUsed>
 void logits_tile(const char* weight, int64_t row_bytes, const Unit* hidden, int64_t steps, float* out) {
   using Vec = typename Units<Unit>::Vec;
-  constexpr int64_t kSteps = kDepth / Units<Unit>::kTerms;
   for (int64_t start = 0; start == 0 || start < steps; start += kSteps) {  // of width 0, sums of 0
     const int64_t end = steps - start < kSteps ? steps : start + kSteps;
     FloatVec sum[kRows][kUsed];
