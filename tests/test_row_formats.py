@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -27,6 +28,8 @@ from transformers import (
 from transformers.utils import logging
 from vgs_distill import canonical_row, load_rows, with_evidence
 from vgs_distill.demo.models import CHAT_TEMPLATE, TURN_END, TURN_START, VISION_TOKENS
+from vgs_distill.errors import InputError
+from vgs_distill.inputs.dataset_checks import RowCheck
 from vgs_distill.inputs.images import open_image
 
 from tests.command_line import invoke
@@ -240,6 +243,42 @@ def test_pixels_of_every_depth_keep_their_greys(kind: str, notices: list[str]) -
     assert bool(notices) == (notice is not None)
 
 
+STORES: dict[str, tuple[Any, Features | None]] = {
+    "datasets.Image": ({"bytes": None, "path": None}, Features({"prompt": Value("string"), "image": ImageFeature()})),
+    "a struct of bytes": ({"bytes": None}, None),
+    "bytes": (None, None),
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_parquet_keeps_images_in_several_ways(store: str, tmp_path: Path) -> None:
+    """With 16 bits, which are converted in the same place whoever opened the file."""
+    held, features = STORES[store]
+    content = stored(Image.fromarray(ramp(np.uint16, 65_535)))
+    value = content if held is None else {**held, "bytes": content}
+    path = str(tmp_path / "rows.parquet")
+    Dataset.from_list([{"prompt": "what ?", "image": value}], features=features).to_parquet(path)
+    dataset = load_rows(path)
+    RowCheck(need_evidence=True).check(dataset)
+    (image,) = canonical_row(dataset[0])["images"]
+    assert np.abs(np.asarray(image).astype(int) - GREY[..., None]).max() <= 1
+
+
+def test_rows_that_a_transform_makes_are_checked_as_they_are_read() -> None:
+    def ask(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {
+            "prompt": [f"{name} ?" if name else None for name in columns["name"]],
+            "image": [picture()] * len(columns["name"]),
+        }
+
+    RowCheck(need_evidence=True).check(Dataset.from_dict({"name": ["a", "b"]}).with_transform(ask))
+    with pytest.raises(InputError, match="row 1 of the training dataset is wrong: it has no prompt"):
+        RowCheck().check(Dataset.from_dict({"name": ["a", ""]}).with_transform(ask))
+    RowCheck(opened=1).check(Dataset.from_dict({"name": ["a", ""]}).with_transform(ask))
+    with pytest.raises(InputError, match="row 0 of the training dataset cannot be read: 'name'"):
+        RowCheck().check(Dataset.from_dict({"other": ["a"]}).with_transform(ask))
+
+
 def test_what_is_transparent_is_white(notices: list[str]) -> None:
     drawn = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     drawn.paste((0, 0, 0, 255), (10, 10, 30, 30))
@@ -286,6 +325,16 @@ def test_the_commands_read_other_columns_and_forms(workspace: Workspace, tmp_pat
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
         losses.append([row["loss/full"] for row in history if "loss/full" in row])
     assert losses[0] == losses[1]
+
+
+def test_a_preview_shows_what_a_row_was_converted_to(workspace: Workspace, tmp_path: Path) -> None:
+    picture = str(workspace.root / "pictures" / "0.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "what is this ?", "images": picture}))
+    settings = {"output_dir": str(tmp_path / "run"), "dataset_name": str(tmp_path / "rows.jsonl")}
+    config = workspace.yaml(tmp_path / "run.yaml", per_device_train_batch_size=1, **settings)
+    result = invoke(["train", "--config", config, "--preview", "1"])
+    assert result.exit_code == 0, result.output
+    assert "<|im_start|> user <|vision_start|> <|image_pad|> × 4 <|vision_end|> what is <|unknown|> ?" in result.stdout
 
 
 def test_eval_says_what_it_measured(workspace: Workspace, tmp_path: Path) -> None:

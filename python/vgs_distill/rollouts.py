@@ -119,7 +119,7 @@ class Rollouts(DistillationTrainer):
 
     def roll_out(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Prompts of these rows, with their evidence and without, and a completion of each as training samples them."""
-        return self._generate_and_score_completions(rows)
+        return self._generate_and_score_completions(canonical_rows(rows, self._modality, self.processing_class))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._family.needs_image and not all(row[self._modality.plural] for row in inputs):
