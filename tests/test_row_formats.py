@@ -129,6 +129,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "mark in a text": {"prompt": f"<image>{QUESTION}", "image": "pictures/0.png"},
     "path in the message": {"messages": [user([{"type": "image", "image": "pictures/0.png"}, TEXT])]},
     "URL in the message": {"messages": [user([{"type": "image_url", "image_url": {"url": DATA_URL}}, TEXT])]},
+    "names that hold nothing": {
+        "messages": [user([{"type": "image", "image": None, "path": "pictures/0.png"}, {**TEXT, "image": None}])]
+    },
     "data URL": {"prompt": QUESTION, "image": DATA_URL},
     "base64": {"prompt": QUESTION, "image": DATA_URL.partition(",")[2]},
     "a part that is text": {"prompt": [user([{"type": "image"}, QUESTION])], "image": "pictures/0.png"},
@@ -222,9 +225,10 @@ def ramp(dtype: Any, top: float) -> np.ndarray:
 
 
 GREY = np.arange(256).reshape(16, 16)
+DEEP = (256 * GREY + 77).astype(np.uint16)
 PIXELS: dict[str, tuple[Callable[[], Image.Image], str, str | None]] = {
-    "16 bits": (lambda: Image.fromarray(ramp(np.uint16, 65_535)), "PNG", "the first one holds 0 to 65535"),
-    "16 bits of a scan": (lambda: Image.fromarray(ramp(np.uint16, 65_535)), "TIFF", "0 as black and 65535 as white"),
+    "16 bits": (lambda: Image.fromarray(DEEP), "PNG", "the first one holds 77 to 65357"),
+    "16 bits of a scan": (lambda: Image.fromarray(DEEP), "TIFF", "0 as black and 65535 as white"),
     "fractions": (lambda: Image.fromarray(ramp(np.float32, 1)), "TIFF", "images of fractions are read with 0 as black"),
     "8 bits": (lambda: Image.fromarray(ramp(np.uint8, 255)), "PNG", None),
     "palette": (lambda: Image.fromarray(ramp(np.uint8, 255)).convert("P"), "PNG", None),
@@ -254,7 +258,7 @@ STORES: dict[str, tuple[Any, Features | None]] = {
 def test_parquet_keeps_images_in_several_ways(store: str, tmp_path: Path) -> None:
     """With 16 bits, which are converted in the same place whoever opened the file."""
     held, features = STORES[store]
-    content = stored(Image.fromarray(ramp(np.uint16, 65_535)))
+    content = stored(Image.fromarray(DEEP))
     value = content if held is None else {**held, "bytes": content}
     path = str(tmp_path / "rows.parquet")
     Dataset.from_list([{"prompt": "what ?", "image": value}], features=features).to_parquet(path)
