@@ -93,7 +93,7 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
             rows.append(row)
             print(f"  {row.label}: {row.note or ', '.join(map(error_text, row.errors.values()))}", flush=True)
         others = [found for name, found in errors.items() if name != "ours"]
-        floors = linear_gate.floors(DTYPES[dtype], exact.largest_logit)
+        floors = linear_gate.floors(DTYPES[dtype], exact, "standard")
         checks += linear_gate.checks(where, errors["ours"], others, floors)
     gate = Gate(tuple(checks), linear_gate.HELD_TO)
     facts = {

@@ -66,21 +66,18 @@ def run_gate(
         for method in gated:
             for name, result in zip(METHODS[method].objectives, ours(method, streams), strict=True):
                 found = exact.errors(name, result)
-                allowed = floors(heads[0].dtype, exact.largest_logit)
+                allowed = floors(heads[0].dtype, exact, name)
                 lines += checks(f"{kind} {method} {name}", found, of_peers[name], allowed)
                 _keep_worst(worst, method, found)
     return Gate(tuple(lines), HELD_TO), worst
 
 
-def error_floor(dtype: torch.dtype, largest_logit: float) -> float:
-    """Log ratios are differences of numbers as large as the largest logit, in the accumulation dtype."""
-    return FLOOR_LOGIT_ROUNDINGS * torch.finfo(accumulation_dtype(dtype)).eps * largest_logit
-
-
-def floors(dtype: torch.dtype, largest_logit: float) -> Errors:
-    floor = error_floor(dtype, largest_logit)
-    rounding = FLOOR_GRADIENT_ROUNDINGS * torch.finfo(dtype).eps
-    return Errors(floor, floor, floor + rounding, floor + rounding)
+def floors(dtype: torch.dtype, exact: Truth, objective: str) -> Errors:
+    """Log ratios err by roundings of the largest logit: relative to them the more, the closer the student is."""
+    of_logits = FLOOR_LOGIT_ROUNDINGS * torch.finfo(accumulation_dtype(dtype)).eps * exact.largest_logit
+    of_ratios = of_logits * max(1.0, exact.sensitivity[objective])
+    of_gradients = of_ratios + FLOOR_GRADIENT_ROUNDINGS * torch.finfo(dtype).eps
+    return Errors(of_ratios, of_ratios, of_gradients, of_gradients)
 
 
 def checks(name: str, found: Errors, of_peers: Sequence[Errors], floors: Errors) -> list[Check]:

@@ -66,13 +66,15 @@ def prior(student: Tensor, teacher: Tensor, masked_teacher: Tensor) -> Tensor:
 _ALL = ("teacher", "masked_teacher", "masked_student")
 OBJECTIVES = {
     "standard": Objective(reverse_kl, ("student",), ("teacher",)),
-    "vis": Objective(visual, ("student",), _ALL),
-    "vgs": Objective(vgs, ("student",), _ALL),
-    "vgs_preserving": Objective(vgs_preserving, ("student", "masked_student"), ("teacher", "masked_teacher")),
+    "vis": Objective(visual, ("student",), _ALL, 2.0),
+    "vgs": Objective(vgs, ("student",), _ALL, 1 + 2 * GAMMA),
+    "vgs_preserving": Objective(
+        vgs_preserving, ("student", "masked_student"), ("teacher", "masked_teacher"), 1 + 2 * GAMMA
+    ),
     "matched": Objective(matched, ("student", "masked_student"), ("teacher", "masked_teacher")),
     "prior_lang": Objective(prior_lang, ("student",), ("masked_teacher",)),
-    "prior_vis": Objective(prior_vis, ("student",), ("teacher", "masked_teacher")),
-    "prior": Objective(prior, ("student",), ("teacher", "masked_teacher")),
+    "prior_vis": Objective(prior_vis, ("student",), ("teacher", "masked_teacher"), 2.0),
+    "prior": Objective(prior, ("student",), ("teacher", "masked_teacher"), 3.0),
 }
 
 

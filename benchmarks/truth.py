@@ -18,6 +18,7 @@ class Objective(NamedTuple):
     losses: Callable[..., Tensor]  # logits by the streams' names, (tokens, vocab) each -> (tokens,)
     students: tuple[str, ...]  # streams that carry gradient
     constants: tuple[str, ...]
+    log_ratios: float = 1.0  # that its gradient adds up, by weight: each is a difference of rounded logits
 
 
 class Result(NamedTuple):
@@ -49,6 +50,7 @@ class Truth:
         logits = {name: _wide_logits(getattr(streams, name), streams.head_of(name)) for name in sorted(names)}
         self.largest_logit = max(stream.abs().max().item() for stream in logits.values())
         self.losses: dict[str, Tensor] = {}  # (tokens,)
+        self.sensitivity: dict[str, float] = {}  # of its gradient: relative, for an absolute error of its log ratios
         self._logit_gradients: dict[str, list[Tensor]] = {}  # of the objective's students
         for name, objective in objectives.items():
             leaves = [logits[student].detach().requires_grad_() for student in objective.students]
@@ -56,6 +58,10 @@ class Truth:
             losses = objective.losses(**dict(zip(objective.students, leaves, strict=True)), **constants)
             self._logit_gradients[name] = list(torch.autograd.grad(losses.sum(), leaves))
             self.losses[name] = losses.detach()
+            # An entry of a logit gradient is p (d - mean d), and d errs as the logits do.
+            heaviest = max(leaf.detach().softmax(-1).max().item() for leaf in leaves)
+            largest = max(gradient.abs().max().item() for gradient in self._logit_gradients[name])
+            self.sensitivity[name] = objective.log_ratios * heaviest / largest if largest else 1.0
         self._hidden_gradients = self._through_head()
 
     def _through_head(self) -> dict[str, list[Tensor]]:
