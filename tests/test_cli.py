@@ -75,6 +75,16 @@ def test_the_self_test_runs_every_backend_of_every_op() -> None:
     assert all(check.passed and 0 <= check.error < 0.1 for check in checks)
 
 
+def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
+    command = [sys.executable, "-m", "vgs_distill", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as doctor:
+        assert doctor.stdout is not None
+        assert doctor.stderr is not None
+        doctor.stdout.close()
+        assert "Traceback" not in doctor.stderr.read()
+    assert doctor.returncode == 141
+
+
 def test_doctor_fails_where_a_backend_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     right = selftest.gradient_gramian
 

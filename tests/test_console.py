@@ -115,6 +115,19 @@ def test_a_terminal_gets_a_bar_below_whole_lines(workspace: Workspace, tmp_path:
     assert "finished" in lines[-3]
 
 
+def test_a_run_goes_on_when_nobody_reads_it(workspace: Workspace, tmp_path: Path) -> None:
+    where = config(workspace, tmp_path, max_steps=4)
+    run = start("train", "--config", where, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("student")
+    run.stdout.close()  # as `| head -1` does
+    assert run.stderr is not None
+    errors = run.stderr.read()
+    assert run.wait(timeout=120) == 0, errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_warnings_of_the_run_are_shown_in_a_pipe(workspace: Workspace, tmp_path: Path) -> None:
     where = config(workspace, tmp_path, max_steps=1, max_prompt_length=17)
     run = start("train", "--config", where, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -7,6 +7,7 @@ the rest takes. One process of a job writes; warnings pass as they came.
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -50,6 +51,14 @@ _COLUMNS = (
 )
 
 
+class _LastingConsole(Console):
+    """Goes silent when nobody reads it any more, as after `| head`: the run that it shows goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunConsole(TrainerCallback):
     """Shows one run. `live`: with a bar, which needs a terminal."""
 
@@ -70,7 +79,7 @@ class RunConsole(TrainerCallback):
         for replaced in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(replaced)
         first = trainer.is_world_process_zero()
-        console = Console(quiet=not first)
+        console = _LastingConsole(quiet=not first)
         live = first and console.is_interactive and not trainer.args.disable_tqdm
         shown = cls(trainer, dataset_name, console, live=live)
         trainer.add_callback(shown)
