@@ -1,10 +1,11 @@
 """What crosses processes when gradients are steered, by torch.distributed and accelerate.
 
-* DDP averages gradients in hooks of the first backward pass and is silent about a second one through the same
-  forward, so both run without hooks and the two lists are averaged here.
-* FSDP2 reduces in every backward pass, into shards that can be kept apart, but defers that (and would mix the two)
-  where accumulation turns its reduction off; it is turned on again here.
-* DeepSpeed steps inside `backward`: there is no place to combine two gradients, which `VGSConfig` says at start.
+* DDP averages gradients in hooks of the first backward pass of a step and is silent about others, so every pass runs
+  without hooks, and the gradients are averaged once at the end of the step.
+* FSDP2 reduces in every backward pass, into shards that can be kept apart, but defers that (and would mix them) where
+  accumulation turns its reduction off; where they are kept apart it is turned on again here.
+* DeepSpeed steps inside `backward`: there is one pass, and no place to combine gradients, which `VGSConfig` says at
+  start.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ def allow_fsdp_on_cpu(state: PartialState) -> None:
 
 
 @contextmanager
-def two_backward_passes(model: nn.Module) -> Iterator[None]:
-    """Around a forward and two backward passes whose gradients are kept apart."""
+def several_backward_passes(model: nn.Module, apart: bool) -> Iterator[None]:
+    """Around the passes of a micro-batch; `apart`: the gradients of its backward passes are not to be added up."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
         return
-    if isinstance(model, FSDPModule):
+    if apart and isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)  # accelerate sets its own value again after the micro-batch
     yield
 

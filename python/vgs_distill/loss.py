@@ -1,100 +1,115 @@
-"""The decomposed loss of one micro-batch: runs the streams that a decomposition needs and calls the kernels."""
+"""The losses of one micro-batch: runs the views of student and teacher that a method needs and calls the kernels.
+
+A view is a batch with its images, or without. The student's views run forward, and back, one after the other, so that
+the activations of one are freed before the next begins: peak memory is that of the longer view.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vgs_kernels import LMHead
-from vgs_kernels import OldDecomposedKL as DecomposedKL
-from vgs_kernels import OldLinearDecomposedKL as LinearDecomposedKL
-from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
+from vgs_kernels import (
+    LinearDecomposedKL,
+    LinearReverseKL,
+    LMHead,
+    RatioGuard,
+    TokenSteering,
+    linear_decomposed_kl,
+    linear_reverse_kl,
+)
 
 from .inputs.families import EvidenceTokens, Family
 from .masking import Batch, masked_view, rows_with_evidence, stack_views
 from .models.heads import language_head
-from .steering.proxy import GradientProxy
-from .steering.step import LossParts
+from .steering.dependency import BY_DEPENDENCY, graded, most_dependent
+from .steering.methods import METHODS
+from .steering.step import ViewLoss
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
 RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
-_Heads = tuple[LMHead, LMHead]  # of the student and of the teacher
+
+# Per-token numbers of a row without an image, whose masked view is the row itself: p₀ = p and r = q.
+_OF_TEXT = {"lang": "standard", "vis": None, "dependency": None}
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss computes. All but the last two are settings of `VGSConfig`, which explains them."""
+    """What the loss computes. All but the last are settings of `VGSConfig`, which explains them."""
 
-    decomposition: str
+    method: str
     image_mask: str
     pack_teacher: bool
-    token_steering: float
+    token_steering: float | str
     plausibility: float
+    dependency_quantile: float
+    ratio_bound: float | None
+    ratio_floor: float
     teacher_smoothing: float
     temperature: float
     vocab_size: int | None = None  # entries that both vocabularies share, where they are padded differently
-    wants_proxy: bool = False  # whether `LossParts.proxy` is asked for
+
+    @property
+    def ratio_guard(self) -> RatioGuard | None:
+        return RatioGuard(self.ratio_bound, self.ratio_floor) if self.ratio_bound or self.ratio_floor else None
+
+    @property
+    def sampled_steering(self) -> TokenSteering | None:
+        strength = 0.0 if isinstance(self.token_steering, str) else self.token_steering
+        return TokenSteering(strength, self.plausibility) if strength or self.plausibility else None
+
+    @property
+    def kernel(self) -> dict[str, Any]:
+        """Arguments of every kernel call."""
+        return {
+            "teacher_smoothing": self.teacher_smoothing,
+            "temperature": self.temperature,
+            "vocab_size": self.vocab_size,
+        }
 
 
 class MicroBatchLoss(NamedTuple):
-    """The loss of a micro-batch, and what is logged and recorded of it."""
+    """What is logged and recorded of a micro-batch."""
 
-    parts: LossParts
-    tokens: DecomposedKL  # (valid tokens,) each, detached
-    positions: Tensor  # (valid tokens, 2): row and completion position of each; rows with an image first
+    per_token: dict[str, Tensor]  # name -> (valid tokens,), in nats, detached; those with an image first
+    positions: Tensor  # (valid tokens, 2): row and completion position of each
+    bad: Tensor  # (valid tokens,), whether a loss that is trained on is not finite there
     contribution: Tensor  # (rows, completion), log q - log r of what was sampled; 0 where no image takes part
+    vis_weights: Tensor  # (tokens with an image,), what the visual part weighed each by
 
-    def sums(self) -> Tensor:
-        """Sums of full, lang, vis and entropy over the tokens, how many there are and how many are not finite; (6,)."""
-        parts = [self.tokens.full, self.tokens.lang, self.tokens.vis, self.tokens.entropy]
-        bad = self._bad()
-        counts = [parts[0].new_tensor(bad.numel()), bad.sum().to(parts[0].dtype)]
-        return torch.stack([part.sum() for part in parts] + counts)
+    def sums(self) -> dict[str, Tensor]:
+        """Name -> sum over the tokens, and how many there are and how many are not finite."""
+        counts = {"tokens": torch.ones_like(self.per_token["standard"]), "bad": self.bad.to(torch.float32)}
+        return {name: values.sum() for name, values in (self.per_token | counts).items()}
 
     def non_finite(self) -> Tensor:
         """Row and completion position of every token whose loss is not finite, (count, 2)."""
-        return self.positions[self._bad()]
-
-    def _bad(self) -> Tensor:
-        weights = self.parts.visual_weights
-        bad = ~torch.isfinite(self.tokens.lang)
-        bad[: len(weights)] |= ~torch.isfinite(self.tokens.vis[: len(weights)]) & (weights != 0)
-        return bad
+        return self.positions[self.bad]
 
 
-class _Streams(NamedTuple):
-    """Last hidden states of whole completions, (rows, completion, width), or of chosen tokens, (tokens, width)."""
+class _Rows(NamedTuple):
+    """Hidden states of the tokens that have an image, (tokens, width)."""
 
-    student: Tensor
     teacher: Tensor
-    masked_teacher: Tensor | None = None
-    masked_student: Tensor | None = None
+    masked_teacher: Tensor
+    masked_student: Tensor | None
+    sampled: Tensor  # (tokens,)
 
 
-class _Split(NamedTuple):
-    """The loss of tokens of one kind (with an image or without), as sums over them."""
+class DistillationLoss:
+    """Makes the losses of `LossSettings.method`, a micro-batch at a time.
 
-    lang: Tensor  # (), differentiable
-    vis: Tensor | None  # (), differentiable; None without images
-    proxy: GradientProxy | None
-    kernel: LinearDecomposedKL
-
-
-class DecomposedLoss:
-    """Splits KL(student || teacher) into a language and a visual part, as `LossSettings.decomposition` says.
-
-    An image stands for what `tokens.modality` names. A row without one has no visual part: its masked view is the row
-    itself, so all of its divergence is language.
+    An image stands for what `tokens.modality` names. A row without one is distilled by KL(student || teacher), which
+    counts as the method's first part.
 
     `run_student` and `run_teacher` run a backbone: wrappers and devices are theirs. `span` times the passes that
-    steering adds.
+    the masked views add.
     """
 
     def __init__(
@@ -107,133 +122,278 @@ class DecomposedLoss:
         span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ) -> None:
         self.settings = settings
-        self._tokens = tokens
-        self._family = family
-        self._run_student = run_student
-        self._run_teacher = run_teacher
-        self._span = span
+        self.method = METHODS[settings.method]
+        self.tokens = tokens
+        self.family = family
+        self.run_student = run_student
+        self.run_teacher = run_teacher
+        self.span = span
 
-    def __call__(
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the per-token numbers of a batch with images."""
+        return {
+            "opd": ("standard", "entropy"),
+            "matched": ("standard", "lang", "entropy"),
+            "teacher_prior": ("standard", "vis", "lang", "entropy"),
+        }.get(self.settings.method, ("standard", "vis", "lang", "entropy", "dependency"))
+
+    def micro_batch(
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
         batch: Batch,
         loss_mask: Tensor,  # (rows, completion)
         items_in_step: Tensor | float,
-    ) -> MicroBatchLoss:
-        has_image = rows_with_evidence(batch, self._tokens)
-        seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
-        text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
-        any_seeing, any_text = bool(seeing.any()), bool(text.any())
+        weights: Tensor | None = None,  # (3,)
+        preserves: bool = False,
+    ) -> MicroBatch:
+        """`weights`: of the parts, where they are known; None: the losses of the parts come apart. `preserves`: whether
+        the third part takes part."""
+        return MicroBatch(self, student, teacher, batch, loss_mask, items_in_step, weights, preserves)
 
-        streams = self._run(student, teacher, batch, masked=any_seeing)
-        heads = language_head(student, streams.student), language_head(teacher, streams.student)
-        splits: list[_Split] = []
-        if any_seeing:
-            splits.append(self._split_seeing(self._tokens_of(streams, seeing), heads, batch.completion_ids[seeing]))
-        if any_text or not any_seeing:
-            splits.append(self._split_text(self._tokens_of(_Streams(streams.student, streams.teacher), text), heads))
 
-        first = splits[0]
-        contribution = torch.zeros(seeing.shape, device=seeing.device)
-        if first.kernel.contribution is not None:
-            contribution[seeing] = first.kernel.contribution.to(contribution)
-        proxies = [split.proxy for split in splits if split.proxy is not None]
-        parts = LossParts(
-            reduce(torch.add, (split.lang for split in splits)) / items_in_step,
-            None if first.vis is None else first.vis / items_in_step,
-            first.kernel.visual_weights if any_seeing else torch.empty(0, device=seeing.device),
-            reduce(GradientProxy.plus, proxies).scaled(1.0 / items_in_step) if proxies else None,
-        )
-        tokens = DecomposedKL(*map(torch.cat, zip(*(split.kernel.tokens for split in splits), strict=True)))
-        return MicroBatchLoss(parts, tokens, torch.cat([seeing.nonzero(), text.nonzero()]), contribution)
+class MicroBatch:
+    """Iterates over the losses of the student's views; `result` holds after the last what there is to log."""
 
-    def _run(self, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, masked: bool) -> _Streams:
-        """Run the forward passes; with `masked`, also those of the masked view that the decomposition needs."""
-        if not masked:
-            teacher_hidden = self._run_teacher(teacher, batch)
-            return _Streams(self._run_student(student, batch), teacher_hidden)
-        view = masked_view(self.settings.image_mask, batch, self._tokens, self._family, student)
-        if self.settings.pack_teacher:
-            teacher_hidden, masked_teacher = self._run_teacher(teacher, stack_views(batch, view)).chunk(2)
-        else:
-            teacher_hidden = self._run_teacher(teacher, batch)
-            with self._span("masked_teacher"):
-                masked_teacher = self._run_teacher(teacher, view)
-        masked_student = None
-        if self.settings.decomposition != "teacher_prior":
-            with self._span("masked_student"):
-                masked_student = self._run_student(student, view)
-        return _Streams(self._run_student(student, batch), teacher_hidden, masked_teacher, masked_student)
+    def __init__(
+        self,
+        loss: DistillationLoss,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        batch: Batch,
+        loss_mask: Tensor,
+        items_in_step: Tensor | float,
+        weights: Tensor | None,
+        preserves: bool,
+    ) -> None:
+        self._loss, self._settings, self._method = loss, loss.settings, loss.method
+        self._student, self._teacher, self._batch = student, teacher, batch
+        self._items, self._weights, self._preserves = items_in_step, weights, preserves
+        has_image = rows_with_evidence(batch, loss.tokens)
+        self._seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
+        self._text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
+        self._any_seeing, self._any_text = bool(self._seeing.any()), bool(self._text.any())
+        self._of_seeing: dict[str, Tensor] = {}  # per token
+        self._of_text: dict[str, Tensor] = {}
+        self._bad_language: Tensor | None = None  # (tokens with an image,)
+        self._vis_weights = torch.empty(0, device=self._seeing.device)
+        self._contribution = torch.zeros(self._seeing.shape, device=self._seeing.device)
 
-    def _split_seeing(self, streams: _Streams, heads: _Heads, sampled: Tensor) -> _Split:
-        """Split the loss of tokens whose row has an image; `sampled`: their ids, (tokens,)."""
-        result = self._kernel(
-            streams,
-            heads,
-            masked_student_hidden=streams.masked_student,
-            sampled_tokens=sampled,
-            token_steering=self.settings.token_steering,
-            plausibility=self.settings.plausibility,
-            decomposition=self.settings.decomposition,
-        )
-        proxy = None
-        if self._wants_proxy:
-            of_lang, of_vis, _ = result.hidden_gradients
-            assert of_lang is not None
-            assert of_vis is not None
-            lang_states = streams.student if streams.masked_student is None else streams.masked_student
-            proxy = GradientProxy.of_tokens((lang_states, of_lang), (streams.student, of_vis))
-        return _Split(result.lang, result.vis, proxy, result)
-
-    def _split_text(self, streams: _Streams, heads: _Heads) -> _Split:
-        """All language: the loss of tokens whose row has no image."""
-        # With r = q the teacher_prior split is lang = KL(p || q), vis = 0; the weight 0 spares the gradient of vis.
-        result = self._kernel(
-            streams._replace(masked_teacher=streams.teacher),
-            heads,
-            decomposition="teacher_prior",
-            steering_weights=torch.tensor([1.0, 0.0], device=streams.student.device),
-        )
-        assert result.objective is not None
-        proxy = None
-        if self._wants_proxy:
-            assert result.hidden_gradients.objective is not None
-            proxy = GradientProxy.of_tokens((streams.student, result.hidden_gradients.objective), None)
-        return _Split(result.objective, None, proxy, result)
-
-    def _kernel(self, streams: _Streams, heads: _Heads, **options: Any) -> LinearDecomposedKL:
-        assert streams.masked_teacher is not None
-        return linear_decomposed_kl(
-            streams.student,
-            heads[0],
-            streams.teacher,
-            heads[1],
-            masked_teacher_hidden=streams.masked_teacher,
-            teacher_smoothing=self.settings.teacher_smoothing,
-            temperature=self.settings.temperature,
-            vocab_size=self.settings.vocab_size,
-            **options,
-        )
+    def __iter__(self) -> Iterator[ViewLoss]:
+        method, masked = self._method, self._any_seeing
+        view = None
+        if masked and method.masks_teacher:
+            view = masked_view(
+                self._settings.image_mask, self._batch, self._loss.tokens, self._loss.family, self._student
+            )
+        teacher, masked_teacher = self._run_teacher(view)
+        rows = None
+        if view is not None:
+            sampled = self._batch.completion_ids[self._seeing]
+            rows = _Rows(teacher[self._seeing], masked_teacher[self._seeing], None, sampled)
+            if "lang" in (method.first, method.second):
+                hidden = self._run_masked_student(view)[self._seeing]
+                yield self._language_view(hidden, rows)
+                rows = rows._replace(masked_student=hidden.detach())
+            elif method.masks_student:
+                # Run again below where language is preserved: the graph of this pass would lie in memory beside the
+                # longer view's, while a text-only pass is short.
+                with torch.no_grad():
+                    rows = rows._replace(masked_student=self._run_masked_student(view)[self._seeing])
+        again = view is not None and method.preserved == "lang" and self._preserves and torch.is_grad_enabled()
+        yield self._seeing_view(teacher, rows, last=not again)
+        if again:
+            assert view is not None
+            assert rows is not None
+            yield self._preserved_view(self._run_masked_student(view)[self._seeing], rows)
 
     @property
-    def _wants_proxy(self) -> bool:
-        return self.settings.wants_proxy and torch.is_grad_enabled()
+    def result(self) -> MicroBatchLoss:
+        per_token = dict(self._of_seeing or self._of_text)
+        if self._of_seeing and self._of_text:
+            for name, values in self._of_seeing.items():
+                same = _OF_TEXT.get(name, name)
+                text = torch.zeros_like(self._of_text["standard"]) if same is None else self._of_text[same]
+                per_token[name] = torch.cat([values, text])
+        positions = torch.cat([self._seeing.nonzero(), self._text.nonzero()])
+        return MicroBatchLoss(per_token, positions, self._bad(per_token), self._contribution, self._vis_weights)
 
-    def _tokens_of(self, streams: _Streams, mask: Tensor) -> _Streams:  # mask: (rows, completion)
-        """The hidden states of chosen tokens, all in the student's dtype."""
+    # ------------------------------------------------------------------ passes
 
-        def of_student(hidden: Tensor) -> Tensor:
-            rows = hidden[mask]
-            # The proxy needs their gradients even where the backbone is frozen.
-            return rows.requires_grad_() if self._wants_proxy and not rows.requires_grad else rows
+    def _run_teacher(self, view: Batch | None) -> tuple[Tensor, Tensor]:
+        """Hidden states of both views, (rows, completion, width); the first twice where there is no second."""
+        loss, batch = self._loss, self._batch
+        if view is not None and self._settings.pack_teacher:
+            both = loss.run_teacher(self._teacher, stack_views(batch, view)).chunk(2)
+            return both[0], both[1]
+        hidden = loss.run_teacher(self._teacher, batch)
+        if view is None:
+            return hidden, hidden
+        with loss.span("masked_teacher"):
+            return hidden, loss.run_teacher(self._teacher, view)
 
-        def of_teacher(hidden: Tensor) -> Tensor:
-            return hidden[mask].to(streams.student.dtype)
+    def _run_masked_student(self, view: Batch) -> Tensor:
+        with self._loss.span("masked_student"):
+            return self._loss.run_student(self._student, view)
 
-        return _Streams(
-            of_student(streams.student),
-            of_teacher(streams.teacher),
-            None if streams.masked_teacher is None else of_teacher(streams.masked_teacher),
-            None if streams.masked_student is None else of_student(streams.masked_student),
+    # ------------------------------------------------------------------ losses of a view
+
+    def _language_view(self, hidden: Tensor, rows: _Rows) -> ViewLoss:
+        """`lang` as a part of the method: KL(p₀ ‖ r) of all tokens with an image."""
+        result = self._reverse_kl(hidden, rows.masked_teacher, rows.sampled)
+        self._of_seeing["lang"] = result.per_token.kl
+        assert result.sampled is not None
+        self._masked_log_probs = result.sampled.teacher
+        return self._view({self._index("lang"): result.kl}, last=False)
+
+    def _preserved_view(self, hidden: Tensor, rows: _Rows) -> ViewLoss:
+        """`lang` of the tokens that depend most on the image."""
+        chosen = most_dependent(self._of_seeing["dependency"], self._settings.dependency_quantile)
+        result = self._reverse_kl(hidden[chosen], rows.masked_teacher[chosen])
+        self._bad_language = torch.zeros_like(self._of_seeing["lang"], dtype=torch.bool)
+        self._bad_language[chosen] = ~torch.isfinite(result.per_token.kl)
+        return self._view({2: result.kl}, last=True)
+
+    def _seeing_view(self, teacher: Tensor, rows: _Rows | None, last: bool) -> ViewLoss:
+        """Everything that the student with the image is trained on."""
+        hidden = self._loss.run_student(self._student, self._batch)
+        losses: dict[int, Tensor] = {}
+        if self._any_seeing:
+            losses |= self._seeing_tokens(hidden[self._seeing], teacher[self._seeing], rows)
+        if self._any_text or not self._any_seeing:  # of no token at all: a zero with a graph
+            result = self._reverse_kl(hidden[self._text], teacher[self._text])
+            self._of_text = result.per_token._asdict()
+            self._of_text["standard"] = self._of_text.pop("kl")
+            kl = result.kl if self._weights is None else self._weights[0].to(result.kl) * result.kl
+            losses[0] = losses[0] + kl if 0 in losses else kl
+        if self._weights is not None:
+            losses = {0: torch.stack(list(losses.values())).sum()}
+        return self._view(losses, last, weighted=True)
+
+    def _seeing_tokens(self, hidden: Tensor, teacher: Tensor, rows: _Rows | None) -> dict[int, Tensor]:
+        """Part -> its loss; with known weights 0 -> their weighted sum."""
+        sampled = self._batch.completion_ids[self._seeing]
+        if rows is None or self._method.name == "matched":
+            plain = self._reverse_kl(hidden, teacher, sampled)
+            numbers = plain.per_token._asdict()
+            self._of_seeing |= {"standard": numbers["kl"], "entropy": numbers["entropy"]}
+            index = self._index("standard")
+            if rows is not None:
+                assert plain.sampled is not None
+                self._contribute(plain.sampled.teacher - self._masked_log_probs)
+            return {index: plain.kl} if self._weights is None else {0: self._weights[index].to(plain.kl) * plain.kl}
+        result, parts = self._decomposed_kl(hidden, rows)
+        numbers = {name: values for name, values in result.per_token._asdict().items() if values is not None}
+        self._of_seeing = numbers | self._of_seeing  # lang with the gradient's own rounding, where there is one
+        self._vis_weights = result.applied_vis_weights
+        assert result.sampled is not None
+        assert result.sampled.masked_teacher is not None
+        self._contribute(result.sampled.teacher - result.sampled.masked_teacher)
+        if result.objective is not None:
+            return {0 if self._weights is not None else next(iter(parts)): result.objective}
+        return {index: getattr(result, part) for index, part in parts.items()}
+
+    def _decomposed_kl(self, hidden: Tensor, rows: _Rows) -> tuple[LinearDecomposedKL, dict[int, str]]:
+        """The kernel's result, and which of the method's parts it holds: index -> attribute."""
+        settings, method, prior = self._settings, self._method, self._method.first == "prior"
+        names = {"prior": "lang", "evidence": "vis"} if prior else {"standard": "standard", "vis": "vis"}
+        parts = {
+            index: names[part]
+            for index, part in enumerate(method.parts)
+            if part in names and (part != method.preserved or self._preserves)
+        }
+        of = {part: index for index, part in parts.items()}
+        objective = None
+        if self._weights is not None or len(parts) == 1:
+            known = self._weights
+            objective = tuple(
+                0.0 if part not in of else 1.0 if known is None else known[of[part]]
+                for part in ("standard", "vis", "lang")
+            )
+        student, student_head, teacher_head = self._heads(hidden)
+        vis_weights = None
+        if not prior and (settings.token_steering == BY_DEPENDENCY or method.preserved == "vis"):
+            scores = self._dependency(rows, teacher_head)
+            if method.preserved == "vis":
+                vis_weights = torch.zeros_like(scores)
+                vis_weights[most_dependent(scores, settings.dependency_quantile)] = 1.0
+            else:
+                vis_weights = graded(scores, settings.dependency_quantile)
+        result = linear_decomposed_kl(
+            student,
+            student_head,
+            rows.teacher.to(student.dtype),
+            teacher_head,
+            rows.masked_teacher.to(student.dtype),
+            None if prior or rows.masked_student is None else rows.masked_student.to(student.dtype),
+            decomposition="teacher_prior" if prior else "vgs",
+            objective=objective,  # type: ignore[arg-type] # a tuple of three
+            token_weights=self._token_weights(student),
+            vis_weights=vis_weights,
+            sampled_tokens=rows.sampled,
+            token_steering=settings.sampled_steering,
+            ratio_guard=None if prior else settings.ratio_guard,
+            **settings.kernel,
         )
+        return result, parts
+
+    def _reverse_kl(self, hidden: Tensor, teacher: Tensor, sampled: Tensor | None = None) -> LinearReverseKL:
+        student, student_head, teacher_head = self._heads(hidden)
+        return linear_reverse_kl(
+            student,
+            student_head,
+            teacher.to(student.dtype),
+            teacher_head,
+            token_weights=self._token_weights(student),
+            sampled_tokens=sampled,
+            **self._settings.kernel,
+        )
+
+    def _dependency(self, rows: _Rows, teacher_head: LMHead) -> Tensor:
+        """VDS = KL(q ‖ r) of every token, (tokens,), where it is needed before the loss: two projections more."""
+        with torch.no_grad():
+            teacher = rows.teacher.to(teacher_head.weight.dtype)
+            masked = rows.masked_teacher.to(teacher.dtype)
+            return linear_reverse_kl(teacher, teacher_head, masked, teacher_head, **self._settings.kernel).per_token.kl
+
+    # ------------------------------------------------------------------ small parts
+
+    def _heads(self, hidden: Tensor) -> tuple[Tensor, LMHead, LMHead]:
+        return hidden, language_head(self._student, hidden), language_head(self._teacher, hidden)
+
+    def _token_weights(self, hidden: Tensor) -> Tensor:
+        """1 / items of the step for every token."""
+        weight = self._items if isinstance(self._items, Tensor) else hidden.new_tensor(self._items)
+        return weight.to(hidden.device).reciprocal().to(torch.float32).expand(hidden.shape[0])
+
+    def _index(self, part: str) -> int:
+        return self._method.parts.index(part)
+
+    def _contribute(self, log_ratio: Tensor) -> None:  # (tokens with an image,)
+        self._contribution[self._seeing] = log_ratio.to(self._contribution)
+
+    def _view(self, losses: dict[int, Tensor], last: bool, weighted: bool = False) -> ViewLoss:
+        """The losses as they are run back: with known weights their weighted sum."""
+        if self._weights is None or weighted:
+            return ViewLoss(losses, last)
+        ((index, loss),) = losses.items()
+        return ViewLoss({0: self._weights[index].to(loss) * loss}, last)
+
+    def _bad(self, per_token: dict[str, Tensor]) -> Tensor:
+        """Tokens whose loss takes part in training and is not finite, (valid tokens,)."""
+        method = self._method
+        bad = torch.zeros_like(per_token["standard"], dtype=torch.bool)
+        seeing = len(self._of_seeing.get("standard", ()))
+        bad[seeing:] |= ~torch.isfinite(per_token["standard"][seeing:])
+        for part in method.parts:
+            name = method.label.get(part, part)
+            if part == method.preserved or name not in self._of_seeing:
+                continue
+            values = ~torch.isfinite(self._of_seeing[name])
+            if name == "vis" and len(self._vis_weights):
+                values &= self._vis_weights != 0
+            bad[:seeing] |= values
+        if self._bad_language is not None:
+            bad[:seeing] |= self._bad_language
+        return bad

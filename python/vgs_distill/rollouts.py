@@ -38,6 +38,7 @@ from .masking import TOKEN_TYPES, with_evidence, without_evidence
 from .models.sources import ModelSource, check_no_adapter
 from .report.timing import StepTimer
 from .resilience.sampler import EpochOrder
+from .steering.methods import METHODS
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +134,11 @@ class Rollouts(DistillationTrainer):
             if self.args.max_prompt_length is not None:
                 rollout["completion_mask"][left_out] = 0
                 rollout["num_items_in_batch"] = self.accelerator.gather(loss_mask(rollout).sum()).sum()
-            if self.args.steering != "none" and self.args.image_mask == "drop" and self._modality.features in rollout:
+            if (
+                METHODS[self.args.method].masks_teacher
+                and self.args.image_mask == "drop"
+                and self._modality.features in rollout
+            ):
                 rollout |= self._text_prompts(rows, rollout["prompt_ids"], rollout["prompt_mask"])
         self._rolled_out(rows, rollout)
         return rollout

@@ -1,13 +1,13 @@
-"""`VGSTrainer`: TRL's `DistillationTrainer` with the loss split in two and the two gradients steered towards vision.
+"""`VGSTrainer`: TRL's `DistillationTrainer` with a loss that steers the student towards what the teacher sees.
 
 How one step runs:
 
     training_step
-        SteeringStep.plan          before the first micro-batch: one backward pass or two
-        compute_loss               for every micro-batch
-            DecomposedLoss         both parts of the loss
-            SteeringStep.run_back  runs back one part, returns what the Trainer runs back
-        SteeringStep.finish        after the last: one gradient in `.grad`, which the Trainer clips and applies
+        SteeringStep.plan              before the first micro-batch: known weights, or parts kept apart to be measured
+        compute_loss                   for every micro-batch
+            DistillationLoss           the losses of each view of the student, one view after the other
+                SteeringStep.run_back  runs them back; the last one is left to the Trainer
+        SteeringStep.finish            after the last: one gradient in `.grad`, which the Trainer clips and applies
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import OFFLOAD, VGSConfig
 from .inputs.families import check_image_mask, check_teacher_reads_the_same
-from .loss import DecomposedLoss, LossSettings, MicroBatchLoss
-from .masking import Batch, multimodal_inputs
+from .loss import DistillationLoss, LossSettings, MicroBatchLoss
+from .masking import Batch
 from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
 from .models.sources import student_source, teacher_source
@@ -43,6 +43,7 @@ from .resilience.nonfinite import SkippedUpdates, describe_step, describe_tokens
 from .resilience.output_dir import check_output_dir
 from .resilience.runaway import RunawayMonitor
 from .rollouts import Rollouts, loss_mask
+from .steering.methods import METHODS
 from .steering.step import SteeringSettings, SteeringStep
 
 
@@ -52,17 +53,18 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     Takes what TRL's `DistillationTrainer` takes, with a `VGSConfig`. Per step it logs, besides TRL's metrics and
     through the same `report_to`:
 
-    * ``loss/full``: KL(student || teacher), mean per token, in nats
-    * ``loss/lang``, ``loss/vis``: its language and visual part (`vgs_kernels.decomposed_kl`), mean per token, in nats
+    * ``loss/standard``: KL(student || teacher), mean per token, in nats
+    * ``loss/lang``, ``loss/vis``: the language and the visual part of the method (`vgs_kernels.decomposed_kl`), mean
+      per token, in nats; ``dependency``: KL(teacher || teacher without the image), the same
     * ``entropy``: entropy of the student, mean per token, in nats
-    * ``gradient/norm_lang``, ``gradient/norm_vis``, ``gradient/cosine``: norms and cosine of the two accumulated
-      parameter gradients (at steps that measure them: all, or the refreshes of ``"amortized"``)
-    * ``steering/gamma``: share of the visual direction
-    * ``steering/weight_ratio``: weight of the visual gradient over that of the language gradient
+    * ``gradient/norm_standard``, ``gradient/norm_vis``, ``gradient/norm_lang``, ``gradient/cosine``: norms and cosine of
+      the two accumulated parameter gradients that the method weighs, at steps that measure them
+    * ``steering/gamma``; ``steering/eta`` (``vgs`` and ``language``); ``steering/language_preservation``: λ
+    * ``steering/weight_ratio``: weight of the second gradient over that of the first
     * ``steering/visual_token_weight``: mean weight of a token in the visual part, before the part is divided by it
-      (with ``token_steering`` or ``plausibility``)
-    * ``steering/refreshed`` and, at a refresh of ``"amortized"``, ``steering/predicted_weight_ratio``,
-      ``steering/measured_weight_ratio`` and the ``steering/direction_cosine`` between predicted and measured update
+      (with a number for ``token_steering``, or ``plausibility``)
+    * ``steering/refreshed`` and ``steering/direction_cosine``, at a refresh of ``eta="amortized"``: 1, and the cosine
+      between the update of the average and that of the measurement
     * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``: the readings of
       `RunawayMonitor`; ``runaway/alarm``: 1 from its alarm on
     * ``time/rollout``, ``time/teacher``, ``time/student`` (forward and backward), ``time/steering``: seconds; and of
@@ -113,38 +115,36 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         self._never_sample(vocab_size)
         if args.torch_compile:
             compile_backbone(self.model, args.torch_compile_backend, args.torch_compile_mode)
-        self._unknown_to_trl: dict[str, Any] = {}  # inputs that TRL's loss does not pass to the models
-        self._meter = LossMeter()
         self._skipped = SkippedUpdates(args.max_skipped_steps)
         self._skip_update = False  # the same on all processes
-        self._runaway = RunawayMonitor(args.runaway_action)
+        self._runaway = RunawayMonitor(args.runaway_action if METHODS[args.method].second else "none")
         self._cut_off = math.nan  # share of the last completions that end at the length limit
         self._interruption = Interruption()
         self._recorder = self._make_recorder()
         for callback in (self._runaway, self._interruption, self._recorder):
             self.add_callback(callback)
-        self.checkpoint_parts = {"skipped": self._skipped, "runaway": self._runaway}
-        self._steering: SteeringStep | None = None  # None: TRL's own loss
-        if args.steering != "none":
+        if METHODS[args.method].masks_teacher:
             check_image_mask(self.model.config, args.image_mask)
-            settings = args.select(SteeringSettings)
-            self._steering = SteeringStep(settings, self.accelerator.device, guard=self._runaway.bounded)
-            self.checkpoint_parts["steering"] = self._steering
-            self._loss = DecomposedLoss(
-                args.select(LossSettings, vocab_size=vocab_size, wants_proxy=args.steering == "amortized"),
-                self._evidence_tokens,
-                self._family,
-                run_student=self._run_backbone,
-                run_teacher=self._run_teacher,
-                span=self._timer.span,
-            )
-            self._micro_batch_loss = torch.zeros(())  # KL(student || teacher), for the log
+        self._steering = SteeringStep(
+            args.select(SteeringSettings), self.accelerator.device, guard=self._runaway.bounded
+        )
+        self.checkpoint_parts = {"skipped": self._skipped, "runaway": self._runaway, "steering": self._steering}
+        self._loss = DistillationLoss(
+            args.select(LossSettings, vocab_size=vocab_size),
+            self._evidence_tokens,
+            self._family,
+            run_student=self._run_student,
+            run_teacher=self._run_teacher,
+            span=self._timer.span,
+        )
+        self._meter = LossMeter(self._loss.logged)
+        self._micro_batch_loss = torch.zeros(())  # KL(student || teacher), for the log
 
     def _take_teacher(self, teacher: PreTrainedModel) -> int:
         """Check and place the teacher; return how many entries its vocabulary shares with the student's."""
         args, student = self.args, self.model.config
         check_teacher_reads_the_same(student, teacher.config, self._modality)
-        shared = shared_vocabulary(student, teacher.config, len(self._tokenizer), padding=args.steering != "none")
+        shared = shared_vocabulary(student, teacher.config, len(self._tokenizer))
         self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device)
         return shared
 
@@ -160,21 +160,16 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     ) -> Tensor:
         steering = self._steering
         with self._timer.span("step"):
-            if steering is None:
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            else:
-                if not steering.planned:
-                    steps, micro_batches = self.state.max_steps, self.current_gradient_accumulation_steps
-                    steering.plan(without_compile_wrapper(model), self.state.global_step, steps, micro_batches)
-                with steering.micro_batch():
-                    super().training_step(model, inputs, num_items_in_batch)  # runs back what compute_loss returns
-                loss = self._micro_batch_loss
-                if self.accelerator.sync_gradients:
-                    with self._timer.span("steering"):
-                        self._finish_step(steering, model)
+            if not steering.planned:
+                steering.plan(without_compile_wrapper(model), self.state.global_step, self.state.max_steps)
+            with steering.micro_batch():
+                super().training_step(model, inputs, num_items_in_batch)  # runs back what compute_loss returns
+            if self.accelerator.sync_gradients:
+                with self._timer.span("steering"):
+                    self._finish_step(steering, model)
         if self.accelerator.sync_gradients:
             self._record_times()
-        return loss
+        return self._micro_batch_loss
 
     def compute_loss(
         self,
@@ -183,41 +178,46 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """In training the loss that the Trainer is to run back, in evaluation KL(student || teacher)."""
-        model = without_compile_wrapper(model)
-        if self._steering is None:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            self._metrics[self._mode]["loss/full"].append(loss.detach())
-            self._record_completions(inputs, None)
-            return (loss, None) if return_outputs else loss
+        """In training the loss that is left for the Trainer to run back, in evaluation KL(student || teacher)."""
+        model, steering = without_compile_wrapper(model), self._steering
+        self._wrapped_student = model
         if self._training:
             # DDP and FSDP average gradients over processes; the sum over tokens must not be divided twice.
             items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         else:
             items = inputs["completion_mask"].sum().clamp(min=1)
-        unwrapped = self.accelerator.unwrap_model(model)
-        result = self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, inputs, items)
-        self._record_loss(self._steering, result, inputs)
+        self.teacher_model.eval()
+        micro_batch = self._loss.micro_batch(
+            self.accelerator.unwrap_model(model),
+            self.accelerator.unwrap_model(self.teacher_model),
+            Batch.of(inputs),
+            loss_mask(inputs),
+            items,
+            steering.weights if self._training else None,
+            self._training and steering.preserves,
+        )
+        left = None
+        with self.accelerator.autocast():
+            for view in micro_batch:
+                if self._training:
+                    left = steering.run_back(view, self._run_back)
+        result = micro_batch.result
+        self._record_loss(steering, result, inputs)
         self._record_completions(inputs, result.contribution)
-        loss = result.tokens.full.sum() / items
+        loss = self._micro_batch_loss = result.per_token["standard"].sum() / items
         if self._training:
-            self._micro_batch_loss = loss
-            loss = self._steering.run_back(result.parts, self._run_back_and_keep)
+            assert left is not None
+            steering.add_token_weights(result.vis_weights)
+            loss = left
         return (loss, None) if return_outputs else loss
 
-    def _run_back_and_keep(self, loss: Tensor) -> None:
+    def _run_back(self, loss: Tensor, keep: bool) -> None:
         with torch.autocast(self.accelerator.device.type, enabled=False):
-            self.accelerator.backward(loss, retain_graph=True)
+            self.accelerator.backward(loss, retain_graph=keep)
 
-    def _compute_loss(self, unwrapped_student: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """TRL's loss, or both parts of the decomposed one; runs inside the forward of the student's wrapper."""
-        if self._steering is None:
-            self._unknown_to_trl = multimodal_inputs(inputs)
-            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with self.accelerator.autocast():
-            return self._loss(unwrapped_student, teacher, Batch.of(inputs), loss_mask(inputs), num_items_in_batch)
+    def _run_student(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Through the wrapper of the student: what is trained leaves by its output, as FSDP2 needs."""
+        return self._forward_redirection(self._wrapped_student, model, self._run_backbone, model, batch)
 
     def _run_backbone(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         return self._get_last_hidden_state(
@@ -238,7 +238,6 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         **multimodal: Any,
     ) -> Tensor:
         """As TRL's, but timed, and with every input that a family or a mask needs."""
-        multimodal = {**self._unknown_to_trl, **multimodal}
         teacher = unwrapped_model is self.accelerator.unwrap_model(self.teacher_model)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **multimodal}
         if teacher and self.args.teacher_device not in (None, OFFLOAD):
@@ -325,9 +324,9 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         values, not_finite, ratio = self._meter.read(steering.weight_ratio)
         if self._training:
             self._skip_update = not_finite
-            if not self._skip_update:
-                steering.gamma.observe(values["loss/lang"], values["loss/vis"])
-            values |= self._runaway.observe(self.state.global_step + 1, values["loss/full"], ratio, self._cut_off)
+            if all(map(math.isfinite, values.values())):
+                steering.observe(values)
+            values |= self._runaway.observe(self.state.global_step + 1, values, ratio, self._cut_off)
         for name, value in values.items():
             self._metrics[self._mode][name].append(value)
 
@@ -345,8 +344,10 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         step = times.pop("step") - times.pop("recording", 0.0)
         parts = {name: times.get(name, 0.0) for name in ("rollout", "teacher", "steering")}
         parts["student"] = step - sum(parts.values())
-        if self._steering is not None:
-            parts |= {name: times.get(name, 0.0) for name in ("masked_teacher", "masked_student")}
+        method = self._steering.method
+        for name, runs in (("masked_teacher", method.masks_teacher), ("masked_student", method.masks_student)):
+            if runs:
+                parts[name] = times.get(name, 0.0)
         for name, seconds in parts.items():
             self._metrics["train"][f"time/{name}"].append(seconds)
 

@@ -30,6 +30,7 @@ from ..models.sources import (
 from ..resilience.checkpoints import find_checkpoint
 from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import RunFile, in_the_way, saved_step
+from ..steering.methods import METHODS
 from ..trainer import VGSTrainer
 from .arguments import DataArguments, given, train_parser
 from .console import RunConsole, next_commands
@@ -85,7 +86,7 @@ def build(
     check_no_adapter(student)
     check_modality(configs[0], modality)
     check_teacher_reads_the_same(*configs, modality)
-    if config.steering != "none":
+    if METHODS[config.method].masks_teacher:
         check_image_mask(configs[0], config.image_mask)
     processor = student.processor_to_sample(configs[0])
     check_tokenizers(processor, teacher)

@@ -18,10 +18,10 @@ from ..errors import InputError
 from .heads import backbone, without_compile_wrapper
 
 
-def shared_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig, tokens: int, padding: bool) -> int:
+def shared_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig, tokens: int) -> int:
     """How many entries of the vocabulary both models have. They may be padded differently beyond the real `tokens`.
 
-    Without `padding` (TRL's own loss) the sizes must be equal. InputError where the vocabularies cannot be the same.
+    InputError where the vocabularies cannot be the same.
     """
     sizes = [config.get_text_config().vocab_size for config in (student, teacher)]
     if sizes[0] == sizes[1]:
@@ -30,11 +30,6 @@ def shared_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig, toke
         raise InputError(
             f"the student has {sizes[0]} entries in its vocabulary and the teacher {sizes[1]}, but the tokenizer has "
             f"{tokens} tokens; the teacher judges token by token, so choose one of the student's family"
-        )
-    if not padding:
-        raise InputError(
-            f"the vocabularies are padded to {sizes[0]} (student) and {sizes[1]} (teacher), which steering='none' "
-            "cannot take; steer, or resize one with resize_token_embeddings"
         )
     return min(sizes)
 

@@ -61,7 +61,7 @@ class ModelCards:
             name=model_name,
             dataset=dataset_name or self.dataset_name,
             tags=tags,
-            paper=DistillationTrainer._paper if self.args.steering == "none" else self._paper,
+            paper=DistillationTrainer._paper if self.args.method == "opd" else self._paper,
         )
         card.save(Path(self.args.output_dir or ".") / "README.md")
 

@@ -33,20 +33,23 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "vgs_state.json"  # beside trainer_state.json in a checkpoint
 STAGING = ".incomplete"  # folder in the output directory
 
-_SAME_LOSS = ("steering", "decomposition", "modality", "image_mask", "steering_scale")
+_SAME_LOSS = ("method", "eta", "modality", "image_mask", "steering_scale")
 _SAME_RUN = (
     "gamma",
     "gamma_min",
     "gamma_max",
     "gamma_start",
     "gamma_schedule",
+    "language_preservation",
+    "dependency_quantile",
+    "ratio_bound",
+    "ratio_floor",
     "max_weight_ratio",
     "runaway_action",
     "token_steering",
     "plausibility",
     "teacher_smoothing",
     "refresh_every",
-    "refresh_drift",
     "temperature",
     "learning_rate",
     "seed",

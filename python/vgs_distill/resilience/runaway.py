@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -19,11 +19,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..errors import TrainingStopped
+from ..steering.step import Bounds
 
 logger = logging.get_logger(__name__)
 
 FALLBACK_GAMMA = 0.5
 FALLBACK_WEIGHT_RATIO = 1.0
+FALLBACK_PRESERVATION = 1.0
 
 _LEVEL = 5  # steps; their median is the present level
 _REFERENCE = 20  # steps; the lowest median of so many is what the level is compared with
@@ -36,6 +38,7 @@ _GROWTH_CUT_OFF = 1.5  # with a fifth of the completions losing their end
 _WEIGHT_GROWTH = 2.0
 _CUT_OFF_RISE = 0.1  # share of completions
 _LARGE_CUT_OFF_RISE = 0.2
+_AT_BEST = 1.2  # growth of the visual loss below which it still falls
 _NOISE = 3.5  # median changes from step to step: six standard deviations of the level
 
 
@@ -46,9 +49,21 @@ class RunawayReadings(NamedTuple):
     weight_growth: float  # the same of visual weight / language weight
     cut_off_rise: float  # share of completions that end at the length limit, less the lowest so far
     noise: float  # factor that the divergence grows by without meaning anything
+    language_growth: float = 1.0  # present level of the language loss over the lowest so far
+    vision_growth: float = 1.0  # the same of the visual loss
+    language_noise: float = 1.0
+
+    @property
+    def unlearns(self) -> bool:
+        """Whether the language is being lost while the visual loss is at its best."""
+        return self.language_growth >= max(_GROWTH, self.language_noise) and self.vision_growth < _AT_BEST
 
     @property
     def alarm(self) -> bool:
+        return self.unlearns or self._runs_away
+
+    @property
+    def _runs_away(self) -> bool:
         if self.weight_growth >= _WEIGHT_GROWTH or self.cut_off_rise >= _CUT_OFF_RISE:
             needed = _GROWTH_CUT_OFF if self.cut_off_rise >= _LARGE_CUT_OFF_RISE else _GROWTH
         else:
@@ -74,9 +89,13 @@ class RunawayMonitor(TrainerCallback):
     deviation $1.48\,m / \sqrt 2$ and the median of five $1.25 / \sqrt 5$ of that, 0.59 m. The growth must exceed
     $e^{3.5\,m}$, six of them, which noise alone does not reach, however small the batch.
 
+    Unlearning is the other alarm: the language loss at twice its reference (and beyond its own noise) while the visual
+    loss is within a fifth of its own lowest level. The student then gives up language for vision, and the divergence
+    follows later.
+
     There is one alarm in a run. ``"fallback"`` then bounds gamma by 0.5 and the weight ratio by 1 for the rest of it:
     no step is more visual than that of the plain sum lang + vis, which for ``"teacher_prior"`` is on-policy
-    distillation. ``"stop"`` has a checkpoint written at the end of the step and `stop_if_asked` raise.
+    distillation; and λ is at least 1. ``"stop"`` has a checkpoint written at the end of the step and `stop_if_asked` raise.
     """
 
     def __init__(self, action: str) -> None:
@@ -84,18 +103,22 @@ class RunawayMonitor(TrainerCallback):
         self.alarm_step: int | None = None
         self._divergence = _Growth()
         self._weights = _Growth()
+        self._language = _Growth()
+        self._vision = _Growth()
         self._cut_off: deque[float] = deque(maxlen=_LEVEL)
         self._least_cut_off = 1.0
 
-    def observe(self, step: int, divergence: float, weight_ratio: float, cut_off: float) -> dict[str, float]:
+    def observe(self, step: int, losses: Mapping[str, float], weight_ratio: float, cut_off: float) -> dict[str, float]:
         """Take in one step and return what is logged of it. A value that is not finite is passed over.
 
-        `divergence`: mean KL(student || teacher) per token, in nats. `weight_ratio`: of the step before.
-        `cut_off`: share of the sampled completions without an end.
+        `losses`: means per token, in nats: ``loss/standard``, and ``loss/lang`` and ``loss/vis`` where the method has
+        them. `weight_ratio`: of the step before. `cut_off`: share of the sampled completions without an end.
         """
         if self.action == "none":
             return {}
-        self._divergence.add(divergence)
+        self._divergence.add(losses["loss/standard"])
+        self._language.add(losses.get("loss/lang", math.nan))
+        self._vision.add(losses.get("loss/vis", math.nan))
         self._weights.add(weight_ratio)
         if math.isfinite(cut_off):
             self._cut_off.append(cut_off)
@@ -109,6 +132,7 @@ class RunawayMonitor(TrainerCallback):
             "runaway/divergence_growth": readings.divergence_growth,
             "runaway/weight_growth": readings.weight_growth,
             "runaway/cut_off_rise": readings.cut_off_rise,
+            "runaway/language_growth": readings.language_growth,
             "runaway/alarm": float(self.alarm_step is not None),
         }
 
@@ -119,13 +143,20 @@ class RunawayMonitor(TrainerCallback):
             self._weights.value(),
             median(self._cut_off) - self._least_cut_off if full else 0.0,
             self._divergence.noise(),
+            self._language.value(),
+            self._vision.value(),
+            self._language.noise(),
         )
 
-    def bounded(self, gamma: float, max_weight_ratio: float | None) -> tuple[float, float | None]:
-        """gamma and the bound on the weight ratio to steer the next step with."""
+    def bounded(self, bounds: Bounds) -> Bounds:
+        """What the next step is steered with."""
         if self.action != "fallback" or self.alarm_step is None:
-            return gamma, max_weight_ratio
-        return min(gamma, FALLBACK_GAMMA), min(max_weight_ratio or math.inf, FALLBACK_WEIGHT_RATIO)
+            return bounds
+        return Bounds(
+            min(bounds.gamma, FALLBACK_GAMMA),
+            min(bounds.max_weight_ratio or math.inf, FALLBACK_WEIGHT_RATIO),
+            max(bounds.preservation, FALLBACK_PRESERVATION),
+        )
 
     def stop_if_asked(self) -> None:
         """TrainingStopped after an alarm, where the action is to stop."""
@@ -141,10 +172,18 @@ class RunawayMonitor(TrainerCallback):
 
     def _warn(self, step: int, readings: RunawayReadings) -> None:
         consequence = {
-            "warn": "lower gamma, or set max_weight_ratio or runaway_action='fallback'",
-            "fallback": f"from here on gamma is {FALLBACK_GAMMA} and the weight ratio at most {FALLBACK_WEIGHT_RATIO}",
+            "warn": "lower gamma, raise language_preservation, or set runaway_action='fallback'",
+            "fallback": f"from here on gamma is at most {FALLBACK_GAMMA}, the weight ratio at most "
+            f"{FALLBACK_WEIGHT_RATIO} and language_preservation at least {FALLBACK_PRESERVATION}",
             "stop": "training stops after this step",
         }[self.action]
+        if readings.unlearns:
+            logger.warning(
+                "step %d: the student unlearns its language: its loss without the image is %.1f times its lowest level "
+                "while the visual loss falls; %s.",
+                step, readings.language_growth, consequence,
+            )  # fmt: skip
+            return
         logger.warning(
             "step %d: the student runs away from its teacher: KL(student || teacher) is %.1f times its lowest level, "
             "the weight ratio %.1f times, and %.0f percent more completions are cut off; %s.",
@@ -157,6 +196,8 @@ class RunawayMonitor(TrainerCallback):
             "alarm_step": self.alarm_step,
             "divergence": self._divergence.state_dict(),
             "weights": self._weights.state_dict(),
+            "language": self._language.state_dict(),
+            "vision": self._vision.state_dict(),
             "cut_off": list(self._cut_off),
             "least_cut_off": self._least_cut_off,
         }
@@ -165,6 +206,8 @@ class RunawayMonitor(TrainerCallback):
         self.alarm_step = state["alarm_step"]
         self._divergence.load_state_dict(state["divergence"])
         self._weights.load_state_dict(state["weights"])
+        self._language.load_state_dict(state["language"])
+        self._vision.load_state_dict(state["vision"])
         self._cut_off = deque(state["cut_off"], maxlen=_LEVEL)
         self._least_cut_off = state["least_cut_off"]
 

@@ -1,9 +1,9 @@
-"""One optimizer step of steering: the two parts of the loss of its micro-batches in, one gradient in `.grad` out.
+"""One optimizer step of steering: the losses of its micro-batches in, one gradient in `.grad` out.
 
-A step that measures both gradients runs back the language part and the visual part of every micro-batch apart; after
-the last one the Gramian of the two gradients gives the weights they are combined with. With ``steering="exact"`` that
-is every step. With ``"amortized"`` it is one in `refresh_every`; the others predict the weights and run back the
-weighted sum once.
+A step that measures keeps the gradients of the parts of the loss apart; after the last micro-batch the Gramian of two
+of them gives the weights that they are combined with. Every other step knows its weights beforehand, and `backward`
+adds up one gradient. With ``eta="measured"`` every step measures, with ``"amortized"`` one in `refresh_every` does, and
+with a number, or without a second part, none.
 """
 
 from __future__ import annotations
@@ -17,50 +17,60 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vgs_kernels import UnitGradients
+from vgs_kernels import UnitGradients, VisualGradientSteering
 
-from ..distributed import is_replicated, process_count, sum_over_processes, two_backward_passes
+from ..distributed import average_gradients, is_replicated, several_backward_passes
+from .averages import GramianAverage
 from .gamma import ADAPTIVE, AdaptiveGamma, ScheduledGamma
-from .gradient_pair import NO_MODULES, GradientPair, PairRecord, direction_cosine, no_gradient, weight_ratio
-from .predictor import GramianPredictor
-from .proxy import GradientProxy
+from .gradients import NO_MODULES, CombinationRecord, PartGradients, direction_cosine, no_gradient
+from .methods import METHODS
+from .preservation import ADAPTIVE as ADAPTIVE_PRESERVATION
+from .preservation import AdaptivePreservation, ConstantPreservation
 from .token_weights import VisualTokenWeights
 
-# Takes gamma and the bound on the weight ratio as they are set, returns those that are used.
-Guard = Callable[[float, float | None], tuple[float, float | None]]
+MEASURED, AMORTIZED = "measured", "amortized"
+
+
+class Bounds(NamedTuple):
+    """What a step is steered with; a guard may change it."""
+
+    gamma: float
+    max_weight_ratio: float | None
+    preservation: float  # λ
+
+
+Guard = Callable[[Bounds], Bounds]
 # Takes the trained parameters, returns names of modules with the indices of their parameters.
 ModulesOf = Callable[[Sequence[nn.Parameter]], Mapping[str, Sequence[int]]]
+# Takes a loss, and whether its graph is needed again.
+Backward = Callable[[Tensor, bool], None]
 
 
 @dataclass(frozen=True)
 class SteeringSettings:
     """How steps are steered: settings of `VGSConfig`, which explains them."""
 
-    steering: str
+    method: str
+    eta: float | str
     gamma: float | str
     gamma_min: float
     gamma_max: float
     gamma_schedule: str
     gamma_start: float
+    language_preservation: float | str
     max_weight_ratio: float | None
     steering_scale: str
     refresh_every: int
-    refresh_drift: float
     weighs_tokens: bool
 
 
-class LossParts(NamedTuple):
-    """The two parts of the loss of a micro-batch, each a sum over tokens / number of tokens of the step."""
+class ViewLoss(NamedTuple):
+    """The losses of one view of a micro-batch, to be run back before the next view runs forward."""
 
-    lang: Tensor  # (), differentiable
-    vis: Tensor | None  # (), differentiable; None if no row has an image
-    visual_weights: Tensor  # (tokens of rows with an image,), what vis weighs each by
-    proxy: GradientProxy | None  # of the gradients of lang and vis; None unless steering is amortized
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        """weights[0] * lang + weights[1] * vis, differentiable."""
-        lang = weights[0].to(self.lang) * self.lang
-        return lang if self.vis is None else lang + weights[1].to(self.vis) * self.vis
+    parts: Mapping[
+        int, Tensor
+    ]  # 0, 1, 2 for the method's first, second and preserved part; 0 alone: their weighted sum
+    last: bool  # no view follows
 
 
 class StepRecord(NamedTuple):
@@ -74,18 +84,16 @@ class StepRecord(NamedTuple):
 class _Plan:
     """How one step gets its gradient; the same for all its micro-batches."""
 
-    def __init__(self, model: nn.Module, policy: UnitGradients, *, apart: bool, single: bool) -> None:
+    def __init__(self, model: nn.Module, bounds: Bounds, policy: Any, weights: Tensor | None, parts: int) -> None:
         self.model = model
+        self.bounds = bounds
         self.policy = policy
-        self.apart = apart  # two backward passes, weights from what they measure; otherwise one of the weighted sum
-        self.single = single  # one micro-batch makes the step
-        self.gradients = GradientPair(model.parameters())
-        self.weights: Tensor | None = None  # (2,), of the one pass
-        self.proxy: GradientProxy | None = None  # of the micro-batches so far, on this process
-        self.proxy_squares: Tensor | None = None  # (2,), what stands for |g_lang|^2 and |g_vis|^2 over all processes
+        self.weights = weights  # (3,), of the parts; None: they are kept apart and measured
+        self.gradients = PartGradients(model.parameters(), parts)
 
-    def add(self, proxy: GradientProxy) -> None:
-        self.proxy = proxy if self.proxy is None else self.proxy.plus(proxy)
+    @property
+    def apart(self) -> bool:
+        return self.weights is None
 
 
 class SteeringStep:
@@ -93,25 +101,28 @@ class SteeringStep:
 
         plan(model, ...)                  how it gets its gradient
         with micro_batch():               around the passes of every micro-batch
-            run_back(parts, ...)          the two parts of its loss
+            run_back(view, ...)           the losses of each of its views
         finish()                          leaves the steered gradient in `.grad`
 
-    What one step leaves to the next (gamma, predictions, the mean token weight) is its `state_dict`.
+    What one step leaves to the next (gamma, λ, averages) is its `state_dict`.
     """
 
-    def __init__(
-        self, settings: SteeringSettings, device: torch.device, guard: Guard = lambda gamma, ratio: (gamma, ratio)
-    ) -> None:
+    def __init__(self, settings: SteeringSettings, device: torch.device, guard: Guard = lambda bounds: bounds) -> None:
         self._settings = settings
+        self._device = device
         self._guard = guard
+        self.method = METHODS[settings.method]
         self.gamma: AdaptiveGamma | ScheduledGamma
         if settings.gamma == ADAPTIVE:
             self.gamma = AdaptiveGamma(settings.gamma_min, settings.gamma_max)
         else:
             self.gamma = ScheduledGamma(settings.gamma_schedule, settings.gamma_start, float(settings.gamma))
-        self._predictor: GramianPredictor | None = None
-        if settings.steering == "amortized":
-            self._predictor = GramianPredictor(settings.refresh_every, settings.refresh_drift, device)
+        self.preservation: AdaptivePreservation | ConstantPreservation
+        if settings.language_preservation == ADAPTIVE_PRESERVATION:
+            self.preservation = AdaptivePreservation()
+        else:
+            self.preservation = ConstantPreservation(float(settings.language_preservation))
+        self._average = GramianAverage(settings.refresh_every, device) if settings.eta == AMORTIZED else None
         self._token_weights = VisualTokenWeights(settings.weighs_tokens, device)
         self.weight_ratio = torch.tensor(math.nan, device=device)  # of the last update
         self._plan: _Plan | None = None
@@ -121,47 +132,76 @@ class SteeringStep:
         """Whether a step has been planned and not finished."""
         return self._plan is not None
 
-    def plan(self, model: nn.Module, step: int, total_steps: int, micro_batches: int) -> None:
+    @property
+    def weights(self) -> Tensor | None:
+        """Of the parts of the loss in the planned step, (3,); None where they are to be kept apart."""
+        return self._planned().weights
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the planned step has the third part."""
+        return self.method.preserved is not None and self._planned().bounds.preservation > 0
+
+    def plan(self, model: nn.Module, step: int, total_steps: int) -> None:
         """Decide, before the first micro-batch of a step, how it gets its gradient.
 
         `model`: as the launcher wrapped it. `step`: updates so far, out of `total_steps`.
         """
-        settings, predictor = self._settings, self._predictor
-        gamma, max_weight_ratio = self._guard(self.gamma.at(step, total_steps), settings.max_weight_ratio)
-        policy = UnitGradients(gamma, max_weight_ratio, settings.steering_scale)
-        apart = predictor is None or predictor.refresh_due()
-        plan = _Plan(model, policy, apart=apart, single=micro_batches == 1)
-        if predictor is not None and not apart and not plan.single:
-            plan.weights = predictor.weights(policy)  # all micro-batches need the same, before the last is known
+        settings = self._settings
+        bounds = self._guard(
+            Bounds(self.gamma.at(step, total_steps), settings.max_weight_ratio, self.preservation.weight)
+        )
+        policy: Any = VisualGradientSteering(bounds.gamma)
+        if self.method.unit:
+            policy = UnitGradients(bounds.gamma, bounds.max_weight_ratio, settings.steering_scale)
         self._token_weights.begin_step()
-        self._plan = plan
+        self._plan = _Plan(model, bounds, policy, self._known_weights(bounds, policy), len(self.method.parts))
+
+    def _known_weights(self, bounds: Bounds, policy: Any) -> Tensor | None:
+        """(3,), or None where the step measures them."""
+        eta = self._settings.eta
+        if self.method.second is None:
+            pair = torch.tensor([1.0, 0.0], device=self._device)
+        elif not isinstance(eta, str):
+            pair = eta * torch.tensor([1.0, bounds.gamma], device=self._device)
+        elif self._average is None or self._average.refresh_due:
+            return None
+        else:
+            pair = policy(self._average.gramian())
+        return torch.cat([pair * self._token_weights.expected_scales(), pair[:1] * bounds.preservation])
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Around the forward and backward passes of one micro-batch."""
         plan = self._planned()
-        if not plan.apart:
+        with several_backward_passes(plan.model, apart=plan.apart):
             yield
-            return
-        with two_backward_passes(plan.model):
-            yield
-            plan.gradients.end_micro_batch()
+            if plan.apart:
+                plan.gradients.end_micro_batch()
 
-    def run_back(self, parts: LossParts, backward: Callable[[Tensor], None]) -> Tensor:
-        """Take in the loss of a micro-batch; return what is left to be run back, once.
-
-        `backward` runs a loss back through a graph that is needed again: both parts come out of one operator.
-        """
+    def run_back(self, view: ViewLoss, backward: Backward) -> Tensor | None:
+        """Run back the losses of a view, all but the last of the last view: that is returned, for the caller to run."""
         plan = self._planned()
-        self._token_weights.add(parts.visual_weights)
-        if parts.proxy is not None:
-            plan.add(parts.proxy.scaled(1.0 / process_count()))  # gradients are averaged over processes
-        if not plan.apart:
-            return parts.weighted(self._weights_of_one_pass(plan))
-        plan.gradients.accumulate_lang()
-        backward(parts.lang)
-        plan.gradients.accumulate_vis()
-        return no_gradient(parts.lang.device) if parts.vis is None else parts.vis
+        left = len(view.parts)
+        for part, loss in view.parts.items():
+            left -= 1
+            if plan.apart:
+                plan.gradients.into(part)
+            if view.last and not left:
+                return loss
+            backward(loss, left > 0)
+        return no_gradient(self._device) if view.last else None
+
+    def add_token_weights(self, weights: Tensor) -> None:  # (tokens with an image,)
+        """What the visual part of a micro-batch weighed its tokens by."""
+        self._token_weights.add(weights)
+
+    def observe(self, losses: Mapping[str, float]) -> None:
+        """Take in the means of a step's losses, the same on all processes, all finite."""
+        if "loss/lang" in losses:
+            self.preservation.observe(losses["loss/lang"])
+            if "loss/vis" in losses:
+                self.gamma.observe(losses["loss/lang"], losses["loss/vis"])
 
     def finish(self, modules: ModulesOf = lambda parameters: NO_MODULES) -> StepRecord:
         """Leave the steered gradient in `.grad`, after the last micro-batch.
@@ -170,30 +210,39 @@ class SteeringStep:
         """
         plan = self._planned()
         self._plan = None
-        metrics: dict[str, Tensor | float] = {"steering/gamma": plan.policy.gamma}
+        metrics: dict[str, Tensor | float] = {}
+        if self.method.second is not None:
+            metrics["steering/gamma"] = plan.bounds.gamma
+        if self.method.preserved is not None:
+            metrics["steering/language_preservation"] = plan.bounds.preservation
         if self._token_weights.enabled:
             metrics["steering/visual_token_weight"] = self._token_weights.mean()
         by_module = NO_MODULES
-        if plan.apart:
+        if plan.weights is not None:
+            if is_replicated(plan.model):
+                _average_over_processes(plan.gradients.parameters)
+            if self._average is not None and self.method.second is not None:
+                self._average.skip()
+            weights = plan.weights[:2] / self._token_weights.expected_scales()
+        else:
             record = plan.gradients.combine(
                 plan.policy,
                 is_replicated(plan.model),
+                plan.bounds.preservation if self.method.preserved is not None else 0.0,
                 modules(plan.gradients.parameters),
                 self._token_weights.scales(),
             )
             if record is None:
                 return StepRecord({})
-            if not torch.isfinite(record.gramian).all():  # the policy would go on with the other part alone
+            if not torch.isfinite(record.gramian).all():  # the policy would go on with one part alone
                 return StepRecord({}, finite=False)
-            plan.weights, by_module = record.weights, record.modules
-            metrics |= record.metrics()
-            if self._predictor is not None:
-                metrics |= self._refresh(self._predictor, plan, record)
-        elif self._predictor is not None:
-            self._predictor.observe(self._proxy_squares(plan))
+            weights, by_module = record.weights, record.modules
+            metrics |= self._measured(record, plan)
         self._token_weights.end_step()
-        assert plan.weights is not None
-        metrics["steering/weight_ratio"] = self.weight_ratio = weight_ratio(plan.weights)
+        if self.method.second is not None:
+            if not self.method.unit:
+                metrics["steering/eta"] = weights[0]
+            metrics["steering/weight_ratio"] = self.weight_ratio = weights[1] / weights[0]
         return StepRecord(metrics, by_module)
 
     def discard(self) -> None:
@@ -204,51 +253,43 @@ class SteeringStep:
         assert self._plan is not None, "plan() comes first"
         return self._plan
 
-    def _weights_of_one_pass(self, plan: _Plan) -> Tensor:
-        """Of (lang, vis), (2,): from the step's own proxy where its only micro-batch is known, else from the plan."""
-        if not plan.single:
-            assert plan.weights is not None
-            return plan.weights * self._token_weights.expected_scales()
-        assert self._predictor is not None
-        plan.weights = self._predictor.weights(plan.policy, self._proxy_squares(plan))
-        return plan.weights * self._token_weights.scales()
-
-    def _proxy_squares(self, plan: _Plan) -> Tensor:
-        """What stands for |g_lang|^2 and |g_vis|^2 of the step, over all processes; asked for after its last loss."""
-        if plan.proxy_squares is None:
-            assert plan.proxy is not None
-            squares = GradientProxy(*(sum_over_processes(part) for part in plan.proxy)).squares()
-            plan.proxy_squares = squares * self._token_weights.scales().square()
-        return plan.proxy_squares
-
-    def _refresh(self, predictor: GramianPredictor, plan: _Plan, record: PairRecord) -> dict[str, Tensor | float]:
-        """Measure anew; return how good the prediction for this very step would have been."""
-        metrics: dict[str, Tensor | float] = {
-            "steering/refreshed": 1.0,
-            "steering/measured_weight_ratio": weight_ratio(record.weights),
-        }
-        proxy, predicted = self._proxy_squares(plan), None
-        if predictor.ready:
-            known = proxy if plan.single else None
-            predicted = predictor.predict(known)
-            weights = predictor.weights(plan.policy, known)
-            metrics["steering/predicted_weight_ratio"] = weight_ratio(weights)
-            metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, weights)
-        predictor.refresh(record.gramian, proxy, predicted)
+    def _measured(self, record: CombinationRecord, plan: _Plan) -> dict[str, Tensor | float]:
+        """What is logged of a measurement; at a refresh also how far the averages of those before were off."""
+        labels = self.method.label
+        names = [labels.get(part, part) for part in (self.method.first, self.method.second) if part is not None]
+        norms = record.norms()
+        metrics: dict[str, Tensor | float] = {f"gradient/norm_{name}": norms[i] for i, name in enumerate(names)}
+        metrics["gradient/cosine"] = record.cosine()
+        if self._average is None:
+            return metrics
+        metrics["steering/refreshed"] = 1.0
+        if self._average.known:
+            expected = plan.policy(self._average.gramian())
+            metrics["steering/direction_cosine"] = direction_cosine(record.gramian, record.weights, expected)
+        self._average.refresh(record.gramian)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "gamma": self.gamma.state_dict(),
-            "predictor": None if self._predictor is None else self._predictor.state_dict(),
+            "preservation": self.preservation.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
             "token_weights": self._token_weights.state_dict(),
             "weight_ratio": self.weight_ratio.item(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gamma.load_state_dict(state["gamma"])
-        if self._predictor is not None:
-            self._predictor.load_state_dict(state["predictor"])
+        self.preservation.load_state_dict(state["preservation"])
+        if self._average is not None and state["average"] is not None:
+            self._average.load_state_dict(state["average"])
         self._token_weights.load_state_dict(state["token_weights"])
         self.weight_ratio = self.weight_ratio.new_tensor(state["weight_ratio"])
+
+
+def _average_over_processes(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter, gradient in zip(
+        parameters, average_gradients(parameters, [parameter.grad for parameter in parameters]), strict=True
+    ):
+        parameter.grad = gradient

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import sum_over_processes
-from .predictor import RunningAverage
+from .averages import RunningAverage
 
 
 class VisualTokenWeights:
