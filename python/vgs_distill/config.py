@@ -135,9 +135,9 @@ class VGSConfig(DistillationConfig):
             ĝ(KL(p0‖r)) + γ ĝ(KL(p‖q)), ours; ``"teacher_prior"`` (1 - γ) ĝ(KL(p‖r)) + γ ĝ(KL(p‖q) - KL(p‖r));
             ``"language"`` η [KL(p‖q) + γ KL(p0‖r) + λ KL(p‖q*)], the paper's negative control.
         eta: How the weights of the two gradients are found: ``"measured"``, ``"amortized"``, a number or None.
-            ``"measured"`` takes the norms of both gradients over the whole accumulated batch at every step, which costs
-            ``"vgs"`` and ``"teacher_prior"`` a second backward pass; ``"amortized"`` at one step in `refresh_every`, and
-            their average in between; a number is η itself, for ``"vgs"`` and ``"language"``: nothing is measured (the
+            ``"measured"`` takes the norms of both gradients over the whole accumulated batch at every step, which
+            costs ``"vgs"`` and ``"teacher_prior"`` a second backward pass; ``"amortized"`` at one step in
+            `refresh_every`, and their average in between; a number is η itself, for ``"vgs"`` and ``"language"``: nothing is measured (the
             paper has 0.41 and 0.36). None: ``"amortized"`` for ``"vgs"`` and ``"language"``, ``"measured"`` for the
             others, which need no pass more for it.
         gamma: Weight of the second part: γ ≥ 0 for ``"vgs"`` and ``"language"``, a share in [0, 1] for the others, or
@@ -145,7 +145,8 @@ class VGSConfig(DistillationConfig):
             ``"language"`` and 0.8 for the others. ``"adaptive"``, for shares, gives the part of the loss that has made
             less progress the larger one (`vgs_distill.steering.gamma`).
         language_preservation: λ ≥ 0 of the third term of ``"vgs"`` and ``"language"``, or ``"adaptive"``. The paper has
-            0.01. ``"adaptive"`` raises it while KL(p0‖r) is above where it started (`vgs_distill.steering.preservation`).
+            0.01. ``"adaptive"`` raises it while KL(p0‖r) is above where it started
+            (`vgs_distill.steering.preservation`).
         dependency_quantile: Quantile of KL(q‖r) above which tokens depend on the image, for the third term and
             ``token_steering="dependency"``; of the tokens of a micro-batch that have an image. The paper has 0.7.
         ratio_bound: Largest \|log p0 - log r\| in q*, in nats, or None: beyond, it is clamped.

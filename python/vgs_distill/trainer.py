@@ -57,8 +57,8 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     * ``loss/lang``, ``loss/vis``: the language and the visual part of the method (`vgs_kernels.decomposed_kl`), mean
       per token, in nats; ``dependency``: KL(teacher || teacher without the image), the same
     * ``entropy``: entropy of the student, mean per token, in nats
-    * ``gradient/norm_standard``, ``gradient/norm_vis``, ``gradient/norm_lang``, ``gradient/cosine``: norms and cosine of
-      the two accumulated parameter gradients that the method weighs, at steps that measure them
+    * ``gradient/norm_standard``, ``gradient/norm_vis``, ``gradient/norm_lang``, ``gradient/cosine``: norms and cosine
+      of the two accumulated parameter gradients that the method weighs, at steps that measure them
     * ``steering/gamma``; ``steering/eta`` (``vgs`` and ``language``); ``steering/language_preservation``: λ
     * ``steering/weight_ratio``: weight of the second gradient over that of the first
     * ``steering/visual_token_weight``: mean weight of a token in the visual part, before the part is divided by it

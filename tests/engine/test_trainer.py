@@ -1,4 +1,4 @@
-"""The trainer: its steered gradient against textbook formulas, accumulation, masks, logging, and what it refuses."""
+"""The trainer: checkpointing, rows without an image, sampling, saving, logging, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,16 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, TrainerCallback
 from trl import DistillationConfig
 from vgs_distill import VGSConfig, VGSTrainer
-from vgs_distill.masking import Batch
-
-from tests.reference_formulas import visual_weights
-from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
-
-STEERED_KEYS = {
-    "loss", "loss/full", "loss/lang", "loss/vis", "entropy", "gradient/norm_lang", "gradient/norm_vis",
-    "gradient/cosine", "steering/gamma", "steering/weight_ratio",
-    "time/rollout", "time/teacher", "time/student", "time/steering",
-}  # fmt: skip
+from vgs_distill.steering.methods import METHODS
 
 
 class GradientTap(TrainerCallback):
@@ -54,164 +45,16 @@ def step_logs(trainer: VGSTrainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("image_mask", ["drop", "blank", "attention"])
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_every_decomposition_trains_with_every_mask(
-    make_trainer: Callable[..., VGSTrainer], decomposition: str, image_mask: str
+@pytest.mark.parametrize("settings", [{}, {"eta": "measured", "language_preservation": 1.0}], ids=["default", "all"])
+def test_gradient_checkpointing_gives_the_same_update(
+    make_trainer: Callable[..., VGSTrainer], settings: dict[str, Any]
 ) -> None:
-    trainer = make_trainer(decomposition=decomposition, image_mask=image_mask)
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    trainer.train()
-    logs = step_logs(trainer)
-    assert len(logs) == 2
-    for row in logs:
-        assert set(row) >= STEERED_KEYS
-        assert all(math.isfinite(row[key]) for key in STEERED_KEYS)
-        assert -1.0 <= row["gradient/cosine"] <= 1.0
-        expected = (0.8 / row["gradient/norm_vis"]) / (0.2 / row["gradient/norm_lang"])
-        assert row["steering/weight_ratio"] == pytest.approx(expected, rel=1e-4)
-        if decomposition == "teacher_prior":
-            assert row["loss/full"] == pytest.approx(row["loss/lang"] + row["loss/vis"], abs=1e-5)
-    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
-
-
-def test_monolithic_distillation_is_trl_and_logs_its_times(make_trainer: Callable[..., VGSTrainer]) -> None:
-    trainer = make_trainer(steering="none")
-    trainer.train()
-    for row in step_logs(trainer):
-        assert {"loss", "loss/full", "entropy", "grad_norm", "time/rollout", "time/teacher", "time/student"} <= set(row)
-        assert row["loss"] == pytest.approx(row["loss/full"], rel=1e-5)
-        assert "gradient/cosine" not in row
-
-
-def textbook_gradients(
-    student: Any,
-    teacher: Any,
-    inputs: dict[str, Any],
-    decomposition: str,
-    token_steering: float = 0.0,
-    plausibility: float = 0.0,
-    teacher_smoothing: float = 0.0,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Both parameter gradients by autograd through log_softmax, with the prompts masked by hand."""
-    batch = Batch.of(inputs)
-    config = student.config
-    fence = [config.image_token_id, config.vision_start_token_id, config.vision_end_token_id]
-
-    def log_probs(model: Any, ids: Tensor, mask: Tensor, **extra: Any) -> Tensor:
-        logits = model(input_ids=ids, attention_mask=mask, **extra).logits
-        return logits[:, :-1][:, -batch.completion_ids.size(1) :].log_softmax(-1)
-
-    def masked_log_probs(model: Any) -> Tensor:
-        rows = []
-        for row in range(batch.prompt_ids.size(0)):
-            kept = [
-                token
-                for token, real in zip(batch.prompt_ids[row].tolist(), batch.prompt_mask[row].tolist(), strict=True)
-                if real and token not in fence
-            ]
-            ids = torch.cat([torch.tensor(kept), batch.completion_ids[row]])[None]
-            mask = torch.cat([torch.ones(len(kept), dtype=torch.long), batch.completion_mask[row]])[None]
-            rows.append(log_probs(model, ids, mask))
-        return torch.cat(rows)
-
-    lp = log_probs(student, batch.input_ids, batch.attention_mask, **batch.multimodal)
-    l0 = masked_log_probs(student)
-    with torch.no_grad():
-        lq = log_probs(teacher, batch.input_ids, batch.attention_mask, **batch.multimodal)
-        lr = masked_log_probs(teacher)
-    if teacher_smoothing:
-        lq, lr = (((1 - teacher_smoothing) * t.exp() + teacher_smoothing / t.size(-1)).log() for t in (lq, lr))
-    p, p0 = lp.exp(), l0.exp()
-    if decomposition == "teacher_prior":
-        lang, vis = (p * (lp - lr)).sum(-1), (p * (lr - lq)).sum(-1)
-    elif decomposition == "bayes":
-        lang, vis = (p0 * (l0 - lr)).sum(-1), (p * ((lp - l0.detach()) - (lq - lr))).sum(-1)
-    else:
-        lang, vis = (p0 * (l0 - lr)).sum(-1), (p * (lp - lq)).sum(-1)
-    weights = batch.completion_mask / batch.completion_mask.sum()
-    by_token = visual_weights(
-        lq.flatten(0, 1), lr.flatten(0, 1), batch.completion_ids.flatten(), token_steering, plausibility
-    ).view_as(weights)
-    vis = vis * by_token / (by_token * weights).sum()
-    parameters = list(student.parameters())
-    g_lang = torch.autograd.grad((lang * weights).sum(), parameters, allow_unused=True, retain_graph=True)
-    g_vis = torch.autograd.grad((vis * weights).sum(), parameters, allow_unused=True)
-    return list(g_lang), list(g_vis)
-
-
-WEIGHTED = {"token_steering": 4.0, "plausibility": 0.2, "teacher_smoothing": 0.05}
-
-
-@pytest.mark.parametrize("settings", [{}, WEIGHTED], ids=["plain", "weighted"])
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_the_steered_gradient_is_the_textbook_one(
-    make_trainer: Callable[..., VGSTrainer], decomposition: str, settings: dict[str, float]
-) -> None:
-    gamma = 0.7
-    trainer = make_trainer(decomposition=decomposition, gamma=gamma, max_steps=1, max_grad_norm=0.0, **settings)
-    student = trainer.model
-    initial = {n: p.detach().clone() for n, p in student.named_parameters()}
-    gradients, batches = GradientTap(), BatchTap(trainer)
-    trainer.add_callback(gradients)
-    trainer.train()
-
-    student.load_state_dict(initial, strict=False)
-    lang, vis = textbook_gradients(student, trainer.teacher_model, batches.batches[0], decomposition, **settings)
-
-    def norm(parts: list[Tensor | None]) -> Tensor:
-        return torch.stack([g.square().sum() for g in parts if g is not None]).sum().sqrt()
-
-    row = step_logs(trainer)[0]
-    assert row["gradient/norm_lang"] == pytest.approx(norm(lang).item(), rel=1e-4)
-    assert row["gradient/norm_vis"] == pytest.approx(norm(vis).item(), rel=1e-4)
-    for (name, parameter), a, b in zip(student.named_parameters(), lang, vis, strict=True):
-        expected = torch.zeros_like(parameter)
-        if a is not None:
-            expected = expected + (1 - gamma) * a / norm(lang)
-        if b is not None:
-            expected = expected + gamma * b / norm(vis)
-        steered = gradients.gradients[0].get(name, torch.zeros_like(parameter))
-        torch.testing.assert_close(steered, expected, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("settings", [{}, {**WEIGHTED, "steering_scale": "preserve"}], ids=["plain", "weighted"])
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_accumulation_does_not_change_the_steered_gradient(
-    make_trainer: Callable[..., VGSTrainer], decomposition: str, settings: dict[str, Any]
-) -> None:
-    results = []
-    for batch_size, accumulation in ((8, 1), (2, 4)):
-        trainer = make_trainer(
-            decomposition=decomposition,
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            **settings,
-        )
-        tap = GradientTap()
-        trainer.add_callback(tap)
-        trainer.train()
-        results.append((tap.gradients, step_logs(trainer)[0]))
-    (one, log_one), (four, log_four) = results
-    assert len(one) == len(four) == 1
-    assert one[0].keys() == four[0].keys()
-    for name in one[0]:
-        torch.testing.assert_close(one[0][name], four[0][name], atol=1e-5, rtol=0)
-    keys = ["loss", "loss/full", "loss/lang", "loss/vis", "entropy"]
-    keys += ["gradient/norm_lang", "gradient/norm_vis", "gradient/cosine"]
-    keys += ["steering/visual_token_weight"] if settings else []
-    for key in keys:
-        assert log_one[key] == pytest.approx(log_four[key], rel=1e-4, abs=1e-5)
-
-
-def test_gradient_checkpointing_gives_the_same_update(make_trainer: Callable[..., VGSTrainer]) -> None:
     updates = []
-    for settings in (
+    for checkpointing in (
         {"gradient_checkpointing": False},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ):
-        trainer = make_trainer(max_steps=1, **settings)
+        trainer = make_trainer(max_steps=1, **settings, **checkpointing)
         trainer.train()
         updates.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
     for name, value in updates[0].items():
@@ -223,34 +66,44 @@ def with_images_removed(dataset: Dataset, keep: Callable[[int], bool]) -> Datase
     return Dataset.from_dict({"prompt": list(dataset["prompt"]), "image": images}, features=dataset.features)
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_rows_without_an_image_are_all_language(
-    make_trainer: Callable[..., VGSTrainer], prompts: Dataset, decomposition: str
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_an_image_follow_the_first_part(
+    make_trainer: Callable[..., VGSTrainer], prompts: Dataset, method: str
 ) -> None:
-    trainer = make_trainer(with_images_removed(prompts, lambda row: False), decomposition=decomposition)
+    """KL(student || teacher), at the length that the method gives its first part alone."""
+    dataset = with_images_removed(prompts, lambda row: False)
+    trainer = make_trainer(dataset, method=method, max_grad_norm=0.0)
+    trainer.train()
+    steered = METHODS[method]
+    for row in step_logs(trainer):
+        assert row["loss/standard"] > 0.0
+        if "loss/lang" in row and steered.unit:
+            assert row["loss/lang"] == 0.0  # no view without an image has run
+        if steered.unit:
+            assert row["grad_norm"] == pytest.approx(0.2, rel=1e-3)  # 1 - gamma: what is missing is not made up for
+    plain = make_trainer(dataset, method="opd", max_grad_norm=0.0)
+    plain.train()
+    if not steered.unit:
+        assert [row["grad_norm"] for row in step_logs(trainer)] == pytest.approx(
+            [row["grad_norm"] for row in step_logs(plain)], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_batches_train(make_trainer: Callable[..., VGSTrainer], prompts: Dataset, method: str) -> None:
+    dataset = with_images_removed(prompts, lambda row: row % 2 == 0)
+    trainer = make_trainer(dataset, method=method, language_preservation=1.0)
     trainer.train()
     for row in step_logs(trainer):
-        assert row["loss/lang"] == pytest.approx(row["loss/full"], rel=1e-5)
-        assert row["loss/vis"] == pytest.approx(0.0, abs=1e-6)
-        assert row["gradient/norm_vis"] == 0.0
-        assert row["gradient/norm_lang"] > 0.0
-        assert row["grad_norm"] == pytest.approx(0.2, rel=1e-3)  # 1 - gamma: what is missing is not made up for
+        assert all(math.isfinite(value) for value in row.values())
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_mixed_batches_train(make_trainer: Callable[..., VGSTrainer], prompts: Dataset, decomposition: str) -> None:
-    trainer = make_trainer(with_images_removed(prompts, lambda row: row % 2 == 0), decomposition=decomposition)
-    trainer.train()
-    for row in step_logs(trainer):
-        assert all(math.isfinite(row[key]) for key in STEERED_KEYS)
-
-
-@pytest.mark.parametrize("steering", ["exact", "none"])
+@pytest.mark.parametrize("method", ["vgs", "matched", "opd"])
 def test_micro_batches_without_any_image_train(
-    make_trainer: Callable[..., VGSTrainer], prompts: Dataset, steering: str
+    make_trainer: Callable[..., VGSTrainer], prompts: Dataset, method: str
 ) -> None:
     dataset = with_images_removed(prompts, lambda row: row % 4 == 0)
-    trainer = make_trainer(dataset, steering=steering, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer = make_trainer(dataset, method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     tap = BatchTap(trainer)
     trainer.train()
     pictures = [len(batch.get("pixel_values", ())) for batch in tap.batches]
@@ -309,7 +162,7 @@ def test_metrics_reach_tensorboard(make_trainer: Callable[..., VGSTrainer], tmp_
     events = accumulator.EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     tags = events.Tags()["scalars"]
-    for key in ("loss/lang", "gradient/cosine", "steering/weight_ratio", "time/rollout"):
+    for key in ("loss/lang", "gradient/cosine", "steering/eta", "time/rollout"):
         assert f"train/{key}" in tags
 
 
@@ -318,7 +171,7 @@ def test_evaluation_reports_the_parts(make_trainer: Callable[..., VGSTrainer], p
     metrics = trainer.evaluate(prompts.select(range(8)))
     assert metrics["eval_loss"] > 0
     logged = {key for row in trainer.state.log_history for key in row}
-    assert {"eval_loss/full", "eval_loss/lang", "eval_loss/vis"} <= logged
+    assert {"eval_loss/standard", "eval_loss/lang", "eval_loss/vis", "eval_dependency"} <= logged
 
 
 def test_gamma_schedule_is_followed(make_trainer: Callable[..., VGSTrainer]) -> None:
@@ -328,7 +181,7 @@ def test_gamma_schedule_is_followed(make_trainer: Callable[..., VGSTrainer]) -> 
 
 
 def test_weight_ratio_is_bounded(make_trainer: Callable[..., VGSTrainer]) -> None:
-    trainer = make_trainer(max_weight_ratio=0.25)
+    trainer = make_trainer(method="matched", max_weight_ratio=0.25)
     trainer.train()
     for row in step_logs(trainer):
         assert row["steering/weight_ratio"] <= 0.25 * (1 + 1e-5)
@@ -349,22 +202,41 @@ def test_a_plain_distillation_config_is_refused(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"decomposition": "baies"}, "unknown decomposition 'baies'; choose one of teacher_prior, bayes, matched"),
+        ({"method": "vsg"}, "unknown method 'vsg'; choose one of vgs, opd, vgs_unit, matched, teacher_prior, language"),
+        ({"steering": "none"}, "steering is no setting any more; write method='opd'"),
+        ({"steering": "exact"}, "steering is no setting any more; write eta='measured'"),
+        ({"decomposition": "bayes"}, "decomposition is no setting any more; write method='vgs_unit'"),
+        ({"refresh_drift": 2.0}, "refresh_drift is no setting any more; leave it out"),
         ({"image_mask": "crop"}, "unknown image_mask 'crop'; choose one of drop, blank, attention"),
-        ({"steering": "cheap"}, "unknown steering"),
+        ({"eta": "cheap"}, "eta must be 'measured', 'amortized' or a positive number, got 'cheap'"),
+        ({"eta": 0.0}, "eta must be 'measured', 'amortized' or a positive number, got 0.0"),
+        ({"eta": math.nan}, "eta must be"),
+        ({"method": "matched", "eta": 0.4}, "has a weight for each of two gradients, which no single number is"),
         ({"steering_scale": "big"}, "unknown steering_scale .big.; choose one of unit, preserve"),
-        ({"refresh_every": -1}, "refresh_every must be 0 .never. or more"),
-        ({"refresh_drift": 1.0}, "refresh_drift must be above 1"),
-        ({"gamma": 1.2}, r"gamma must be in \[0, 1\] or 'adaptive', got 1.2"),
-        ({"gamma_start": -0.1}, r"gamma_start must be in \[0, 1\]"),
+        ({"refresh_every": 0}, "refresh_every must be 1 or more"),
+        (
+            {"method": "matched", "gamma": 1.2},
+            r"gamma is a share in \[0, 1\] with method='matched'",
+        ),
+        ({"gamma": -0.5}, "gamma must be a number of at least 0 or 'adaptive', got -0.5"),
+        ({"gamma_start": -0.1}, "gamma_start must be a number of at least 0"),
+        ({"gamma": "adaptive"}, "gamma='adaptive' compares how far the two parts of the loss have fallen, by shares"),
+        (
+            {"language_preservation": -1.0},
+            "language_preservation must be 0 .off., a positive finite number or",
+        ),
+        ({"dependency_quantile": 1.5}, r"dependency_quantile must be in \[0, 1\]"),
+        ({"ratio_bound": 0.0}, "ratio_bound must be positive or None"),
+        ({"ratio_floor": 1.0}, "ratio_floor must be at least 0 .off. and below 1"),
         ({"max_weight_ratio": 0.0}, "max_weight_ratio must be positive"),
-        ({"token_steering": -1.0}, "token_steering must be 0 .off. or a positive finite number, got -1.0"),
+        (
+            {"token_steering": -1.0},
+            "token_steering must be 0 .off., a positive finite number or",
+        ),
+        ({"method": "opd", "token_steering": 1.0}, "method='opd' has no visual part that token_steering could weigh"),
         ({"plausibility": 1.0}, "plausibility must be at least 0 .off. and below 1, got 1.0"),
         ({"teacher_smoothing": -0.1}, "teacher_smoothing must be at least 0 .off. and below 1, got -0.1"),
-        (
-            {"steering": "none", "teacher_smoothing": 0.1},
-            "steering='none' is TRL's loss, which has no teacher_smoothing",
-        ),
+        ({"fp16": True}, "which the loss scaling of fp16 changes"),
         ({"beta": 0.5}, "beta=1.0"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"max_skipped_steps": 0}, "max_skipped_steps must be 1 or more"),

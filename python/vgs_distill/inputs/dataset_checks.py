@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from ..errors import InputError, one_sentence
+from ..steering.methods import METHODS
 from .families import EvidenceTokens
 from .formats import arrange, canonical_row, prompt_column
 from .modalities import AUDIO, IMAGE, MODALITIES, Modality, pieces_of, read_piece, refuse_both
@@ -68,7 +69,7 @@ class RowCheck:
             modality,
             processor,
             reserved=() if processor is None else EvidenceTokens.of(model, processor, modality).texts(processor),
-            need_evidence=settings.steering != "none",
+            need_evidence=METHODS[settings.method].masks_teacher,
             opened=settings.check_dataset_rows,
             at_least=step,
         )
@@ -137,7 +138,7 @@ class RowCheck:
             raise InputError(
                 f"{self.name} holds no {self.modality.plural}, neither in a column {one!r} or {several!r} (it has "
                 f"{', '.join(map(repr, columns))}) nor in its messages; name the column with image_column, or set "
-                "modality or steering='none'"
+                "modality or method='opd'"
             )
 
     # ------------------------------------------------------------------ rows that are stored

@@ -95,7 +95,8 @@ class RunawayMonitor(TrainerCallback):
 
     There is one alarm in a run. ``"fallback"`` then bounds gamma by 0.5 and the weight ratio by 1 for the rest of it:
     no step is more visual than that of the plain sum lang + vis, which for ``"teacher_prior"`` is on-policy
-    distillation; and λ is at least 1. ``"stop"`` has a checkpoint written at the end of the step and `stop_if_asked` raise.
+    distillation; and λ is at least 1. ``"stop"`` has a checkpoint written at the end of the step and `stop_if_asked`
+    raise.
     """
 
     def __init__(self, action: str) -> None:
