@@ -70,7 +70,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         lambda value: 0 <= value < math.inf,
         "0 or more, and finite",
     ),
-    (("plausibility", "teacher_smoothing", "ratio_floor"), lambda value: 0 <= value < 1, "at least 0 (off) and below 1"),
+    (
+        ("plausibility", "teacher_smoothing", "ratio_floor"),
+        lambda value: 0 <= value < 1,
+        "at least 0 (off) and below 1",
+    ),
     (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
     (
         (
@@ -137,9 +141,9 @@ class VGSConfig(DistillationConfig):
         eta: How the weights of the two gradients are found: ``"measured"``, ``"amortized"``, a number or None.
             ``"measured"`` takes the norms of both gradients over the whole accumulated batch at every step, which
             costs ``"vgs"`` and ``"teacher_prior"`` a second backward pass; ``"amortized"`` at one step in
-            `refresh_every`, and their average in between; a number is η itself, for ``"vgs"`` and ``"language"``: nothing is measured (the
-            paper has 0.41 and 0.36). None: ``"amortized"`` for ``"vgs"`` and ``"language"``, ``"measured"`` for the
-            others, which need no pass more for it.
+            `refresh_every`, and their average in between; a number is η itself, for ``"vgs"`` and ``"language"``:
+            nothing is measured (the paper has 0.41 and 0.36). None: ``"amortized"`` for ``"vgs"`` and ``"language"``,
+            ``"measured"`` for the others, which need no pass more for it.
         gamma: Weight of the second part: γ ≥ 0 for ``"vgs"`` and ``"language"``, a share in [0, 1] for the others, or
             ``"adaptive"``. It is the value a schedule ends at; None for the method's own, 2 for ``"vgs"``, 1 for
             ``"language"`` and 0.8 for the others. ``"adaptive"``, for shares, gives the part of the loss that has made

@@ -351,11 +351,13 @@ class MicroBatch:
         )
 
     def _dependency(self, rows: _Rows, teacher_head: LMHead) -> Tensor:
-        """VDS = KL(q ‖ r) of every token, (tokens,), where it is needed before the loss: two projections more."""
+        """VDS = KL(q ‖ r) of every token, (tokens,), where it is needed before the loss: two projections more. Of the
+        teacher as it is: `teacher_smoothing` would smooth r alone here."""
         with torch.no_grad():
             teacher = rows.teacher.to(teacher_head.weight.dtype)
             masked = rows.masked_teacher.to(teacher.dtype)
-            return linear_reverse_kl(teacher, teacher_head, masked, teacher_head, **self._settings.kernel).per_token.kl
+            options = {**self._settings.kernel, "teacher_smoothing": 0.0}
+            return linear_reverse_kl(teacher, teacher_head, masked, teacher_head, **options).per_token.kl
 
     # ------------------------------------------------------------------ small parts
 

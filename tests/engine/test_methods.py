@@ -95,6 +95,7 @@ def textbook_parts(
     inputs: dict[str, Any],
     *,
     quantile: float = 0.7,
+    before_the_loss: bool = False,
     token_steering: float | str = 0.0,
     plausibility: float = 0.0,
     teacher_smoothing: float = 0.0,
@@ -106,11 +107,13 @@ def textbook_parts(
     lp, lp0 = log_probs(student, batch), masked_log_probs(student, batch)
     with torch.no_grad():
         lq, lr = log_probs(teacher, batch), masked_log_probs(teacher, batch)
+        unsmoothed_scores = kl(lq, lr)
         if teacher_smoothing:
             lq, lr = (((1 - teacher_smoothing) * t.exp() + teacher_smoothing / t.size(-1)).log() for t in (lq, lr))
     valid = batch.completion_mask.bool()
     weights = batch.completion_mask / batch.completion_mask.sum()
-    scores = kl(lq, lr)[valid]
+    # Known before the loss, where the visual part is chosen by them: of the teacher as it is.
+    scores = (unsmoothed_scores if before_the_loss else kl(lq, lr))[valid]
     ranks = scores.argsort(descending=True)
     top = torch.zeros_like(weights)
     count = round((1 - quantile) * len(ranks))
@@ -188,7 +191,12 @@ def test_the_update_is_the_textbook_one(
     trainer, applied, batches = run_one_step(make_trainer, method=method, eta=eta, gamma=gamma, **settings)
     options = {k: v for k, v in settings.items() if k not in LANGUAGE}
     gradients = textbook_parts(
-        trainer.model, trainer.teacher_model, batches[0], quantile=settings.get("dependency_quantile", 0.7), **options
+        trainer.model,
+        trainer.teacher_model,
+        batches[0],
+        quantile=settings.get("dependency_quantile", 0.7),
+        before_the_loss=METHODS[method].preserved == "vis",
+        **options,
     )
     parameters = list(trainer.model.parameters())
     parts = {name: flat(gradient, parameters) for name, gradient in gradients.items()}
