@@ -355,7 +355,7 @@ class VGSConfig(DistillationConfig):
         if isinstance(self.eta, str):
             if self.eta not in (MEASURED, AMORTIZED):
                 raise ValueError(f"eta must be {MEASURED!r}, {AMORTIZED!r} or a positive number, got {self.eta!r}")
-        elif not 0.0 < self.eta < math.inf:
+        elif self.eta is None or not 0.0 < self.eta < math.inf:
             raise ValueError(f"eta must be {MEASURED!r}, {AMORTIZED!r} or a positive number, got {self.eta!r}")
         elif method.unit:
             raise ValueError(

@@ -113,8 +113,9 @@ class PartGradients:
         if third and preservation and any(gradient is not None for gradient in third[0]):
             out = [torch.zeros_like(gradient) for gradient in out]  # also where only c has a gradient
             combine_gradients(first, second, weights * scales.to(weights), out=out, gramian=gramian)
-            pair = torch.stack([torch.ones_like(weights[0]), weights[0] * preservation])
-            combine_gradients(out, third[0], pair, out=out)
+            combine_gradients(
+                out, third[0], torch.stack([torch.ones_like(weights[0]), weights[0] * preservation]), out=out
+            )
         else:
             combine_gradients(first, second, weights * scales.to(weights), out=out, gramian=gramian)
         for index, gradient in zip(present, out, strict=True):
