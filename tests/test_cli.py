@@ -101,7 +101,8 @@ def test_doctor_fails_where_a_backend_computes_wrongly(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gamma", "1.5"], "gamma must lie between 0"),
+        (["--gamma", "1.5", "--method", "matched"], "gamma must lie between 0 and 1"),
+        (["--eta", "exact"], "eta must be measured, amortized or a positive number"),
         (["--steps", "0"], "steps must be 1 or more"),
         (["--jobs", "0"], "jobs must be 1 or more"),
         (["--seeds", "0"], "seeds must be 1 or more"),

@@ -2,7 +2,7 @@
 
 Every run of one seed and regime starts from the same student and meets the same prompts in the same order, so runs are
 compared in pairs. Learning rates are chosen on the validation split with seeds of their own, by the same grid for
-monolithic distillation and for steering; the test split is read once per run, after its learning rate is fixed.
+on-policy distillation (OPD) and for steering; the test split is read once per run, after its learning rate is fixed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vgs_distill.demo.methods import OPD, Method
-from vgs_distill.demo.recipes import DemoRecipe, demo_recipe
+from vgs_distill.demo.methods import OPD, Method, label_of
+from vgs_distill.demo.recipes import METHOD_SETTINGS, DemoRecipe, demo_recipe
 
 TASKS = ("digits", "shapes")
 SEEDS = tuple(range(8))
@@ -22,27 +22,29 @@ TUNING_SEEDS = (100, 101)
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 TUNED = ("opd", "matched-0.8")
 """What has its own learning rate; every other steered method takes that of `matched-0.8`."""
-PROVOKED = ("teacher-prior-0.8-warn", "teacher-prior-0.9-warn", "bayes-0.8-warn", "bayes-0.9-warn")
+PROVOKED = ("teacher-prior-0.8-warn", "teacher-prior-0.9-warn", "vgs-unit-0.8-warn", "vgs-unit-0.9-warn")
 GUARDED = (
     "teacher-prior-0.8-fallback",
-    "bayes-0.8-fallback",
+    "vgs-unit-0.8-fallback",
     "teacher-prior-0.8-plausibility-warn",
     "teacher-prior-0.8-teacher-smoothing-warn",
 )
+PAPER = ("vgs-2.0", "vgs-2.0-language-preservation-ratio-floor", "language-1.0")
 SAFETY_GAMMAS = (0.5, 0.7, 0.9)
 
-# What "equal compute" means for OPD: a little more than an exact step costs in monolithic ones, by the records of
-# `benchmarks.training_step` and by the times of the study's own runs.
-EXACT_STEP_COST = 1.25
+# What "equal compute" means for OPD: a little more than a step of `matched` that measures costs in steps of OPD, by the
+# times of the study's own runs.
+STEERED_STEP_COST = 1.25
 
 
-def _steered(decomposition: str, gamma: float | str, cap: float | None = None, **settings: Any) -> Method:
+def _steered(method: str, gamma: float | str, cap: float | None = None, **settings: Any) -> Method:
     extra = "".join(f"-{value if isinstance(value, str) else key.replace('_', '-')}" for key, value in settings.items())
-    name = f"{decomposition.replace('_', '-')}-{gamma}" + ("" if cap is None else f"-cap{cap:g}") + extra
-    words = [decomposition.replace("_", " "), f"γ {gamma}"]
+    name = f"{method.replace('_', '-')}-{gamma}" + ("" if cap is None else f"-cap{cap:g}") + extra
+    words = [label_of(method), f"γ {gamma}"]
     words += [] if cap is None else [f"ratio ≤ {cap:g}"]
     words += [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
-    return Method(name, ", ".join(words), decomposition, gamma, cap, "exact", settings)
+    settings |= {} if cap is None else {"max_weight_ratio": cap}
+    return Method(name, ", ".join(words), method, gamma, "measured", settings)
 
 
 _METHODS = (
@@ -52,15 +54,19 @@ _METHODS = (
     # Every step's gradient scaled to one norm, as steering's is: tells the split's part of a gain from the scaling's.
     replace(OPD, name="opd-unit", label="OPD, unit gradients", settings={"max_grad_norm": 1e-3}),
     *(_steered("matched", gamma) for gamma in (0.5, 0.7, 0.8, 0.9)),
-    _steered("bayes", 0.7),
+    _steered("vgs_unit", 0.7),
     _steered("teacher_prior", 0.8, 4.0),
-    _steered("matched", 0.8, token_steering=1.0),
+    _steered("vgs_unit", 0.7, token_steering=1.0),
     _steered("matched", "adaptive"),
+    # The paper's update and its negative control, and the update as the demo has it.
+    _steered("vgs", 2.0),
+    _steered("vgs", 2.0, **METHOD_SETTINGS["vgs"]),
+    _steered("language", 1.0),
     # Known to run away from a cold student; then what is to keep them from it.
     *(_steered("teacher_prior", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
-    *(_steered("bayes", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
+    *(_steered("vgs_unit", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
     _steered("teacher_prior", 0.8, runaway_action="fallback"),
-    _steered("bayes", 0.8, runaway_action="fallback"),
+    _steered("vgs_unit", 0.8, runaway_action="fallback"),
     _steered("teacher_prior", 0.8, plausibility=0.1, runaway_action="warn"),
     _steered("teacher_prior", 0.8, teacher_smoothing=0.05, runaway_action="warn"),
 )
@@ -142,7 +148,7 @@ class Run:
     def recipe(self) -> DemoRecipe:
         recipe = REGIMES[self.regime].change(demo_recipe(self.task))
         if self.method == "opd-compute":
-            recipe = _steps(EXACT_STEP_COST)(recipe)
+            recipe = _steps(STEERED_STEP_COST)(recipe)
         return replace(
             recipe,
             distillation=replace(recipe.distillation, learning_rate=self.learning_rate),
@@ -198,18 +204,23 @@ def _tests(
 
 
 def main_comparison(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Monolithic distillation against the default, at the same steps."""
+    """OPD against `matched`, at the same steps."""
     return _tests(records, tasks, ["base"], ["opd", "matched-0.8", "start"], SEEDS)
 
 
 def equal_compute(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Monolithic distillation with as many more steps as pay for what steering costs."""
+    """OPD with as many more steps as pay for what steering costs."""
     return _tests(records, tasks, ["base"], ["opd-compute"], SEEDS)
 
 
 def readings(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The other two readings of the split, each at its recommended gamma and guard."""
-    return _tests(records, tasks, ["base"], ["bayes-0.7", "teacher-prior-0.8-cap4"], SEEDS[:3])
+    """The other two rules of unit gradients, each at its recommended gamma and guard."""
+    return _tests(records, tasks, ["base"], ["vgs-unit-0.7", "teacher-prior-0.8-cap4"], SEEDS[:3])
+
+
+def paper(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
+    """The paper's update, the same with the demo's guards, and the paper's negative control."""
+    return _tests(records, tasks, ["base"], PAPER, SEEDS[:3])
 
 
 def ablations(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
@@ -218,7 +229,7 @@ def ablations(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
 
 
 def safety(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The default's split at other gammas; with the main comparison's runs these must never collapse."""
+    """`matched` at other gammas; with the main comparison's runs these must never collapse."""
     return _tests(records, tasks, ["base"], [f"matched-{gamma}" for gamma in SAFETY_GAMMAS], SEEDS[:4])
 
 
@@ -233,15 +244,15 @@ def guards(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
 
 
 def variants(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The default with token steering, and with adaptive gamma."""
-    return _tests(records, tasks, ["base"], ["matched-0.8-token-steering", "matched-adaptive"], SEEDS[:4])
+    """`vgs_unit` with token steering, and `matched` with adaptive gamma."""
+    return _tests(records, tasks, ["base"], ["vgs-unit-0.7-token-steering", "matched-adaptive"], SEEDS[:4])
 
 
 def regimes(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Where steering helps and where it does not; of the first seed, the other splits' cosines too."""
+    """Where steering helps and where it does not; of the first seed, the other methods' cosines too."""
     others = [name for name in REGIMES if name != "base"]
     methods = ["opd", "matched-0.8", "start"]
-    first = _tests(records, tasks, others, [*methods, "bayes-0.7", "teacher-prior-0.8-cap4"], SEEDS[:1])
+    first = _tests(records, tasks, others, [*methods, "vgs-unit-0.7", "teacher-prior-0.8-cap4"], SEEDS[:1])
     return first + _tests(records, tasks, others, methods, SEEDS[1:3])
 
 
@@ -256,5 +267,6 @@ EXPERIMENTS: Mapping[str, Callable[[Records, Sequence[str]], list[Run]]] = {
     "ablations": ablations,
     "variants": variants,
     "guards": guards,
+    "paper": paper,
 }
 """In the order in which they are run."""

@@ -33,10 +33,11 @@ from benchmarks.study.plan import METHODS, Run
 
 RECORDS = RECORDS / "study.jsonl"
 SERIES = {
-    "full": "loss/full",
+    "standard": "loss/standard",
     "lang": "loss/lang",
     "vis": "loss/vis",
     "entropy": "entropy",
+    "norm_standard": "gradient/norm_standard",
     "norm_lang": "gradient/norm_lang",
     "norm_vis": "gradient/norm_vis",
     "cosine": "gradient/cosine",
@@ -45,7 +46,8 @@ SERIES = {
     "clipped": "completions/clipped_ratio",
     "length": "completions/mean_length",
 }
-"""What a line keeps of every step, three digits each."""
+"""What a line keeps of every step, three digits each. Lines of `vgs_unit` from before `vis` was KL(p ‖ q*) have instead
+`vis_less_log_z`, the same without the log of the normaliser of q*: its gradient is the same."""
 
 Next = Callable[[], Run | None]
 

@@ -64,19 +64,19 @@ def evaluation(accuracy: float, completion: str = "answer : one") -> dict[str, A
 @pytest.fixture
 def finished(tmp_path):
     """What workers report for two seeds and two methods, as `summarize` takes it."""
-    methods = methods_for(["matched"], None)
-    accuracy = {(0, "opd"): 0.6, (1, "opd"): 0.7, (0, "vgs-matched"): 0.65, (1, "vgs-matched"): 0.73}
+    methods = methods_for(["vgs"], None)
+    accuracy = {(0, "opd"): 0.6, (1, "opd"): 0.7, (0, "vgs"): 0.65, (1, "vgs"): 0.73}
     runs = []
     for (seed, method), value in accuracy.items():
         history = []
         for step in range(1, 31):
-            row = {"step": step, "loss": 1 / step, "loss/full": 1 / step, "time/rollout": 0.1}
+            row = {"step": step, "loss": 1 / step, "loss/standard": 1 / step, "time/rollout": 0.1}
             if method != "opd":
                 row |= {
                     "loss/lang": 0.1,
                     "loss/vis": 1 / step,
                     "gradient/cosine": 0.3 if step % 2 else -0.1,
-                    "gradient/norm_lang": 0.5,
+                    "gradient/norm_standard": 0.5,
                     "gradient/norm_vis": 2.0 / step,
                     "steering/weight_ratio": float(step),
                     "time/steering": 0.02,

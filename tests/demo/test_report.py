@@ -8,9 +8,10 @@ import re
 
 import pytest
 from rich.console import Console
+from vgs_distill.demo.methods import methods_for
 from vgs_distill.demo.report import data_uri, render_report
 from vgs_distill.demo.results import gallery, spread, summarize
-from vgs_distill.demo.table import percent, results_table
+from vgs_distill.demo.table import notes, percent, results_table
 from vgs_distill.report.charts import Series, line_chart, moving_average
 
 from tests.html_page import Page
@@ -32,7 +33,7 @@ def html(results, histories, pictures):
 
 
 def test_the_summary_is_the_arithmetic_of_the_runs(results):
-    opd, steered = results["summary"]["opd"], results["summary"]["vgs-matched"]
+    opd, steered = results["summary"]["opd"], results["summary"]["vgs"]
     assert opd["accuracy"]["values"] == [0.6, 0.7]
     assert opd["accuracy"]["mean"] == pytest.approx(0.65)
     assert opd["accuracy"]["deviation"] == pytest.approx(0.0707, abs=1e-4)
@@ -88,6 +89,20 @@ def test_labels_inside_charts_are_escaped():
     assert "&lt;b&gt;" in chart
 
 
+def test_table_and_report_say_how_vgs_differs_from_the_paper(results, html):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    for text in (console.export_text(), Page(html).text):
+        assert "λ is 1 instead of 0.01" in text
+    assert "language_preservation 1.0, ratio_floor 0.1" in Page(html).text
+    assert results["methods"]["vgs"]["settings"] == {"language_preservation": 1.0, "ratio_floor": 0.1}
+
+
+def test_a_comparison_without_vgs_says_nothing_of_it(finished):
+    finished["methods"] = methods_for(["matched"], None)
+    assert not notes(summarize(**finished))
+
+
 def test_the_report_stands_alone_and_stays_small(html):
     assert len(html.encode()) < 6_000_000
     page = Page(html)
@@ -100,7 +115,7 @@ def test_the_report_stands_alone_and_stays_small(html):
 
 def test_the_report_shows_methods_figures_and_answers(html):
     page = Page(html)
-    for expected in ("OPD", "VGS matched", "Student start", "Teacher", "65.0", "Angle between the two gradients"):
+    for expected in ("OPD", "VGS", "VGS · standard", "Student start", "Teacher", "65.0", "Angle between the two gradients"):
         assert expected in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 5
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -127,9 +142,9 @@ def test_a_run_that_ended_early_still_gives_a_report(finished, pictures):
 
 
 def test_a_run_without_its_baseline_has_no_gain(finished, pictures):
-    finished["runs"] = [run for run in finished["runs"] if run["method"] == "vgs-matched"]
+    finished["runs"] = [run for run in finished["runs"] if run["method"] == "vgs"]
     results = summarize(**finished)
-    assert "gain_over_opd" not in results["summary"]["vgs-matched"]
+    assert "gain_over_opd" not in results["summary"]["vgs"]
     Page(render_report(results, {}, pictures))
 
 

@@ -9,21 +9,29 @@ import os
 import pytest
 from rich.console import Console
 from vgs_distill.demo import run
+from vgs_distill.demo.distillation import _config
+from vgs_distill.demo.methods import methods_for
 from vgs_distill.demo.progress import PlainDisplay, make_display
-from vgs_distill.demo.recipes import STEERING_GAMMA, demo_recipe
+from vgs_distill.demo.recipes import demo_recipe
 from vgs_distill.demo.run import DemoError, check_request, run_demo
 from vgs_distill.demo.workers import DistillJob, Failed, Finished, Progressed, StartJob, TeacherJob
 from vgs_distill.errors import InputError
+from vgs_distill.steering.methods import METHODS
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"task": "letters"}, "no task called 'letters'; choose one of: digits, shapes"),
-        ({"gamma": 1.5}, "gamma must lie between 0"),
-        ({"gamma": -0.1}, "gamma must lie between 0"),
-        ({"gamma": float("nan")}, "gamma must lie between 0"),
-        ({"decompositions": ["exact"]}, "no decomposition called 'exact'"),
+        ({"methods": ["matched"], "gamma": 1.5}, "gamma must lie between 0 and 1 for the method 'matched'"),
+        ({"gamma": -0.1}, "gamma must be a number of at least 0"),
+        ({"gamma": float("inf")}, "gamma must be a number of at least 0"),
+        ({"gamma": float("nan")}, "gamma must be a number of at least 0"),
+        ({"methods": ["bayes"]}, "no method called 'bayes'; choose from: vgs, opd"),
+        ({"etas": ["exact"]}, "eta must be measured, amortized or a positive number, got exact"),
+        ({"etas": [0.0]}, "eta must be measured, amortized or a positive number, got 0.0"),
+        ({"etas": [float("nan")]}, "eta must be measured, amortized or a positive number, got nan"),
+        ({"methods": ["vgs", "vgs_unit"], "etas": [0.4]}, "eta cannot be a number for the method 'vgs_unit'"),
         ({"seeds": []}, "At least one seed"),
         ({"seeds": [1, 1]}, "given once"),
         ({"seeds": [-1]}, "0 or more, got -1"),
@@ -57,13 +65,33 @@ def test_an_output_folder_without_permission_is_refused(tmp_path):
         check_request("digits", output_dir=tmp_path / "below")
 
 
-def test_each_decomposition_takes_its_recommended_gamma(tmp_path):
-    request = check_request("shapes", decompositions=list(STEERING_GAMMA), output_dir=tmp_path)
-    assert {method.decomposition: method.gamma for method in request.methods if method.steered} == STEERING_GAMMA
-    chosen = check_request("shapes", decompositions=["bayes"], gamma=0.9, output_dir=tmp_path)
+def test_each_method_takes_its_recommended_settings(tmp_path):
+    request = check_request("shapes", methods=list(METHODS), output_dir=tmp_path)
+    assert {method.method: method.gamma for method in request.methods} == {
+        "opd": None, "vgs": 2.0, "vgs_unit": 0.7, "matched": 0.8, "teacher_prior": 0.8, "language": 1.0,
+    }  # fmt: skip
+    chosen = check_request("shapes", methods=["vgs_unit"], gamma=0.9, output_dir=tmp_path)
     assert [method.gamma for method in chosen.methods] == [None, 0.9]
-    caps = {method.name: method.max_weight_ratio for method in request.methods}
-    assert caps["vgs-teacher-prior"] == 4.0
+    settings = {method.name: method.settings for method in request.methods}
+    assert settings["teacher_prior"] == {"max_weight_ratio": 4.0}
+    assert settings["vgs"] == {"language_preservation": 1.0, "ratio_floor": 0.1}
+
+
+def test_the_baseline_runs_once_whatever_is_asked(tmp_path):
+    for methods in ([], ["opd"], ["opd", "opd"]):
+        request = check_request("digits", methods=methods, output_dir=tmp_path)
+        assert [method.name for method in request.methods] == ["opd"]
+    compared = check_request("digits", methods=["vgs"], etas=["measured", 0.4], output_dir=tmp_path).methods
+    assert [method.name for method in compared] == ["opd", "vgs-measured", "vgs-0.4"]
+    assert [method.eta for method in compared] == [None, "measured", 0.4]
+
+
+@pytest.mark.parametrize("method", methods_for(list(METHODS), None), ids=lambda method: method.name)
+def test_every_recipe_is_one_that_the_engine_takes(tmp_path, processor, method):
+    config = _config(processor, demo_recipe("digits").distillation, method, 0, tmp_path)
+    assert config.method == method.method
+    assert config.gamma == (method.gamma or 0.0)
+    assert {name: getattr(config, name) for name in method.settings} == method.settings
 
 
 def test_steps_can_be_overridden_and_prompts_suffice():
@@ -144,14 +172,14 @@ def test_every_seed_and_method_runs_once(fake_workers, tmp_path):
     results = demo(tmp_path, seeds=[0, 1])
     assert [record["name"] for record in results["runs"]] == [
         "seed0-opd",
-        "seed0-vgs-matched",
+        "seed0-vgs",
         "seed1-opd",
-        "seed1-vgs-matched",
+        "seed1-vgs",
     ]
     assert json.loads((tmp_path / "results.json").read_text())["status"] == "complete"
     assert (tmp_path / "report.html").exists()
     assert FakeWorker.stopped == 2
-    assert "seed 1 VGS matched: 73.0 %" in demo.text
+    assert "seed 1 VGS: 73.0 %" in demo.text
 
 
 def test_a_failing_job_ends_in_a_sentence_and_keeps_what_finished(fake_workers, tmp_path, monkeypatch):
@@ -162,14 +190,14 @@ def test_a_failing_job_ends_in_a_sentence_and_keeps_what_finished(fake_workers, 
             yield from fake_workers(job)
 
     monkeypatch.setattr(FakeWorker, "script", staticmethod(script))
-    with pytest.raises(DemoError, match="seed0-vgs-matched failed with RuntimeError: no memory") as caught:
+    with pytest.raises(DemoError, match="seed0-vgs failed with RuntimeError: no memory") as caught:
         demo(tmp_path)
     assert "\n" not in str(caught.value)
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["status"] == "incomplete"
     assert saved["error"] == str(caught.value)
     assert saved["teacher"]["with_image"] == 0.98
-    assert (tmp_path / "seed0-vgs-matched-error.txt").read_text() == "Traceback ..."
+    assert (tmp_path / "seed0-vgs-error.txt").read_text() == "Traceback ..."
     assert FakeWorker.stopped == 2
 
 

@@ -67,7 +67,7 @@ def test_the_teacher_and_a_start_are_trained_once_and_evaluated(tiny_recipe, own
     assert len(list(own_cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("method", methods_for(["matched"], None), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods_for(["vgs", "matched"], None), ids=lambda method: method.name)
 def test_distillation_saves_a_loadable_student_and_its_history(tiny_recipe, saved_models, tmp_path, method):
     sent = []
     teacher, start_folder = saved_models
@@ -78,9 +78,12 @@ def test_distillation_saves_a_loadable_student_and_its_history(tiny_recipe, save
     history = json.loads((folder / "history.json").read_text())
     assert history == result["history"]
     assert [row["step"] for row in history] == [1, 2]
-    expected = {"loss", "loss/full", "time/rollout", "time/teacher", "time/student"}
+    expected = {"loss", "loss/standard", "time/rollout", "time/teacher", "time/student"}
     if method.steered:
-        expected |= {"loss/lang", "loss/vis", "gradient/cosine", "steering/weight_ratio", "time/steering"}
+        expected |= {"loss/lang", "gradient/cosine", "steering/weight_ratio", "time/steering"}
+    if method.name == "vgs":
+        expected |= {"loss/vis", "dependency", "gradient/norm_standard", "gradient/norm_vis", "steering/eta"}
+        assert history[0]["steering/language_preservation"] == method.settings["language_preservation"] == 1.0
     assert expected <= set(history[0])
     assert ("gradient/cosine" in history[0]) == method.steered
     student = Qwen3VLForConditionalGeneration.from_pretrained(folder)

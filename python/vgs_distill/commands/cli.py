@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..compatibility import install, installed, summary, trl_problem
 from ..errors import InputError, TrainingStopped, nearest
+from ..steering.methods import METHODS
 from . import fields
 from .parsing import Parser
 
@@ -69,7 +70,7 @@ def demo_parser() -> Parser:
     parser = Parser(
         prog="vgs demo",
         description="Train a small Qwen3-VL student from a teacher, on this machine, without a GPU. The teacher is "
-        "trained first and kept for the next time. From one start the student then goes through monolithic on-policy "
+        "trained first and kept for the next time. From one start the student then goes through plain on-policy "
         "distillation (OPD) and through visual gradient steering (VGS), and answers questions about pictures it has "
         "never seen. Leaves results.json, report.html and the students, which transformers loads.",
     )
@@ -82,23 +83,36 @@ def demo_parser() -> Parser:
     )
     add("--seeds", type=int, default=1, help="Number of student starts; every method runs from each. (default: 1)")
     add(
-        "--decomposition",
-        choices=("matched", "bayes", "teacher_prior"),
+        "--method",
+        choices=tuple(METHODS),
         action="append",
-        help="Steered variants beside the monolithic baseline; repeat for several. (default: matched)",
+        help="What is compared; repeat for several. OPD, the baseline, runs in any case. (default: vgs)",
     )
     add(
-        "--steering",
-        choices=("exact", "amortized"),
+        "--eta",
+        type=_number_or_word,
         action="append",
-        help="How the variants get their gradient; repeat for both. (default: exact)",
+        metavar="measured|amortized|FLOAT",
+        help="How the weights of a method's two gradients are found; repeat to compare. (default: the method's own)",
     )
-    add("--gamma", type=float, help="Share of the visual direction in [0, 1]. (default: 0.8, for bayes 0.7)")
+    add(
+        "--gamma",
+        type=float,
+        help="Weight of the visual part, for vgs_unit, matched and teacher_prior a share in [0, 1]. (default: vgs 2, "
+        "language 1, matched and teacher_prior 0.8, vgs_unit 0.7)",
+    )
     add("--steps", type=int, help="Distillation steps. (default: the task's recipe)")
     add("--output-dir", type=Path, help="Where results, report and students go. (default: runs/demo-TASK)")
     add("--quick", action="store_true", help="Fewer steps and a smaller test set.")
     add("--jobs", type=int, help="Worker processes. (default: one per processor)")
     return parser
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -111,8 +125,8 @@ def _demo(arguments: Sequence[str]) -> int:
         run_demo(
             asked.task,
             seeds=range(asked.seeds),
-            decompositions=asked.decomposition or ["matched"],
-            steering=asked.steering or ["exact"],
+            methods=asked.method or ["vgs"],
+            etas=asked.eta or [None],
             gamma=asked.gamma,
             steps=asked.steps,
             output_dir=asked.output_dir or Path("runs") / f"demo-{asked.task}",

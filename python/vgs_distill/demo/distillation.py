@@ -27,22 +27,26 @@ if TYPE_CHECKING:
 
 HISTORY_KEYS = (
     "loss",
-    "loss/full",
+    "loss/standard",
     "loss/lang",
     "loss/vis",
+    "dependency",
     "entropy",
     "learning_rate",
     "grad_norm",
+    "gradient/norm_standard",
     "gradient/norm_lang",
     "gradient/norm_vis",
     "gradient/cosine",
     "steering/gamma",
+    "steering/eta",
+    "steering/language_preservation",
     "steering/weight_ratio",
-    "steering/predicted_weight_ratio",
     "steering/direction_cosine",
     "runaway/divergence_growth",
     "runaway/weight_growth",
     "runaway/cut_off_rise",
+    "runaway/language_growth",
     "runaway/alarm",
     "completions/mean_length",
     "completions/clipped_ratio",
@@ -115,17 +119,6 @@ def distill(
 def _config(
     processor: Qwen3VLProcessor, recipe: DistillationRecipe, method: Method, seed: int, scratch: Path
 ) -> VGSConfig:
-    steering: dict[str, Any] = {"steering": "none", **method.settings}
-    if method.steered:
-        steering = {
-            "steering": method.steering,
-            "decomposition": method.decomposition,
-            "gamma": method.gamma,
-            "gamma_schedule": "constant",
-            "max_weight_ratio": method.max_weight_ratio,
-            "image_mask": "drop",
-            **method.settings,
-        }
     return VGSConfig(
         output_dir=str(scratch),
         max_steps=recipe.steps,
@@ -148,7 +141,11 @@ def _config(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **steering,
+        method=method.method,
+        gamma=method.gamma,
+        eta=method.eta,
+        image_mask="drop",
+        **method.settings,
     )
 
 

@@ -1,4 +1,4 @@
-"""The methods a demo compares: monolithic on-policy distillation, and one steered run per decomposition."""
+"""The methods a demo compares: on-policy distillation, and steered runs beside it."""
 
 from __future__ import annotations
 
@@ -6,51 +6,59 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vgs_distill.demo.recipes import MAX_WEIGHT_RATIO, STEERING_GAMMA
+from vgs_distill.demo.recipes import METHOD_GAMMA, METHOD_NOTES, METHOD_SETTINGS
+from vgs_distill.steering.methods import METHODS
 
-DECOMPOSITIONS = tuple(STEERING_GAMMA)
-STEERING = ("exact", "amortized")
+LABELS = {"opd": "OPD", "vgs": "VGS"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """How one student learns. The baseline has no decomposition and no gamma."""
+    """How one student learns. `method`, `gamma` and `eta` are those of `VGSConfig`; the baseline has no gamma."""
 
     name: str
     """Used in file names and as key in `results.json`."""
     label: str
-    decomposition: str | None = None
+    method: str = "opd"
     gamma: float | str | None = None
-    max_weight_ratio: float | None = None
-    steering: str = "none"
+    eta: float | str | None = None
+    """None: the method's own."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of `VGSConfig`."""
+    note: str = ""
+    """What a reader of its results has to know, in plain words."""
 
     @property
     def steered(self) -> bool:
-        return self.decomposition is not None
+        return self.method != "opd"
 
 
-OPD = Method("opd", "OPD")
+OPD = Method("opd", LABELS["opd"])
 
 
 def methods_for(
-    decompositions: Sequence[str], gamma: float | None, steering: Sequence[str] = ("exact",)
+    names: Sequence[str], gamma: float | None, etas: Sequence[float | str | None] = (None,)
 ) -> tuple[Method, ...]:
-    """The baseline and one steered method per decomposition and mode of steering.
+    """The baseline, and one steered run for each further method and eta.
 
-    `gamma=None` takes each decomposition's recommended value.
+    `gamma=None` takes each method's recommended value, an eta of None each method's own.
     """
     steered = (
         Method(
-            name=f"vgs-{name.replace('_', '-')}" + ("" if mode == "exact" else f"-{mode}"),
-            label=f"VGS {name.replace('_', ' ')}" + ("" if mode == "exact" else f" ({mode})"),
-            decomposition=name,
-            gamma=STEERING_GAMMA[name] if gamma is None else gamma,
-            max_weight_ratio=MAX_WEIGHT_RATIO[name],
-            steering=mode,
+            name=name if eta is None else f"{name}-{eta}",
+            label=label_of(name) + ("" if eta is None else f" ({eta if isinstance(eta, str) else f'η {eta:g}'})"),
+            method=name,
+            gamma=METHOD_GAMMA.get(name, METHODS[name].gamma) if gamma is None else gamma,
+            eta=eta,
+            settings=METHOD_SETTINGS.get(name, {}),
+            note=METHOD_NOTES.get(name, ""),
         )
-        for name in dict.fromkeys(decompositions)
-        for mode in dict.fromkeys(steering)
+        for name in dict.fromkeys(names)
+        for eta in dict.fromkeys(etas)
+        if name != OPD.method
     )
     return (OPD, *steered)
+
+
+def label_of(name: str) -> str:
+    return LABELS.get(name, name)

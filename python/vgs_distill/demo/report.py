@@ -15,9 +15,10 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from vgs_distill.demo.table import percent, spread_text
+from vgs_distill.demo.table import notes, percent, spread_text
 from vgs_distill.report.charts import Series, legend, line_chart, moving_average
 from vgs_distill.report.page import embedded, environment, time_bar
+from vgs_distill.steering.methods import METHODS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SMOOTHING_SHARE = 25  # a line is averaged over a 25th of its steps: long enough to read, short enough to see turns
@@ -44,7 +45,8 @@ def render_report(results: Mapping[str, Any], histories: Mapping[str, History], 
         labels={"teacher": "Teacher", "start": "Student start", **labels},
         colors=colors,
         question_types=_question_types(results),
-        figures=_figures(by_method, labels, colors),
+        figures=_figures(results, by_method, labels, colors),
+        notes=notes(results),
         window=_window(by_method),
         times=_times(results),
         gallery=[
@@ -93,7 +95,10 @@ def _line(runs: Sequence[History], key: str, window: int) -> tuple[tuple[float, 
 
 
 def _figures(
-    by_method: Mapping[str, Sequence[History]], labels: Mapping[str, str], colors: Mapping[str, int]
+    results: Mapping[str, Any],
+    by_method: Mapping[str, Sequence[History]],
+    labels: Mapping[str, str],
+    colors: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """Title, one explaining sentence, chart and key of every line chart that has data."""
     window = _window(by_method)
@@ -105,39 +110,44 @@ def _figures(
         ]
 
     parts = lines("loss/lang", " · language", dashed=True) + lines("loss/vis", " · visual")
-    norms = lines("gradient/norm_lang", " · language", dashed=True) + lines("gradient/norm_vis", " · visual")
+    norms = [
+        Series(f"{labels[name]} · {part}", colors[name], _line(runs, f"gradient/norm_{part}", window), dashed)
+        for name, runs in by_method.items()
+        for part, dashed in _weighed(results["methods"][name]["method"])
+    ]
     wanted: list[tuple[str, str, list[Series], dict[str, bool]]] = [
         (
             "Distance to the teacher",
             "How far the student's next-word distribution is from the teacher's, on the student's own answers "
             "(reverse KL divergence in nats per token; lower is closer).",
-            lines("loss/full"),
+            lines("loss/standard"),
             {},
         ),
         (
-            "The two parts of the loss",
-            "Language: the distance to the teacher when the picture is hidden. Visual: the part that is matched "
-            "with the picture in view.",
+            "Language and vision",
+            "Language: the distance to the teacher when both have the picture hidden. Visual: the distance, with the "
+            "picture in view, to what the student says without it, corrected by what the picture tells the teacher.",
             parts,
             {"zero_line": True},
         ),
         (
             "Angle between the two gradients",
-            "Cosine of the language and the visual gradient: near 0 they ask for unrelated changes, below 0 they "
-            "pull against each other.",
+            "Cosine of the two gradients that a method weighs, where it was measured: near 0 they ask for unrelated "
+            "changes, below 0 they pull against each other.",
             lines("gradient/cosine"),
             {"zero_line": True},
         ),
         (
             "Gradient norms",
-            "How strongly each part pulls before steering sets their shares (logarithmic scale).",
+            "How strongly each of the two parts that a method weighs pulls before it is weighed (standard: towards the "
+            "teacher with the picture in view; logarithmic scale).",
             norms,
             {"logarithmic": True},
         ),
         (
             "Weight ratio",
-            "How much more weight steering gives the visual part than the language part (logarithmic scale); a "
-            "ratio that keeps growing is the sign of a run about to collapse.",
+            "Weight of a method's second gradient over that of its first (logarithmic scale). VGS holds it at γ; where "
+            "gradients are normalised, a ratio that keeps growing is the sign of a run about to collapse.",
             lines("steering/weight_ratio"),
             {"logarithmic": True},
         ),
@@ -148,6 +158,13 @@ def _figures(
         if chart is not None:
             figures.append({"title": title, "sentence": sentence, "chart": chart, "legend": legend(series)})
     return figures
+
+
+def _weighed(method: str) -> list[tuple[str, bool]]:
+    """The two parts whose gradients a method weighs, as they are logged, the first dashed."""
+    kind = METHODS[method]
+    names = [kind.label.get(part, part) for part in (kind.first, kind.second) if part is not None]
+    return [(name, index == 0) for index, name in enumerate(names)]
 
 
 def _times(results: Mapping[str, Any]) -> list[dict[str, Any]]:

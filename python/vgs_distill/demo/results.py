@@ -1,26 +1,28 @@
 """`results.json`: what the demo measured, in one plain dictionary.
 
-Schema (version 1); accuracies are in 0..1, times in seconds:
+Schema (version 2); accuracies are in 0..1, times in seconds:
 
-    schema          1
+    schema          2
     status          "complete", or "incomplete" with `error`, one sentence
     task            "digits" or "shapes"
     quick           whether the short variant ran
     seeds           list of seeds
     recipe          every number of the demo (`recipes.DemoRecipe`), nested
-    methods         per method name: label, decomposition, gamma, max_weight_ratio, steering, settings
+    methods         per name of a run's method: label, method (of `VGSConfig`), gamma, eta (null: the method's own),
+                    settings, note
     versions        per distribution name, and "python"
     machine         platform, processor count, worker processes
     teacher         with_image, without_image (accuracies), by_question_type, well_formed, cached
     student_start   accuracy (a spread), by_question_type, per_seed {seed: accuracy}
-    summary         per method name:
+    summary         per name of a run's method:
                       accuracy           a spread over seeds
                       without_image      a spread
                       by_question_type   question type -> mean over seeds
                       against_prior      mean over seeds
                       well_formed        mean over seeds
                       gain_over_opd      a spread of paired differences over seeds; absent for the baseline
-                      cosine             mean of gradient/cosine over steps and seeds; absent for the baseline
+                      cosine             mean of gradient/cosine over the steps that measured it, and seeds; absent for
+                                         the baseline, null where eta is a number
                       absolute_cosine    mean of its absolute value; absent for the baseline
                       step_seconds       mean of a step's four measured parts, and their sum as "total"
     runs            list of {name, seed, method, accuracy, by_question_type, against_prior, well_formed,
@@ -49,7 +51,7 @@ from vgs_distill.demo.methods import OPD, Method
 from vgs_distill.demo.recipes import DemoRecipe
 from vgs_distill.demo.worlds import Example
 
-SCHEMA = 1
+SCHEMA = 2
 GALLERY_SIZE = 12
 _DISTRIBUTIONS = ("vgs-kernels", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy")
 _TIME_PARTS = ("rollout", "teacher", "student", "steering", "masked_teacher", "masked_student")

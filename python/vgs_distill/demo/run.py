@@ -10,6 +10,7 @@ Imports no torch: the parent process only schedules and draws.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vgs_distill.demo.methods import DECOMPOSITIONS, STEERING, Method, methods_for
+from vgs_distill.demo.methods import Method, methods_for
 from vgs_distill.demo.progress import Display, make_display
 from vgs_distill.demo.recipes import DemoRecipe, demo_recipe
 from vgs_distill.demo.report import render_report
@@ -44,10 +45,13 @@ from vgs_distill.demo.workers import (
 from vgs_distill.demo.worlds import make_world, world_names
 from vgs_distill.errors import InputError
 from vgs_distill.resilience.output_dir import check_output_dir
+from vgs_distill.steering.methods import METHODS
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 _TRACE_SUFFIX = "-error.txt"
+_METHODS = ("opd", "vgs")
+_ETAS = ("measured", "amortized")
 
 
 class DemoError(Exception):
@@ -79,9 +83,9 @@ def run_demo(
     task: str = "digits",
     *,
     seeds: Sequence[int] = (0,),
-    decompositions: Sequence[str] = ("matched",),
+    methods: Sequence[str] = _METHODS,
     gamma: float | None = None,
-    steering: Sequence[str] = ("exact",),
+    etas: Sequence[float | str | None] = (None,),
     steps: int | None = None,
     output_dir: str | os.PathLike[str] = "runs/demo",
     quick: bool = False,
@@ -93,9 +97,10 @@ def run_demo(
     Args:
         task: "digits" or "shapes".
         seeds: one student start, and one run of each method, per seed.
-        decompositions: the steered variants, from "matched", "bayes" and "teacher_prior"; may be empty.
-        gamma: weight of the visual direction in [0, 1] for every variant; None takes each one's recommended value.
-        steering: how the variants get their gradient, from "exact" and "amortized"; one run for each.
+        methods: what is compared, of the methods of `VGSConfig`; "opd" runs in any case.
+        gamma: gamma of every steered method; None takes each one's recommended value.
+        etas: how the steered methods find their weights, "measured", "amortized" or a number; one run for each.
+            None: the method's own.
         steps: distillation steps; None takes the recipe's.
         output_dir: receives `results.json`, `report.html` and one folder per student.
         quick: fewer steps and a smaller test set. Says less, but within about a minute.
@@ -110,9 +115,9 @@ def run_demo(
     request = check_request(
         task,
         seeds=seeds,
-        decompositions=decompositions,
+        methods=methods,
         gamma=gamma,
-        steering=steering,
+        etas=etas,
         steps=steps,
         output_dir=output_dir,
         quick=quick,
@@ -144,9 +149,9 @@ def check_request(
     task: str,
     *,
     seeds: Sequence[int] = (0,),
-    decompositions: Sequence[str] = ("matched",),
+    methods: Sequence[str] = _METHODS,
     gamma: float | None = None,
-    steering: Sequence[str] = ("exact",),
+    etas: Sequence[float | str | None] = (None,),
     steps: int | None = None,
     output_dir: str | os.PathLike[str] = "runs/demo",
     quick: bool = False,
@@ -161,31 +166,44 @@ def check_request(
         raise InputError("Each seed may be given once: a repeated one would repeat its run.")
     if min(seeds) < 0:
         raise InputError(f"Seeds must be 0 or more, got {min(seeds)}.")
-    for name in decompositions:
-        if name not in DECOMPOSITIONS:
-            raise InputError(f"There is no decomposition called {name!r}; choose from: {', '.join(DECOMPOSITIONS)}.")
-    for mode in steering:
-        if mode not in STEERING:
-            raise InputError(f"There is no steering called {mode!r}; choose from: {', '.join(STEERING)}.")
-    # Written so that NaN fails too.
-    if gamma is not None and not 0.0 <= gamma <= 1.0:
-        raise InputError(f"gamma must lie between 0 (language only) and 1 (vision only), got {gamma}.")
+    _check_methods(methods, gamma, etas)
     if steps is not None and steps < 1:
         raise InputError(f"steps must be 1 or more, got {steps}.")
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs must be 1 or more, got {jobs}.")
     folder = Path(output_dir).expanduser().resolve()
     check_output_dir(folder).mkdir(parents=True, exist_ok=True)
-    methods = methods_for(decompositions, gamma, steering)
+    compared = methods_for(methods, gamma, etas)
     return DemoRequest(
         recipe=demo_recipe(task, quick=quick, steps=steps),
         seeds=tuple(seeds),
-        methods=methods,
+        methods=compared,
         folder=folder,
         quick=quick,
         # More workers than runs would only import torch for nothing; a second one trains starts beside the teacher.
-        jobs=min(jobs or _usable_processors(), max(2, len(seeds) * len(methods))),
+        jobs=min(jobs or _usable_processors(), max(2, len(seeds) * len(compared))),
     )
+
+
+def _check_methods(names: Sequence[str], gamma: float | None, etas: Sequence[float | str | None]) -> None:
+    """The sentences of `VGSConfig` would come from a worker, after the teacher is trained."""
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"There is no method called {name!r}; choose from: {', '.join(METHODS)}.")
+    shares = [name for name in names if METHODS[name].unit]
+    # Written so that NaN fails too.
+    if gamma is not None and not 0.0 <= gamma < math.inf:
+        raise InputError(f"gamma must be a number of at least 0, got {gamma}.")
+    if gamma is not None and shares and not gamma <= 1.0:
+        raise InputError(f"gamma must lie between 0 and 1 for the method {shares[0]!r}, whose share it is, got {gamma}.")
+    for eta in etas:
+        if isinstance(eta, str) and eta not in _ETAS or isinstance(eta, float) and not 0.0 < eta < math.inf:
+            raise InputError(f"eta must be {', '.join(_ETAS)} or a positive number, got {eta}.")
+        if isinstance(eta, float) and shares:
+            raise InputError(
+                f"eta cannot be a number for the method {shares[0]!r}, which has two weights; "
+                f"choose from: {', '.join(_ETAS)}."
+            )
 
 
 def _usable_processors() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -22,8 +23,14 @@ def spread_text(spread: dict[str, Any], *, signed: bool = False) -> str:
 
 
 def results_table(results: dict[str, Any]) -> Group:
-    """Two narrow tables, so that 80 columns are enough: accuracy by model, then by kind of question. In percent."""
-    return Group(_accuracy_table(results), _question_table(results))
+    """Two narrow tables, so that 80 columns are enough: accuracy by model, then by kind of question. In percent. Below
+    them what is to be known of the methods."""
+    return Group(_accuracy_table(results), _question_table(results), *notes(results))
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know of the methods that ran."""
+    return list(dict.fromkeys(method["note"] for method in results["methods"].values() if method["note"]))
 
 
 def _table(title: str, caption: str | None = None) -> Table:
