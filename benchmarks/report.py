@@ -38,7 +38,8 @@ correctness gate: losses and gradients are at most twice as far from fp64, for t
 record names, plus a stated floor. "× floor" is the time over that of the matrix products alone, measured in the same
 turns. Errors of gradients are over their largest entry; where a gate has several inputs they are the worst. "ours is
 faster by" is the row's time over that of our row of the same work; over a peer that is more exact there is no such
-figure. Peak memory is what a call needs above its inputs and the gradients it returns.
+figure. Peak memory is what a call needs above its inputs and the gradients it returns; of a training step, what
+autograd keeps for backward.
 """
 
 
@@ -100,11 +101,29 @@ def _section(record: Record) -> str:
         lines.append(markdown_table(*accuracy.table(record)))
     elif record.gate.passed and record.rows:
         lines.append(markdown_table(*(_sweep_rows(record) if record.benchmark == "sweep" else table_rows(record))))
+    if record.gate.passed and "seconds_by_part" in record.facts:
+        lines.append(_parts_of_a_step(record))
     if "share_of_copy_bandwidth" in record.facts:
         bandwidth = record.facts["copy_bandwidth"] / 1e9
         shares = ", ".join(f"{name} {share:.0%}" for name, share in record.facts["share_of_copy_bandwidth"].items())
         lines.append(f"Copy bandwidth {bandwidth:.1f} GB/s (read plus write); shares of it: {shares}.")
     return "\n\n".join([*lines, f"<sub>{about}</sub>"])
+
+
+def _parts_of_a_step(record: Record) -> str:
+    """Seconds of a step by part, medians, and the step over OPD's."""
+    by_variant, over = record.facts["seconds_by_part"], record.facts["over_opd"]
+    parts = list(dict.fromkeys(part for split in by_variant.values() for part in split))
+    rows = [
+        [variant, *(seconds_text(split[part]) if part in split else "" for part in parts), f"{over.get(variant, 1):.2f}"]
+        for variant, split in by_variant.items()
+    ]
+    tokens = record.facts.get("image_tokens")
+    image = f"; an image has {tokens} tokens" if tokens else ""
+    return (
+        f"{record.facts['parameters']:,} parameters{image}. Where a step's time goes; masked passes are part of teacher "
+        "and student:\n\n" + markdown_table(["", *(part.replace("_", " ") for part in parts), "over OPD"], rows)
+    )
 
 
 def _sweep_rows(record: Record) -> tuple[list[str], list[list[str]]]:

@@ -1,16 +1,19 @@
-"""One optimizer step of the engine: monolithic distillation (OPD) against exact and amortized steering.
+"""One optimizer step of the engine: the methods over on-policy distillation (OPD), in time and in memory.
 
     python -m benchmarks.training_step                 the demo's model and one of about 100 M parameters
     python -m benchmarks.training_step --model demo    one of them
 
-Every method trains the same student on the same prompts through `VGSTrainer`; methods take turns (A B C A B C), each
+Every variant trains the same student on the same prompts through `VGSTrainer`; variants take turns (A B C A B C), each
 turn a fresh trainer, whose first step is warm-up and is not counted. A step's time is split as the engine logs it:
 rollout, teacher, student (forward and backward) and steering, and the forward passes on the masked prompts, which are
-part of teacher and student. The ratio of amortized steering counts one exact step in every `refresh_every`. `matched`
-runs the student twice, so its steps hold more model work than OPD's by design; the masked passes therefore stand beside
-the totals.
+part of teacher and student. A step of `eta="amortized"` between refreshes is one of a constant eta but for the average; its
+time over OPD's counts one measured step in every `refresh_every`.
 
-The gate compares gradients: amortized steering that measures at every step must leave the gradient of exact steering.
+Memory is what autograd keeps for backward, at most at once, in a step of its own under `saved_tensors_hooks`: activations
+and what the fused loss holds, without parameters, gradients and optimizer, which do not depend on the method. That is
+exact; a resident size is not, as torch's and glibc's caches come on top.
+
+The gate compares gradients: amortized steering that measures at every step must leave the gradient of `eta="measured"`.
 """
 
 from __future__ import annotations
@@ -29,10 +32,24 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.harness.gates import Check, Gate, relative_error
 from benchmarks.harness.machine import environment, source_digest
-from benchmarks.harness.records import RECORDS, Record, Row, write_record
-from benchmarks.harness.tables import describe_record
+from benchmarks.harness.memory import SavedForBackward
+from benchmarks.harness.records import RECORDS, Record, Row, Target, write_record
+from benchmarks.harness.tables import bytes_text, describe_record
 
-METHODS = ("opd", "exact", "amortized")
+ETA = 0.4  # about the paper's constants, 0.41 and 0.36
+_VGS: dict[str, Any] = {"method": "vgs", "gamma": 2.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "opd": {"method": "opd"},
+    "vgs, λ 1, amortized": {**_VGS, "language_preservation": 1.0, "eta": "amortized"},
+    "vgs, λ 1, measured": {**_VGS, "language_preservation": 1.0, "eta": "measured"},
+    "vgs, λ 1, constant": {**_VGS, "language_preservation": 1.0, "eta": ETA},
+    "vgs, λ 0, amortized": {**_VGS, "language_preservation": 0.0, "eta": "amortized"},
+    "vgs, λ 0, measured": {**_VGS, "language_preservation": 0.0, "eta": "measured"},
+    "vgs, λ 0, constant": {**_VGS, "language_preservation": 0.0, "eta": ETA},
+    "matched": {"method": "matched"},
+}
+TIME_LIMITS = {"λ 1": 1.25, "λ 0": 1.15}  # of a step over OPD's; the paper has 1.375
+MEMORY_LIMIT = 1.05  # the views run one after the other: the longer one alone sets the peak
 PARTS = ("rollout", "teacher", "student", "steering", "masked_teacher", "masked_student")
 
 
@@ -42,7 +59,7 @@ class Scale:
 
     student: dict[str, int]
     teacher: dict[str, int]
-    pixels: int  # side of the square image
+    pixels: int  # side of the square image; a token is 16 x 16 of them: 4 and 256 tokens
     vocab_size: int | None  # None: the tokenizer's
     batch_size: int
     completion: int
@@ -62,7 +79,7 @@ SCALES = {
     "100m": Scale(
         student={"text_width": 512, "text_layers": 16, "vision_width": 384, "vision_layers": 6, "heads": 8},
         teacher={"text_width": 768, "text_layers": 16, "vision_width": 384, "vision_layers": 6, "heads": 12},
-        pixels=128,
+        pixels=256,
         vocab_size=32768,
         batch_size=4,
         completion=24,
@@ -112,18 +129,29 @@ class Bench:
             model.resize_token_embeddings(self.scale.vocab_size, mean_resizing=False)
         return model
 
-    def train(self, method: str, steps: int, **settings: Any) -> tuple[list[dict[str, float]], torch.Tensor, int]:
-        """The logs of `steps` steps, the first step's gradient, and the number of trained parameters."""
+    def train(self, steps: int, **settings: Any) -> tuple[list[dict[str, float]], torch.Tensor]:
+        """The logs of `steps` steps, and the first step's gradient."""
+        return self._train(self.student(), steps, settings)
+
+    def saved_bytes(self, **settings: Any) -> int:
+        """What autograd keeps for backward in a step that measures where `settings` do, at most at once."""
+        student = self.student()
+        with SavedForBackward(student.parameters()) as saved:
+            self._train(student, 1, settings)
+        return saved.peak
+
+    def student(self) -> Any:
+        return self.build(self.scale.student, seed=1)
+
+    def _train(self, student: Any, steps: int, settings: dict[str, Any]) -> tuple[list[dict[str, float]], torch.Tensor]:
         from vgs_distill import VGSConfig, VGSTrainer
 
-        student = self.build(self.scale.student, seed=1)
         with tempfile.TemporaryDirectory() as folder:
             trainer = VGSTrainer(
                 model=student,
                 teacher_model=self.build(self.scale.teacher, seed=2).eval(),
                 args=VGSConfig(
                     output_dir=folder,
-                    steering="none" if method == "opd" else method,
                     max_steps=steps,
                     per_device_train_batch_size=self.scale.batch_size,
                     max_completion_length=self.scale.completion,
@@ -149,7 +177,7 @@ class Bench:
             trainer.train()
         assert tap.gradient is not None
         logs = [row for row in trainer.state.log_history if "step_time" in row]
-        return logs, tap.gradient, sum(p.numel() for p in student.parameters())
+        return logs, tap.gradient
 
 
 def _png(image: Image.Image) -> dict[str, Any]:
@@ -161,35 +189,62 @@ def _png(image: Image.Image) -> dict[str, Any]:
 def measure(name: str, turns: int, refresh_every: int) -> Record:
     scale = SCALES[name]
     bench = Bench(scale)
-    _, exact, parameters = bench.train("exact", 1)
-    _, amortized, _ = bench.train("amortized", 1, refresh_every=1)
-    gate = Gate(
-        (Check("amortized at a refresh leaves the gradient of exact", relative_error(amortized, exact), 0.0, 1e-6),)
-    )
-    logs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    logs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for turn in range(turns):
-        for method in METHODS:
-            settings = {"refresh_every": refresh_every} if method == "amortized" else {}
-            found, _, _ = bench.train(method, scale.steps + 1, **settings)
-            # A step that measures both gradients is a step of exact steering; its share is added below.
-            logs[method] += [row for row in found[1:] if "steering/refreshed" not in row]
-            print(f"turn {turn + 1} of {turns}: {method} {_median(found[1:], 'step_time'):.3f} s a step", flush=True)
-    rows = [Row(method, method, [row["step_time"] for row in logs[method]]) for method in METHODS]
-    parts = {
-        method: {part: _median(logs[method], f"time/{part}") for part in PARTS if f"time/{part}" in logs[method][0]}
-        for method in METHODS
-    }
-    seconds = {method: _median(logs[method], "step_time") for method in METHODS}
-    seconds["amortized"] += (seconds["exact"] - seconds["amortized"]) / refresh_every
+        for variant, settings in VARIANTS.items():
+            found, _ = bench.train(scale.steps + 1, **{**settings, "refresh_every": refresh_every})
+            # A refresh is a step that measures: its share is added below.
+            refreshes = settings.get("eta") == "amortized"
+            logs[variant] += [row for row in found[1:] if not (refreshes and "steering/refreshed" in row)]
+            print(f"turn {turn + 1} of {turns}: {variant} {_median(found[1:], 'step_time'):.3f} s a step", flush=True)
+    saved = {variant: bench.saved_bytes(**settings) for variant, settings in VARIANTS.items()}
+    seconds = {variant: _median(rows, "step_time") for variant, rows in logs.items()}
+    for variant in seconds:
+        if variant.endswith("amortized"):
+            measured = seconds[variant.replace("amortized", "measured")]
+            seconds[variant] += (measured - seconds[variant]) / refresh_every
     facts = {
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in bench.student().parameters()),
+        "image_tokens": (scale.pixels // 16) ** 2,
         "refresh_every": refresh_every,
-        "decomposition": "matched",
-        "seconds_by_part": parts,
-        "over_opd": {method: seconds[method] / seconds["opd"] for method in METHODS[1:]},
+        "seconds_by_part": {
+            variant: {part: _median(rows, f"time/{part}") for part in PARTS if f"time/{part}" in rows[0]}
+            for variant, rows in logs.items()
+        },
+        "over_opd": {variant: seconds[variant] / seconds["opd"] for variant in seconds if variant != "opd"},
+        "saved_for_backward": saved,
     }
+    rows = [Row(v, v, [row["step_time"] for row in logs[v]], peak_bytes=saved[v]) for v in VARIANTS]
     case = {"model": name, "batch": scale.batch_size, "threads": torch.get_num_threads()}
-    return Record("training_step", case, gate, rows, environment(), facts=facts, sources=source_digest(Path(__file__)))
+    return Record(
+        "training_step", case, _gate(bench), rows, environment(), _targets(facts), facts,
+        sources=source_digest(Path(__file__)),
+    )  # fmt: skip
+
+
+def _gate(bench: Bench) -> Gate:
+    """Gradients of a first step, for either λ."""
+    checks = []
+    for preservation in (1.0, 0.0):
+        settings = {**_VGS, "language_preservation": preservation}
+        _, measured = bench.train(1, **settings, eta="measured")
+        _, amortized = bench.train(1, **settings, eta="amortized", refresh_every=1)
+        name = f"λ {preservation:g}: amortized at a refresh leaves the gradient of measured"
+        checks.append(Check(name, relative_error(amortized, measured), 0.0, 1e-6))
+    return Gate(tuple(checks))
+
+
+def _targets(facts: dict[str, Any]) -> list[Target]:
+    """Of the variants that train: measured steps are a refresh's, one in `refresh_every`."""
+    targets = []
+    for variant, ratio in facts["over_opd"].items():
+        if not variant.startswith("vgs") or variant.endswith("measured"):
+            continue
+        limit = next(limit for words, limit in TIME_LIMITS.items() if words in variant)
+        targets.append(Target(f"{variant}: time of a step over OPD's", ratio, limit, "the paper has 1.375"))
+        memory = facts["saved_for_backward"][variant] / facts["saved_for_backward"]["opd"]
+        targets.append(Target(f"{variant}: memory over OPD's", memory, MEMORY_LIMIT, "one view at a time"))
+    return targets
 
 
 def _median(rows: list[dict[str, float]], key: str) -> float:
@@ -198,10 +253,11 @@ def _median(rows: list[dict[str, float]], key: str) -> float:
 
 def describe_parts(record: Record) -> str:
     lines = []
-    for method, parts in record.facts["seconds_by_part"].items():
+    for variant, parts in record.facts["seconds_by_part"].items():
         split = ", ".join(f"{part.replace('_', ' ')} {seconds:.3f}" for part, seconds in parts.items())
-        lines.append(f"  {method}: {split} (seconds, medians)")
-    lines += [f"  {method} / opd: {ratio:.2f}" for method, ratio in record.facts["over_opd"].items()]
+        kept = bytes_text(record.facts["saved_for_backward"][variant])
+        lines.append(f"  {variant}: {split} (seconds, medians); {kept} kept for backward")
+    lines += [f"  {variant} / opd: {ratio:.2f}" for variant, ratio in record.facts["over_opd"].items()]
     return "\n".join(lines)
 
 

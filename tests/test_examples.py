@@ -60,7 +60,9 @@ def test_a_configuration_is_read_by_the_parser(name: str) -> None:
 
     (config, _, model), values = train_parser().parse(["--config", str(EXAMPLES / name), "--use_cpu"])
     require("train", given(values))
-    assert (config.gamma, config.decomposition) == (0.8, "matched")
+    assert (config.gamma, config.method) == (2.0, "vgs")
+    eta, preservation = ("amortized", 0.01) if name == "qwen3vl_full.yaml" else ("measured", "adaptive")
+    assert (config.eta, config.language_preservation) == (eta, preservation)
     if name == "qwen3vl_full.yaml":
         assert student_source("student", config, model).options["dtype"] == "float32"
         assert teacher_source("teacher", config, model).options["dtype"] == "bfloat16"

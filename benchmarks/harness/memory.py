@@ -1,11 +1,11 @@
-"""Peak memory of a call: the allocator's on a GPU, the resident set's on Linux."""
+"""Peak memory of a call: the allocator's on a GPU, the resident set's on Linux; and what autograd keeps for backward."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,55 @@ def tensor_bytes(values: Any) -> int:
 
     visit(values)
     return sum(storages.values())
+
+
+class SavedForBackward:
+    """Bytes that autograd keeps for backward within a block, `peak` the most at once; exact on any device.
+
+    Counts every tensor that a forward pass saves, from its saving until its graph is freed. Storages that several share
+    count once, those of `without` (parameters, which are there anyway) not at all.
+    """
+
+    def __init__(self, without: Iterable[Tensor]) -> None:
+        self.peak = self._bytes = 0
+        self._holders: dict[int, int] = {}  # address of a storage -> how many saved tensors lie in it
+        self._without = [tensor.untyped_storage() for tensor in without]
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
+
+    def __enter__(self) -> SavedForBackward:
+        self._left_out = {storage.data_ptr() for storage in self._without}
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        return _Saved(tensor.detach(), self)  # a tensor with its graph would keep itself alive
+
+    def count(self, tensor: Tensor, change: int) -> None:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._left_out:
+            return
+        before = self._holders.get(address, 0)
+        self._holders[address] = before + change
+        if before == 0 or before + change == 0:
+            self._bytes += change * storage.nbytes()
+            self.peak = max(self.peak, self._bytes)
+        if before + change == 0:
+            del self._holders[address]
+
+
+class _Saved:
+    """One saved tensor, for as long as its graph lives."""
+
+    def __init__(self, tensor: Tensor, book: SavedForBackward) -> None:
+        self.tensor, self._book = tensor, book
+        book.count(tensor, 1)
+
+    def __del__(self) -> None:
+        self._book.count(self.tensor, -1)
 
 
 def _reset_resident_peak() -> int | None:
