@@ -20,6 +20,7 @@ from vgs_kernels import UnitGradients
 
 from .docstrings import attribute_texts
 from .inputs.modalities import MODALITIES
+from .renamed import OLD_NAMES, renamed
 from .steering.dependency import BY_DEPENDENCY
 from .steering.gamma import ADAPTIVE, GAMMA_SCHEDULES
 from .steering.methods import METHODS, Method
@@ -32,17 +33,6 @@ if TYPE_CHECKING:
 IMAGE_MASKS = ("drop", "blank", "attention")
 RUNAWAY_ACTIONS = ("fallback", "warn", "stop", "none")
 OFFLOAD = "offload"
-
-# What settings of earlier days are called now, by their value.
-OLD_NAMES: dict[str, dict[str, str]] = {
-    "steering": {"none": "method='opd'", "exact": "eta='measured'", "amortized": "eta='amortized'"},
-    "decomposition": {
-        "bayes": "method='vgs_unit'",
-        "matched": "method='matched'",
-        "teacher_prior": "method='teacher_prior'",
-    },
-    "refresh_drift": {},
-}
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
@@ -96,13 +86,6 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )  # fmt: skip
 
 
-def renamed(name: str, value: Any) -> str:
-    """The sentence that answers a setting of earlier days."""
-    known = OLD_NAMES[name]
-    now = known.get(str(value), " or ".join(known.values()))
-    return f"{name} is no setting any more; " + (f"write {now}" if now else "leave it out")
-
-
 def _refuses_old_names(kind: type[Kind]) -> type[Kind]:
     filled = kind.__init__
 
@@ -153,7 +136,7 @@ class VGSConfig(DistillationConfig):
             (`vgs_distill.steering.preservation`).
         dependency_quantile: Quantile of KL(q‖r) above which tokens depend on the image, for the third term and
             ``token_steering="dependency"``; of the tokens of a micro-batch that have an image. The paper has 0.7.
-        ratio_bound: Largest \|log p0 - log r\| in q*, in nats, or None: beyond, it is clamped.
+        ratio_bound: Largest absolute value of log p0 - log r in q*, in nats, or None: beyond, it is clamped.
         ratio_floor: p0 / r counts in q* only where q is at least this share of its largest entry; 0 for everywhere.
         gamma_min, gamma_max: Bounds of an adaptive gamma; it starts in their middle.
         gamma_schedule: ``"constant"``, or ``"linear"`` / ``"cosine"`` from `gamma_start` at the first step to `gamma`

@@ -36,7 +36,7 @@ from .steering.step import ViewLoss
 RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
 
 # Per-token numbers of a row without an image, whose masked view is the row itself: p₀ = p and r = q.
-_OF_TEXT = {"lang": "standard", "vis": None, "dependency": None}
+_OF_TEXT = {"lang": "standard"}  # 0 where a name stands neither here nor in the row's own numbers
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,12 @@ class MicroBatch:
 
     @property
     def result(self) -> MicroBatchLoss:
-        per_token = dict(self._of_seeing or self._of_text)
-        if self._of_seeing and self._of_text:
-            for name, values in self._of_seeing.items():
-                same = _OF_TEXT.get(name, name)
-                text = torch.zeros_like(self._of_text["standard"]) if same is None else self._of_text[same]
-                per_token[name] = torch.cat([values, text])
+        per_token = self._of_seeing
+        if self._of_text:
+            none = torch.zeros_like(self._of_text["standard"])
+            of_text = {name: self._of_text.get(_OF_TEXT.get(name, name), none) for name in self._loss.logged}
+            seeing = self._of_seeing
+            per_token = {n: torch.cat([seeing[n], values]) if seeing else values for n, values in of_text.items()}
         positions = torch.cat([self._seeing.nonzero(), self._text.nonzero()])
         return MicroBatchLoss(per_token, positions, self._bad(per_token), self._contribution, self._vis_weights)
 

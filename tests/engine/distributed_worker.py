@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 GLOBAL_BATCH = 8
 STEPS = 5
@@ -21,21 +21,36 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+
+
+class Case(NamedTuple):
+    """One training run, the same in every mode."""
+
+    method: str
+    eta: str
+    checkpointing: bool
+    accumulation: int
+    lora: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.method, self.eta, str(self.accumulation)]
+        return "-".join([*words, *["checkpointing"] * self.checkpointing, *["lora"] * self.lora])
+
+
 CASES = [
-    (steering, decomposition, checkpointing, accumulation)
-    for steering, decomposition in (("exact", "matched"), ("exact", "teacher_prior"), ("amortized", "matched"))
+    Case(method, eta, checkpointing, accumulation)
+    for method, eta in (
+        ("vgs", "measured"), ("vgs", "amortized"), ("matched", "measured"), ("teacher_prior", "measured"),
+    )
     for checkpointing in (False, True)
     for accumulation in (1, 2)
-]
+] + [Case("vgs", "measured", False, 2, lora=True)]  # fmt: skip
 
 
-def case_name(case: tuple[str, str, bool, int]) -> str:
-    steering, decomposition, checkpointing, accumulation = case
-    return f"{steering}-{decomposition}-{'checkpointing' if checkpointing else 'plain'}-{accumulation}"
-
-
-def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) -> dict[str, Any]:
+def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
     import torch
+    from peft import LoraConfig
     from torch.distributed.tensor import DTensor
     from transformers import TrainerCallback
     from vgs_distill import VGSConfig, VGSTrainer
@@ -43,7 +58,7 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
     from vgs_distill.demo.recipes import ModelSize
     from vgs_distill.demo.worlds import make_world, to_prompt_dataset
 
-    steering, decomposition, checkpointing, accumulation = case
+    prior = case.method == "teacher_prior"
     world = make_world("shapes")
     processor = build_processor(world.words)
     torch.manual_seed(1)
@@ -55,16 +70,19 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
         teacher_model=teacher,
         args=VGSConfig(
             output_dir=str(output_dir / "run"),
-            steering=steering,
-            decomposition=decomposition,
+            method=case.method,
+            eta=case.eta,
+            language_preservation=1.0,
+            # A quantile is over the tokens of a micro-batch, and so depends on how rows are grouped: here all take part.
+            dependency_quantile=0.0,
             # Weights are normalised over processes and micro-batches, which the unit scale would hide.
-            token_steering=3.0 if decomposition == "teacher_prior" else 0.0,
-            steering_scale="preserve" if decomposition == "teacher_prior" else "unit",
+            token_steering=3.0 if prior else 0.0,
+            steering_scale="preserve" if prior else "unit",
             refresh_every=3,
             max_steps=STEPS,
-            per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
-            gradient_accumulation_steps=accumulation,
-            gradient_checkpointing=checkpointing,
+            per_device_train_batch_size=GLOBAL_BATCH // processes // case.accumulation,
+            gradient_accumulation_steps=case.accumulation,
+            gradient_checkpointing=case.checkpointing,
             max_completion_length=5,
             top_k=1,  # greedy, so that completions do not depend on which process samples them
             optim="sgd",  # AdamW would blow rounding of tiny gradients up to whole steps
@@ -80,7 +98,13 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
         ),
         train_dataset=to_prompt_dataset(world.training_questions(48, seed=5, prior=0.5)),
         processing_class=processor,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if case.lora else None,
     )
+    if case.lora:
+        with torch.no_grad():  # B starts at 0, where A has no gradient
+            for name, p in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.02, generator=torch.Generator().manual_seed(7))
     gradients: dict[str, Any] = {}
 
     class Tap(TrainerCallback):
@@ -98,7 +122,7 @@ def train(case: tuple[str, str, bool, int], output_dir: Path, processes: int) ->
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in wrapped.named_parameters()
     }
-    losses = [row["loss/full"] for row in trainer.state.log_history if "loss/full" in row]
+    losses = [row["loss/standard"] for row in trainer.state.log_history if "loss/standard" in row]
     sharded = any(isinstance(p, DTensor) for p in wrapped.parameters())
     return {"parameters": parameters, "gradients": gradients, "losses": torch.tensor(losses), "sharded": sharded}
 
@@ -111,7 +135,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    results = {case_name(case): train(case, output_dir, processes) for case in CASES}
+    results = {case.name: train(case, output_dir, processes) for case in CASES}
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(results, output_dir / f"{mode}.pt")
     if torch.distributed.is_initialized():

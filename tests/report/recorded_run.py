@@ -25,17 +25,21 @@ def metrics(step: int) -> dict[str, float]:
     return {
         "loss/lang": lang,
         "loss/vis": vis,
-        "loss/full": lang + vis,
+        "loss/standard": lang + vis,
         "entropy": 1 + 1 / step,
         "gradient/cosine": 0.3 - step / 100,
-        "gradient/norm_lang": 1 + step / 7,
+        "gradient/norm_standard": 1 + step / 7,
         "gradient/norm_vis": 3.0,
         "steering/gamma": 0.5 + step / 200,
         "completions/mean_length": 9 - step / 20,
         "learning_rate": 1e-6 * (1 - step / 100),
         "steering/weight_ratio": 4 + step / 13,
+        "steering/eta": 0.5 - step / 300,
+        "steering/language_preservation": 0.01,
+        "dependency": 0.3 + step / 90,
         "runaway/divergence_growth": 1 + step / 50,
         "runaway/weight_growth": 1 + step / 40,
+        "runaway/language_growth": 1 + step / 70,
         "runaway/alarm": float(step > 57),
         "time/rollout": 0.25,
         "time/teacher": 0.125,
@@ -53,14 +57,14 @@ def completion(step: int, tokens: list[str], log_ratios: list[float | None] | No
 
 
 def start(step: int = 0, **settings: Any) -> dict[str, Any]:
-    shown = {"student": "org/student", "teacher": "org/teacher", "steering": "exact", "decomposition": "bayes"}
+    shown = {"student": "org/student", "teacher": "org/teacher", "method": "vgs"}
     return {
         "kind": "start",
         "step": step,
         "time": 1e9,
         "max_steps": STEPS,
         "teacher_silent": None,
-        "settings": {**shown, "gamma": 0.8} | settings,
+        "settings": {**shown, "gamma": 2.0} | settings,
     }
 
 
@@ -73,8 +77,9 @@ MODULES = {
     "step": 1,
     "time": 1e9,
     "names": ["vision tower", "decoder layer 0", "head"],
-    "norms_lang": [0.0, 3.0, 4.0],
-    "norms_vis": [1.0, 1.0, 1.0],
+    "parts": ["standard", "vis"],
+    "norms_first": [0.0, 3.0, 4.0],
+    "norms_second": [1.0, 1.0, 1.0],
     "cosines": [None, -0.5, 0.25],
 }
 

@@ -130,9 +130,9 @@ def without(record: dict[str, Any], name: str) -> dict[str, Any]:
         ({**logged(2), "step": 2.5}, "its 'step' is of another shape"),
         ({**logged(2), "step": -1}, "its 'step' is of another shape"),
         ({**logged(2), "time": 1e300}, "its 'time' is of another shape"),
-        ({**logged(2), "values": {"loss/full": "low"}}, "its 'values' is of another shape"),
-        ({**logged(2), "values": {"loss/full": float("nan")}}, "its 'values' is of another shape"),
-        ({**logged(2), "values": {"loss/full": 10**400}}, "its 'values' is of another shape"),
+        ({**logged(2), "values": {"loss/standard": "low"}}, "its 'values' is of another shape"),
+        ({**logged(2), "values": {"loss/standard": float("nan")}}, "its 'values' is of another shape"),
+        ({**logged(2), "values": {"loss/standard": 10**400}}, "its 'values' is of another shape"),
         ({**logged(2), "values": [1]}, "its 'values' is of another shape"),
         ({**start(), "settings": {"student": "a"}}, "its 'settings' is of another shape"),
         ({**start(), "max_steps": None}, "its 'max_steps' is of another shape"),
@@ -141,7 +141,7 @@ def without(record: dict[str, Any], name: str) -> dict[str, Any]:
         (completion(2, ["a"], None, images="0123.png"), "its 'images' is of another shape"),
         (completion(2, ["a"], None, prompt=None), "its 'prompt' is of another shape"),
         (completion(2, ["a"], None, teacher=["a"]), "its 'teacher' is of another shape"),
-        ({**MODULES, "names": ["a"]}, "names, norms_lang, norms_vis, cosines differ in length"),
+        ({**MODULES, "names": ["a"]}, "names, norms_first, norms_second, cosines differ in length"),
         ({**MODULES, "cosines": None}, "its 'cosines' is of another shape"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_log_without_a_start_is_one_sentence(run_dir: Path) -> None:
     assert "has no record of a start" in result.stderr
 
 
-MEASURED = {"accuracy": 0.5, "full": None}
+MEASURED = {"accuracy": 0.5, "standard": None}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,10 @@ MEASURED = {"accuracy": 0.5, "full": None}
     [
         ({"with_image": MEASURED, "without_image": MEASURED}, "it has no 'rows'"),
         ({"rows": 1, "with_image": 0.5, "without_image": MEASURED}, "its 'with_image' is of another shape"),
-        ({"rows": 1, "with_image": MEASURED, "without_image": {"full": 1}}, "its 'without_image' is of another shape"),
+        (
+            {"rows": 1, "with_image": MEASURED, "without_image": {"standard": 1}},
+            "its 'without_image' is of another shape",
+        ),
     ],
 )
 def test_an_evaluation_of_another_shape_is_one_sentence(run_dir: Path, content: Any, fault: str) -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from transformers import TrainerState
 from vgs_distill import VGSConfig
 from vgs_distill.report.model_card import model_card
+from vgs_distill.steering.methods import METHODS
 
 from tests.command_line import invoke
 from tests.conftest import Workspace
@@ -77,11 +78,11 @@ def named(model: Any, name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("steering", ["exact", "none"])
-def test_names_of_the_hub_become_links(tmp_path: Path, steering: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_the_hub_become_links(tmp_path: Path, method: str) -> None:
     family, processor = SMALL_FAMILIES["qwen3_vl"], processor_of("qwen3_vl")
     config = VGSConfig(
-        output_dir=str(tmp_path / "run"), hub_model_id="me/mine", steering=steering, use_cpu=True, bf16=False
+        output_dir=str(tmp_path / "run"), hub_model_id="me/mine", method=method, use_cpu=True, bf16=False
     )
     card = model_card(
         config,
@@ -97,7 +98,8 @@ def test_names_of_the_hub_become_links(tmp_path: Path, steering: str) -> None:
     assert card.data.datasets == "org/rows"
     assert "distilled on-policy from [org/teacher](https://huggingface.co/org/teacher) on [org/rows]" in card.content
     assert '\nname = "me/mine"' in card.content
-    assert ("Visual Gradient Steering" in card.content) == (steering == "exact")
+    assert ("Visual Gradient Steering" in card.content) == (method != "opd")
+    assert ("None" in card.content) is False
     assert "{On something}" in card.content
     assert "eprint        = {2306.13649}" in card.content
     assert "year          = {2023}" in card.content

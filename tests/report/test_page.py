@@ -42,14 +42,15 @@ def test_the_numbers_are_those_of_the_log(run_dir: Path) -> None:
         values = metrics(int(step))
         shown = re.findall(r"<td>([^<]*)</td>", cells)
         names = [
-            "loss/full", "loss/lang", "loss/vis", "entropy", "gradient/cosine", "gradient/norm_lang",
-            "gradient/norm_vis", "steering/weight_ratio", "steering/gamma",
+            "loss/standard", "loss/lang", "loss/vis", "dependency", "entropy", "gradient/cosine",
+            "gradient/norm_standard", "gradient/norm_vis", "steering/weight_ratio", "steering/gamma", "steering/eta",
+            "steering/language_preservation",
         ]  # fmt: skip
         assert [float(text.replace("−", "-")) for text in shown] == pytest.approx([values[n] for n in names], rel=5e-3)
     text = Page(html).text
     last = metrics(STEPS)
-    assert number(last["loss/full"]) in text
-    assert f"at most {number(last['steering/weight_ratio'])}" in text
+    assert number(last["loss/standard"]) in text
+    assert f"at most {number(metrics(1)['steering/eta'])}" in text
     assert "2.00 s" in text, "seconds per step: the log advances by two seconds a step"
     assert "student writes 0.250 s" in text
     assert "everything else 1.115 s" in text
@@ -93,6 +94,8 @@ def test_gamma_length_and_learning_rate_are_drawn(run_dir: Path) -> None:
     html = html_of(run_dir)
     for title, label, name in (
         ("γ", "γ", "steering/gamma"),
+        ("η", "η", "steering/eta"),
+        ("λ", "λ", "steering/language_preservation"),
         ("Length of the answers", "tokens", "completions/mean_length"),
         ("Learning rate", "learning rate", "learning_rate"),
     ):
@@ -118,6 +121,7 @@ def test_modules_show_cosine_and_shares(run_dir: Path) -> None:
     assert "vision tower–0.0 %33.3 %" in text
     assert "decoder layer 0−0.5036.0 %33.3 %" in text
     assert "head+0.2564.0 %33.3 %" in text
+    assert "cosinewholevisual" in text.replace(" ", "")
 
 
 def test_tokens_carry_their_number_and_colour(run_dir: Path) -> None:
@@ -148,11 +152,11 @@ def test_the_colour_of_a_contribution_grows_with_its_size() -> None:
 def test_accuracies_of_vgs_eval_are_shown(run_dir: Path) -> None:
     (run_dir / "checkpoint-20").mkdir()
     for path, accuracy in ((run_dir / "eval.json", 0.8125), (run_dir / "checkpoint-20" / "eval.json", 0.25)):
-        measured = {"accuracy": accuracy, "full": 0.125}
+        measured = {"accuracy": accuracy, "standard": 0.125}
         source = (
             {"source": "all rows of rows.jsonl", "trained_on": True} if accuracy > 0.5 else {}
         )  # older ones have none
-        record = {"rows": 64, **source, "with_image": measured, "without_image": {"accuracy": 0.5, "full": None}}
+        record = {"rows": 64, **source, "with_image": measured, "without_image": {"accuracy": 0.5, "standard": None}}
         path.write_text(json.dumps(record))
     (run_dir / "eval_notes.json").write_text('["no evaluation"]')
     text = " ".join(page_of(run_dir).text.split())
@@ -162,13 +166,13 @@ def test_accuracies_of_vgs_eval_are_shown(run_dir: Path) -> None:
     assert "with image 81.2" in text
 
 
-def test_a_monolithic_run_has_no_gradients_and_no_colour(run_dir: Path) -> None:
-    names = ("loss/full", "entropy", "time/rollout", "time/teacher", "time/student")
-    records = [start(steering="none"), completion(1, [" a", " b"], None)]
+def test_a_plain_run_has_no_gradients_and_no_colour(run_dir: Path) -> None:
+    names = ("loss/standard", "entropy", "time/rollout", "time/teacher", "time/student")
+    records = [start(method="opd"), completion(1, [" a", " b"], None)]
     records += [{**logged(step), "values": {name: metrics(step)[name] for name in names}} for step in (1, 2, 3)]
     write(run_dir, records)
     page = page_of(run_dir)
-    assert "Monolithic distillation runs no masked teacher" in page.text
+    assert "Plain distillation runs no masked teacher" in page.text
     assert "Gradients" not in page.text
     assert not any("token" in (attributes.get("class") or "") for _, attributes in page.tags)
 
@@ -188,7 +192,7 @@ def test_text_is_escaped_and_the_page_stands_alone(run_dir: Path) -> None:
     assert not re.search(r"url\(|@import", html)
 
 
-@pytest.mark.parametrize("field", ["student", "teacher", "steering", "decomposition", "note"])
+@pytest.mark.parametrize("field", ["student", "teacher", "method", "note"])
 def test_settings_are_escaped(run_dir: Path, field: str) -> None:
     write(run_dir, [start(**{field: HOSTILE}), logged(1)])
     assert HOSTILE in page_of(run_dir).text

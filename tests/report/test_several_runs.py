@@ -18,13 +18,13 @@ from tests.report.recorded_run import HOSTILE, STEPS, finished_run, logged, metr
 
 @pytest.fixture
 def others(tmp_path: Path) -> tuple[Path, Path]:
-    """A steered run with another γ that is at its 30th step, and a monolithic one."""
-    steered, monolithic = finished_run(tmp_path / "steered"), finished_run(tmp_path / "monolithic")
+    """A steered run with another γ that is at its 30th step, and a plain one."""
+    steered, plain = finished_run(tmp_path / "steered"), finished_run(tmp_path / "plain")
     write(steered, [start(gamma=0.3), *records_of(steered)[1:33]])
-    kept = ("loss/full", "entropy", "learning_rate")
+    kept = ("loss/standard", "entropy", "learning_rate")
     few = [{**logged(step), "values": {name: metrics(step)[name] for name in kept}} for step in range(1, 21)]
-    write(monolithic, [start(steering="none"), *few])
-    return steered, monolithic
+    write(plain, [start(method="opd"), *few])
+    return steered, plain
 
 
 def figures(html: str) -> dict[str, str]:
@@ -41,8 +41,8 @@ def test_a_line_is_a_run(run_dir: Path, others: tuple[Path, Path], tmp_path: Pat
     Page(html)
     shown = figures(html)
     names = {title: re.findall(r"</span>([^<]+) <b>", figure) for title, figure in shown.items()}
-    everyone, steered = ["my run", "steered", "monolithic"], ["my run", "steered"]
-    assert names["Distance to the teacher: full"] == names["Entropy of the student"] == everyone
+    everyone, steered = ["my run", "steered", "plain"], ["my run", "steered"]
+    assert names["Distance to the teacher: whole"] == names["Entropy of the student"] == everyone
     assert names["Learning rate"] == everyone
     assert names["Distance to the teacher: language"] == names["Weight ratio"] == names["γ"] == steered
     assert "Signs of a runaway" not in shown
@@ -55,7 +55,7 @@ def test_a_line_is_a_run(run_dir: Path, others: tuple[Path, Path], tmp_path: Pat
     chart = line_chart(lines, description, zero_line=True)
     assert chart is not None
     assert str(chart) in shown["Learning rate"]
-    for name, step in (("my run", STEPS), ("steered", 30), ("monolithic", 20)):
+    for name, step in (("my run", STEPS), ("steered", 30), ("plain", 20)):
         assert f"{name} <b>{number(metrics(step)['learning_rate'])}</b>" in shown["Learning rate"]
 
 
@@ -68,20 +68,24 @@ def test_the_table_and_the_differences(run_dir: Path, others: tuple[Path, Path])
             for row in re.findall(r"<tr>(.*?)</tr>", html[: html.index("<h2>Each run</h2>")])
         )
     }
-    assert rows["run"] == ["step", "KL", "entropy", "cosine", "ratio", "s per step", ""]
-    assert rows["my run"][:3] == [f"60 of {STEPS}", number(metrics(60)["loss/full"]), number(metrics(60)["entropy"])]
+    assert rows["run"] == ["step", "KL", "entropy", "cosine", "η", "ratio", "s per step", ""]
+    assert rows["my run"][:3] == [
+        f"60 of {STEPS}",
+        number(metrics(60)["loss/standard"]),
+        number(metrics(60)["entropy"]),
+    ]
     assert rows["my run"][-1] == "finished, ran away at step 58"
-    assert rows["monolithic"][3:5] == ["–", "–"]
-    assert rows["monolithic"][-1] == "training, or killed"
-    assert rows["gamma"] == ["0.8", "0.3", "0.8"]
-    assert rows["steering"] == ["exact", "exact", "none"]
-    assert "decomposition" not in rows, "it is the same"
+    assert rows["plain"][3:6] == ["–", "–", "–"]
+    assert rows["plain"][-1] == "training, or killed"
+    assert rows["gamma"] == ["2.0", "0.3", "2.0"]
+    assert rows["method"] == ["vgs", "vgs", "opd"]
+    assert "teacher" not in rows, "it is the same"
 
 
 def test_each_run_has_its_own_page_below(run_dir: Path, others: tuple[Path, Path]) -> None:
     html = render_runs({path.name: read_run(path) for path in (run_dir, *others)})
     below = html[html.index("<h2>Each run</h2>") :]
-    assert re.findall(r'<details class="run"><summary>(.*?)</summary>', below) == ["my run", "steered", "monolithic"]
+    assert re.findall(r'<details class="run"><summary>(.*?)</summary>', below) == ["my run", "steered", "plain"]
     assert below.count("<h2>As logged</h2>") == 3
     assert "Signs of a runaway" in below
     assert "<script" not in html

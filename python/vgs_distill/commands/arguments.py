@@ -94,8 +94,12 @@ class EvalArguments:
         },
     )
     max_completion_length: int = field(default=512, metadata={"help": "Most tokens of a completion."})
-    decomposition: str = field(
-        default="matched", metadata={"help": "How the loss is split: 'matched', 'bayes' or 'teacher_prior'."}
+    method: str = field(
+        default="vgs",
+        metadata={
+            "help": "Whose parts of the loss to measure, by the names of vgs train: 'vgs' has the paper's, 'opd' the "
+            "whole alone."
+        },
     )
     modality: str = field(default="image", metadata={"help": "What is left out: 'image', 'video' or 'audio'."})
     batch_size: int = field(default=8, metadata={"help": "Rows that are generated and scored at a time."})
@@ -122,7 +126,7 @@ class SettingsParser(TrlParser):
         from_file = [] if path is None else self._flags_of(path)
         namespace, unknown = self.parse_known_args([*from_file, *arguments])
         if unknown:
-            raise unknown_flag(self.command, unknown[0], self._hints)
+            raise unknown_flag(self.command, unknown[0], self._hints, "".join(unknown[1:2]))
         values = vars(namespace)
         del values["config"]
         filled = []
@@ -150,7 +154,8 @@ class SettingsParser(TrlParser):
             if item.init:
                 item.type = hints[item.name]
                 self._parse_dataclass_field(self, item)
-                if _kinds(hints[item.name]) == {float, str}:  # of which transformers would take numbers only
+                # Of which transformers would take numbers only.
+                if _kinds(hints[item.name]) - {type(None)} == {float, str}:
                     self._option_string_actions[f"--{item.name}"].type = _float_or_name
 
     def _flags_of(self, path: Path) -> list[str]:
@@ -162,7 +167,7 @@ class SettingsParser(TrlParser):
                 os.environ.update(self._environment)
                 continue
             if key not in self._hints:
-                raise unknown_key(path, key, self._hints)
+                raise unknown_key(path, key, scalar, self._hints)
             kinds = _kinds(self._hints[key])
             if value is None:
                 if type(None) not in kinds and self.get_default(key) is not None:

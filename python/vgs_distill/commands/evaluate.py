@@ -6,8 +6,8 @@ answer column after case, outer punctuation and repeated white space are put asi
 answer is the last match of that expression in the completion, otherwise all of it.
 
 The divergences are means per token over the model's own completions, in nats: KL(student || teacher) on what it wrote
-with the image and its language and visual part (`vgs_kernels.decomposed_kl`), and the same on what it wrote without,
-where all of it is language.
+with the image, the language and the visual part of `method` and how much the teacher depends on the image
+(`vgs_kernels.decomposed_kl`), and the same on what it wrote without, where all of it is language.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..inputs.dataset_checks import RowCheck
 from ..inputs.families import EvidenceTokens, Family, check_modality, family_of
 from ..inputs.formats import canonical_rows
 from ..inputs.modalities import MODALITIES, Modality
-from ..loss import DecomposedLoss, LossSettings
+from ..loss import DistillationLoss, LossSettings
 from ..masking import Batch, with_evidence, without_evidence
 from ..models.heads import backbone
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
@@ -51,11 +51,13 @@ class Measured:
 
     accuracy: float  # share of rows, 0..1
     mean_length: float  # tokens of a completion
-    full: float | None  # KL(student || teacher) per token, in nats; None without a teacher, like the rest
-    lang: float | None
-    vis: float | None
-    entropy: float | None
     completions: tuple[str, ...]
+    # Means per token, in nats; None without a teacher, and where the method has no such part.
+    standard: float | None = None  # KL(student || teacher)
+    lang: float | None = None
+    vis: float | None = None
+    dependency: float | None = None  # KL(teacher || teacher without the image)
+    entropy: float | None = None  # of the student
 
 
 def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def _loss_config(settings: EvalArguments) -> VGSConfig:
     """The settings of the loss; InputError if one cannot be."""
     try:
         return VGSConfig(
-            decomposition=settings.decomposition,
+            method=settings.method,
             modality=settings.modality,
             max_completion_length=settings.max_completion_length,
             use_cpu=settings.use_cpu,
@@ -216,7 +218,7 @@ class _Evaluator:
         teacher: PreTrainedModel | None,
     ) -> None:
         self.settings = settings
-        self.loss = DecomposedLoss(
+        self.loss = DistillationLoss(
             loss_config.select(LossSettings),
             evidence_tokens,
             family,
@@ -236,7 +238,7 @@ class _Evaluator:
         completions: list[str] = []
         right: list[bool] = []
         tokens = 0.0
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = dict.fromkeys(self.loss.logged if self.teacher is not None else (), 0.0)
         for start in range(0, len(rows), self.settings.batch_size):
             numbers = range(start, min(start + self.settings.batch_size, len(rows)))
             chunk = canonical_rows(rows.select(numbers), self.evidence_tokens.modality, self.processor)
@@ -248,10 +250,20 @@ class _Evaluator:
                 right.append(found is not None and normalise(found) == normalise(answer))
             completions += texts
             tokens += float(mask.sum())
-            if self.teacher is not None:
-                sums += self.loss(self.student, self.teacher, batch, mask, 1.0).sums()[:4].cpu().double()
-        full, lang, vis, entropy = [None] * 4 if self.teacher is None else (sums / max(tokens, 1.0)).tolist()
-        return Measured(sum(right) / len(right), tokens / len(right), full, lang, vis, entropy, tuple(completions))
+            for name, total in self._divergences(batch, mask).items():
+                sums[name] += total
+        means = {name: total / max(tokens, 1.0) for name, total in sums.items()}
+        return Measured(sum(right) / len(right), tokens / len(right), tuple(completions), **means)
+
+    def _divergences(self, batch: Batch, mask: Tensor) -> dict[str, float]:
+        """Name -> sum over the tokens, of what the method logs; nothing without a teacher."""
+        if self.teacher is None:
+            return {}
+        micro_batch = self.loss.micro_batch(self.student, self.teacher, batch, mask, 1.0)
+        for _ in micro_batch:  # every view runs; nothing is run back
+            pass
+        sums = micro_batch.result.sums()
+        return {name: sums[name].item() for name in self.loss.logged}
 
     def _generate(self, rows: list[dict[str, Any]], evidence: bool) -> tuple[Batch, Tensor]:
         """Prompts of canonical rows with greedy completions, and which of their tokens count."""
@@ -307,9 +319,10 @@ def _table(measured: dict[str, Measured], rows: str) -> Table:
     table.add_row("accuracy", *(f"{result.accuracy:.1%}" for result in measured.values()))
     table.add_row("tokens per completion", *(f"{result.mean_length:.1f}" for result in measured.values()))
     labels = {
-        "full": "KL(student || teacher)",
-        "lang": "  language part",
-        "vis": "  visual part",
+        "standard": "KL(student || teacher)",
+        "lang": "language part",
+        "vis": "visual part",
+        "dependency": "KL(teacher || teacher blind)",
         "entropy": "entropy of the student",
     }
     for part, label in labels.items():

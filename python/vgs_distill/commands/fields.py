@@ -18,6 +18,7 @@ from typing import Any
 
 from ..docstrings import attribute_texts
 from ..errors import InputError, nearest
+from ..renamed import OLD_NAMES, renamed
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ _OF_MODELS = re.compile("(teacher_)?model_.*|trust_remote_code|teacher_.*")  # i
 COMMON = {
     "train": {
         "needed": ("output_dir", "model_name_or_path", "teacher_model_name_or_path", "dataset_name"),
-        "steering": ("steering", "gamma", "gamma_schedule", "decomposition", "image_mask", "modality"),
+        "steering": (
+            "method", "eta", "gamma", "language_preservation", "ratio_bound", "ratio_floor", "image_mask", "modality",
+        ),
         "data": (
             "prompt_column", "image_column", "dataset_train_split", "dataset_test_split", "eval_dataset_name",
             "dataset_streaming", "max_prompt_length",
@@ -87,7 +90,7 @@ COMMON = {
         "needed": ("model_name_or_path", "dataset_name"),
         "evaluation": (
             "teacher_model_name_or_path", "output_file", "max_rows", "answer_column", "answer_pattern",
-            "max_completion_length", "batch_size", "decomposition", "modality", "use_cpu",
+            "max_completion_length", "batch_size", "method", "modality", "use_cpu",
         ),
         "data and models": (
             "dataset_config", "prompt_column", "image_column", "dataset_test_split", "dtype", "attn_implementation",
@@ -235,16 +238,20 @@ def hint(name: str, known: Mapping[str, object]) -> str:
     return f"; did you mean {other!r}?" if other in known else nearest(name, known)
 
 
-def unknown_flag(command: str, argument: str, known: Mapping[str, object]) -> InputError:
-    """What is said of an argument that is no flag of the command."""
-    flag = argument.partition("=")[0]
+def unknown_flag(command: str, argument: str, known: Mapping[str, object], value: str = "") -> InputError:
+    """What is said of an argument that is no flag of the command; `value`: the argument behind it."""
+    flag, _, own_value = argument.partition("=")
+    if (name := flag.removeprefix("--").replace("-", "_")) in OLD_NAMES:
+        return InputError(renamed(name, own_value or value))
     if not flag.startswith("-"):
         return InputError(f"vgs {command} takes flags only, but got {flag!r}; a settings file is given with --config")
     return InputError(f"vgs {command} has no flag {flag!r}{hint(flag.lstrip('-'), known)}")
 
 
-def unknown_key(path: Path, key: str, known: Mapping[str, object]) -> InputError:
+def unknown_key(path: Path, key: str, value: object, known: Mapping[str, object]) -> InputError:
     """What is said of a key of the YAML file that is no field of the command."""
+    if key in OLD_NAMES:
+        return InputError(renamed(key, value))
     return InputError(f"{str(path)!r} has an unknown key {key!r}{hint(key, known)}")
 
 
@@ -264,7 +271,7 @@ def _check(command: str, arguments: Sequence[str], fields: Mapping[str, Field]) 
             continue
         name = flag.removeprefix("--").replace("-", "_")
         if name != "config" and not {name, name.removeprefix("no_")} & fields.keys():
-            raise unknown_flag(command, argument, fields)
+            raise unknown_flag(command, argument, fields, "".join(arguments[index + 1 : index + 2]))
         given.add(name)
     if "config" in given:
         from .settings_file import find_config, read_settings
@@ -273,7 +280,7 @@ def _check(command: str, arguments: Sequence[str], fields: Mapping[str, Field]) 
         assert path is not None
         for key, (_, value) in read_settings(path).items():
             if key not in fields and key != "env":
-                raise unknown_key(path, key, fields)
+                raise unknown_key(path, key, value, fields)
             given |= {key} if value is not None else set()
     require(command, given)
 

@@ -45,7 +45,7 @@ class Chart:
 
 def _parts(prefix: str) -> tuple[Line, ...]:
     return (
-        Line("full", "ink", f"{prefix}loss/full"),
+        Line("whole", "ink", f"{prefix}loss/standard"),
         Line("language", "lang", f"{prefix}loss/lang"),
         Line("visual", "vis", f"{prefix}loss/vis"),
     )
@@ -62,8 +62,8 @@ def _evaluated(view: str) -> Values:
 LOSS = (
     Chart(
         "Distance to the teacher",
-        "Reverse KL divergence, student to teacher, on the student's own words: in full, and its language and visual "
-        "part; nats per token, lower is closer.",
+        "Reverse KL divergence, student to teacher, on the student's own words: the whole, and the language and the "
+        "visual part of the method; nats per token, lower is closer.",
         _parts(""),
         zero_line=True,
     ),
@@ -71,6 +71,12 @@ LOSS = (
         "Entropy of the student",
         "How undecided the student is about its next word, in nats per token; a fall to zero is a collapse.",
         (Line("entropy", "entropy", "entropy"),),
+        zero_line=True,
+    ),
+    Chart(
+        "How much the teacher needs the image",
+        "Divergence of the teacher with the image from the teacher without it, on the student's words; nats per token.",
+        (Line("dependency", "vis", "dependency"),),
         zero_line=True,
     ),
     Chart(
@@ -89,15 +95,16 @@ LOSS = (
 GRADIENTS = (
     Chart(
         "Angle between the two gradients",
-        "Cosine of the language and the visual gradient: near 0 they ask for unrelated changes, below 0 they pull "
+        "Cosine of the two gradients that the method weighs: near 0 they ask for unrelated changes, below 0 they pull "
         "against each other.",
         (Line("cosine", "ink", "gradient/cosine"),),
         zero_line=True,
     ),
     Chart(
         "Gradient norms",
-        "How strongly each part pulls before steering sets their shares (logarithmic scale).",
+        "How strongly each part pulls before steering weighs them (logarithmic scale).",
         (
+            Line("whole", "ink", "gradient/norm_standard"),
             Line("language", "lang", "gradient/norm_lang"),
             Line("visual", "vis", "gradient/norm_vis"),
         ),
@@ -105,42 +112,45 @@ GRADIENTS = (
     ),
     Chart(
         "γ",
-        "Share of the visual direction in the update, as it was set, scheduled or adapted.",
+        "Weight of the second part of the method, as it was set, scheduled or adapted.",
         (Line("γ", "ink", "steering/gamma", as_logged=True),),
         zero_line=True,
     ),
     Chart(
+        "η",
+        "Factor of the whole update, which keeps the length that the gradient of plain distillation has.",
+        (Line("η", "ink", "steering/eta", as_logged=True),),
+        zero_line=True,
+    ),
+    Chart(
+        "λ",
+        "Weight of language preservation: how strongly words that need the image are held to the teacher's without it.",
+        (Line("λ", "lang", "steering/language_preservation", as_logged=True),),
+        zero_line=True,
+    ),
+    Chart(
         "Weight ratio",
-        "Weight of the visual gradient over that of the language gradient (logarithmic scale); a ratio that keeps "
-        "growing is the sign of a run about to collapse.",
+        "Weight of the second gradient over that of the first (logarithmic scale); where both are taken at unit length "
+        "a ratio that keeps growing is the sign of a run about to collapse.",
         (Line("ratio", "ink", "steering/weight_ratio"),),
         logarithmic=True,
     ),
     Chart(
         "Signs of a runaway",
-        "KL to the teacher and weight ratio, each over its lowest level so far (logarithmic scale); an alarm needs "
-        "both to double, or more completions that are cut off, or a KL of four times.",
+        "KL to the teacher, weight ratio and language loss, each over its lowest level so far (logarithmic scale). An "
+        "alarm needs the first two to double, or more completions that are cut off, or a KL of four times; or the "
+        "language loss to double while the visual one is at its best.",
         (
             Line("KL", "ink", "runaway/divergence_growth", as_logged=True),
             Line("weight ratio", "vis", "runaway/weight_growth", dashed=True, as_logged=True),
+            Line("language", "lang", "runaway/language_growth", as_logged=True),
         ),
         logarithmic=True,
         of_one_run=True,
     ),
     Chart(
-        "Predicted against measured weight ratio",
-        "At every refresh: the ratio that the prediction would have used, and the one that was measured (logarithmic "
-        "scale).",
-        (
-            Line("predicted", "lang", "steering/predicted_weight_ratio", dashed=True),
-            Line("measured", "ink", "steering/measured_weight_ratio"),
-        ),
-        logarithmic=True,
-        of_one_run=True,
-    ),
-    Chart(
-        "How right the prediction was",
-        "At every refresh: cosine between the update that the prediction would have made and the exact one; 1 is the "
+        "How right the average was",
+        "At every refresh: cosine between the update by the average of earlier measurements and by this one; 1 is the "
         "same direction.",
         (Line("cosine", "ink", "steering/direction_cosine"),),
     ),
@@ -178,7 +188,7 @@ def figures_of(log: RunLog, charts: Sequence[Chart]) -> list[Figure]:
     found = []
     for chart in charts:
         lines = [_series(log, line, line.label, line.color, line.dashed, faint=True) for line in chart.lines]
-        found += _figure(chart, chart.title, chart.sentence, _joined(lines))
+        found += _figure(chart, chart.title, chart.sentence, lines)
     return found
 
 
@@ -192,8 +202,6 @@ def figures_over(logs: Mapping[str, RunLog], charts: Sequence[Chart]) -> list[Fi
                 _series(log, line, name, *color_of_run(index), faint=False)
                 for index, (name, log) in enumerate(logs.items())
             ]
-            if lines in drawn:  # as for `_joined`
-                continue
             title = chart.title if len(chart.lines) == 1 else f"{chart.title}: {line.label}"
             found += _figure(chart, title, "" if drawn else chart.sentence, lines)
             drawn.append(lines)
@@ -214,18 +222,6 @@ def _series(log: RunLog, line: Line, label: str, color: int | str, dashed: bool,
     means = moving_average([value for _, value in points], window)
     smooth = tuple((step, mean) for (step, _), mean in zip(points, means, strict=True))
     return Series(label, color, smooth, dashed, raw=points if faint else ())
-
-
-def _joined(series: Sequence[Series]) -> list[Series]:
-    """Lines that lie on each other as one: the visual part of `matched` is the whole, with the image in view."""
-    kept: list[Series] = []
-    for line in series:
-        twin = next((other for other in kept if line.points and other.points == line.points), None)
-        if twin is not None:
-            kept.remove(twin)
-            line = replace(line, label=f"{line.label}, {twin.label}")
-        kept.append(line)
-    return kept
 
 
 def _figure(chart: Chart, title: str, sentence: str, series: Sequence[Series]) -> list[Figure]:

@@ -168,7 +168,7 @@ def _numbers(value: Any) -> bool:
 
 
 def _settings(value: Any) -> bool:
-    names = ("student", "teacher", "steering", "decomposition")
+    names = ("student", "teacher", "method")
     return isinstance(value, dict) and "gamma" in value and all(_text(value.get(name)) for name in names)
 
 
@@ -181,7 +181,7 @@ def _or_none(check: Check) -> Check:
 
 
 def _measured(value: Any) -> bool:
-    return isinstance(value, dict) and _fault(value, {"accuracy": _number, "full": _or_none(_number)}) is None
+    return isinstance(value, dict) and _fault(value, {"accuracy": _number, "standard": _or_none(_number)}) is None
 
 
 _RECORDS: dict[str, dict[str, Check]] = {
@@ -196,14 +196,15 @@ _RECORDS: dict[str, dict[str, Check]] = {
         "teacher": _or_none(_text),
     },
     "modules": {
+        "parts": _list_of(_text),
         "names": _list_of(_text),
-        "norms_lang": _list_of(_number),
-        "norms_vis": _list_of(_number),
+        "norms_first": _list_of(_number),
+        "norms_second": _list_of(_number),
         "cosines": _list_of(_or_none(_number)),
     },
     "end": {},
 }
-_AS_LONG = {"completion": ("tokens", "log_ratios"), "modules": ("names", "norms_lang", "norms_vis", "cosines")}
+_AS_LONG = {"completion": ("tokens", "log_ratios"), "modules": ("names", "norms_first", "norms_second", "cosines")}
 _EVALUATION: dict[str, Check] = {"rows": _count, "with_image": _measured, "without_image": _measured}
 
 

@@ -16,9 +16,17 @@ from transformers import PreTrainedModel, TrainerState
 from trl import DistillationTrainer
 
 from ..config import VGSConfig
+from ..steering.methods import METHODS
 from .page import TEMPLATES
 
 _TASKS = {"image": "image-text-to-text", "video": "video-text-to-text", "audio": "audio-text-to-text"}
+_STEERED = {  # by method, as the end of "on its own answers ..."
+    "vgs": "followed both the teacher and a visual target, its own prior with the teacher's evidence",
+    "vgs_unit": "the gradients of its language loss and of its visual loss were weighed at unit length",
+    "matched": "the gradients of its losses without and with the evidence were weighed at unit length",
+    "teacher_prior": "the divergence from the teacher was split by the teacher's prior, both gradients at unit length",
+    "language": "followed both the teacher and, without the evidence, the teacher without it",
+}
 _PACKAGES = ("vgs-kernels", "trl", "transformers", "torch", "datasets")
 
 
@@ -115,6 +123,8 @@ def model_card(
         prompts=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         args=args,
         steps=state.global_step,
+        steered=_STEERED.get(args.method),
+        preserves=METHODS[args.method].preserved is not None,
         paper=paper,
         versions={package: version(package) for package in _PACKAGES},
     )

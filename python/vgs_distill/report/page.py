@@ -18,6 +18,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 RUN_COLORS = (2, 1, 3, 5, 4, 6, 7, 0)  # of the page's eight, the order in which runs take them
 SATURATION = 3.0  # nats at which the scale of contributions ends: the image makes a token 20 times as likely
 
+PART_NAMES = {"standard": "whole", "lang": "language", "vis": "visual"}  # of the loss, as readers know them
 TIME_PARTS = {
     "rollout": "student writes",
     "teacher": "teacher reads",

@@ -10,7 +10,8 @@
     completion   one of `step`: `prompt`, `images` (file names), `tokens` (texts), and `log_ratios`, log q - log r of
                  each token in nats, teacher with against teacher without the image; null where no masked teacher ran;
                  `reference`, the row's column `answer`, and `teacher`, what it writes itself: null where there is none
-    modules      `norms_lang`, `norms_vis`, `cosines` of the two gradients at `step`, per module in `names`
+    modules      `norms_first`, `norms_second`, `cosines` of the gradients of two `parts` at `step`, per module in
+                 `names`
     end          training returned at `step`
 
 Every record carries `step` and `time` (seconds since 1970). A line is appended by one write; one that a crash cut off
@@ -44,6 +45,7 @@ from transformers.utils import logging
 from trl import DistillationConfig
 
 from ..config import VGSConfig
+from ..steering.methods import METHODS
 from .log import IMAGE_FOLDER, LOG_FILE
 from .model_card import model_name
 from .teacher_answers import TeacherAnswers
@@ -90,6 +92,7 @@ class RunRecorder(TrainerCallback):
         self._run_dir = Path(config.output_dir or ".")
         self._completions = _Interval(config.record_completions_every)
         self._modules = _Interval(config.record_modules_every)
+        self._parts = METHODS[config.method].pair
         self._settings = {"student": model_name(student), "teacher": model_name(teacher)}
         self._settings |= {name: getattr(config, name) for name in (*_TRL_SETTINGS, *_own_settings())}
         self._recording = False
@@ -177,13 +180,21 @@ class RunRecorder(TrainerCallback):
         """Norms and cosine of the two gradients of each module, from its Gramian (2, 2); nothing for no modules."""
         if not gramians:
             return
-        norms_lang, norms_vis, cosines = [], [], []
+        norms_first, norms_second, cosines = [], [], []
         for gramian in gramians.values():
-            (lang, cross), (_, vis) = gramian.tolist()
-            norms_lang.append(math.sqrt(lang))
-            norms_vis.append(math.sqrt(vis))
-            cosines.append(cross / math.sqrt(lang * vis) if lang * vis > 0 else None)
-        self._append("modules", step, names=list(gramians), norms_lang=norms_lang, norms_vis=norms_vis, cosines=cosines)
+            (first, cross), (_, second) = gramian.tolist()
+            norms_first.append(math.sqrt(first))
+            norms_second.append(math.sqrt(second))
+            cosines.append(cross / math.sqrt(first * second) if first * second > 0 else None)
+        self._append(
+            "modules",
+            step,
+            parts=self._parts,
+            names=list(gramians),
+            norms_first=norms_first,
+            norms_second=norms_second,
+            cosines=cosines,
+        )
 
     def _keep_image(self, image: Any) -> str:
         """Save a small copy, once per content and in one piece, and return its name."""

@@ -18,7 +18,7 @@ from .charts import number, signed
 from .completions import completions_of
 from .figures import EVALUATION, GRADIENTS, LOSS, TIME, figures_of, figures_over, window_of
 from .log import Points, RunLog, read_run
-from .page import SATURATION, TIME_PARTS, color_of_run, environment, spaced, time_bar, tint
+from .page import PART_NAMES, SATURATION, TIME_PARTS, color_of_run, environment, spaced, time_bar, tint
 
 REPORT_FILE = "report.html"  # in the folder of a run
 REPORT_OF_SEVERAL = "vgs-report.html"  # in the current folder
@@ -129,13 +129,13 @@ def _duration(seconds: float) -> str:
 def _tiles(log: RunLog) -> list[dict[str, str]]:
     """The few numbers that one asks for first; each as logged, not smoothed."""
     tiles = []
-    full = log.line("loss/full")
-    if full:
+    standard = log.line("loss/standard")
+    if standard:
         tiles.append(
             {
                 "label": "KL to the teacher, nats",
-                "value": number(full[-1][1]),
-                "note": f"{number(full[0][1])} at step {full[0][0]}",
+                "value": number(standard[-1][1]),
+                "note": f"{number(standard[0][1])} at step {standard[0][0]}",
             }
         )
     cosine = [value for _, value in log.line("gradient/cosine")]
@@ -148,12 +148,11 @@ def _tiles(log: RunLog) -> list[dict[str, str]]:
                 "note": f"mean; of its size {spread:.2f}",
             }
         )
-    ratio = log.line("steering/weight_ratio")
-    if ratio:
-        highest = max(value for _, value in ratio)
-        tiles.append(
-            {"label": "weight, visual : language", "value": number(ratio[-1][1]), "note": f"at most {number(highest)}"}
-        )
+    eta, ratio = log.line("steering/eta"), log.line("steering/weight_ratio")
+    for label, points in (("η, length of the update", eta), ("weight, second : first part", () if eta else ratio)):
+        if points:
+            highest = max(value for _, value in points)
+            tiles.append({"label": label, "value": number(points[-1][1]), "note": f"at most {number(highest)}"})
     alarm = _alarm(log)
     if alarm is not None:
         tiles.append({"label": "ran away from its teacher", "value": f"step {alarm}", "note": "alarm"})
@@ -181,9 +180,10 @@ def _comparison(logs: Mapping[str, RunLog]) -> dict[str, Any]:
         return None if value is None else f"{value:.1f} %"
 
     columns: dict[str, Callable[[RunLog], float | str | None]] = {
-        "KL": lambda log: last(log.line("loss/full")),
+        "KL": lambda log: last(log.line("loss/standard")),
         "entropy": lambda log: last(log.line("entropy")),
         "cosine": lambda log: mean(log.line("gradient/cosine")),
+        "η": lambda log: last(log.line("steering/eta")),
         "ratio": lambda log: last(log.line("steering/weight_ratio")),
         "s per step": RunLog.seconds_per_step,
         "accuracy": lambda log: percent(last(log.accuracy("with_image"))),
@@ -227,10 +227,11 @@ def _module_map(log: RunLog) -> dict[str, Any] | None:
         squares = [norm * norm for norm in norms]
         return [100 * square / (sum(squares) or 1.0) for square in squares]
 
-    shown = zip(last["names"], shares(last["norms_lang"]), shares(last["norms_vis"]), strict=True)
+    shown = zip(last["names"], shares(last["norms_first"]), shares(last["norms_second"]), strict=True)
     return {
         "first": records[0]["step"],
         "last": last["step"],
+        "parts": [PART_NAMES.get(part, part) for part in last["parts"]],
         "rows": [
             {
                 "name": name,
@@ -239,10 +240,9 @@ def _module_map(log: RunLog) -> dict[str, Any] | None:
                     for record, row in zip(records, cosines, strict=True)
                 ],
                 "cosine": cosines[-1][name],
-                "share_lang": share_lang,
-                "share_vis": share_vis,
+                "shares": shares_of_both,
             }
-            for name, share_lang, share_vis in shown
+            for name, *shares_of_both in shown
         ],
     }
 
@@ -271,18 +271,22 @@ def _time(log: RunLog) -> dict[str, Any] | None:
 def _table(log: RunLog) -> dict[str, Any]:
     """Evenly spaced steps with their values as logged; the log has the rest."""
     columns = {
-        "loss/full": "KL",
+        "loss/standard": "KL",
         "loss/lang": "language",
         "loss/vis": "visual",
+        "dependency": "dependency",
         "entropy": "entropy",
         "gradient/cosine": "cosine",
+        "gradient/norm_standard": "‖g_standard‖",
         "gradient/norm_lang": "‖g_lang‖",
         "gradient/norm_vis": "‖g_vis‖",
         "steering/weight_ratio": "ratio",
         "steering/gamma": "γ",
+        "steering/eta": "η",
+        "steering/language_preservation": "λ",
     }
     logged = {name: label for name, label in columns.items() if log.line(name)}
-    steps = spaced([step for step, values in log.steps.items() if "loss/full" in values], _TABLE_ROWS)
+    steps = spaced([step for step, values in log.steps.items() if "loss/standard" in values], _TABLE_ROWS)
     return {
         "columns": list(logged.values()),
         "rows": [(step, [log.steps[step].get(name) for name in logged]) for step in steps],

@@ -48,6 +48,11 @@ class Method:
         return not {"lang", "vis"}.isdisjoint(self.parts)
 
     @property
+    def pair(self) -> tuple[str, ...]:
+        """The two parts whose gradients are weighed, as they are called where they are logged."""
+        return tuple(self.label.get(part, part) for part in (self.first, self.second) if part is not None)
+
+    @property
     def label(self) -> dict[str, str]:
         """What parts are called where they are logged: `teacher_prior` calls its own lang and vis."""
         return {"prior": "lang", "evidence": "vis"}

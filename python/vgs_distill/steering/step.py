@@ -255,10 +255,10 @@ class SteeringStep:
 
     def _measured(self, record: CombinationRecord, plan: _Plan) -> dict[str, Tensor | float]:
         """What is logged of a measurement; at a refresh also how far the averages of those before were off."""
-        labels = self.method.label
-        names = [labels.get(part, part) for part in (self.method.first, self.method.second) if part is not None]
         norms = record.norms()
-        metrics: dict[str, Tensor | float] = {f"gradient/norm_{name}": norms[i] for i, name in enumerate(names)}
+        metrics: dict[str, Tensor | float] = {
+            f"gradient/norm_{name}": norms[i] for i, name in enumerate(self.method.pair)
+        }
         metrics["gradient/cosine"] = record.cosine()
         if self._average is None:
             return metrics
