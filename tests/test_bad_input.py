@@ -36,15 +36,19 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "type of a number": ({"max_steps": 2.5}, "max_steps: invalid int value: '2.5'"),
     "word for a number": ({"gamma_start": "much"}, "gamma_start: invalid float value: 'much'"),
     "list for a number": ({"gamma": [0.5, 0.8]}, "gamma is a list"),
-    "mapping for a word": ({"steering": {"a": 1}}, "steering is a mapping"),
-    "no value": ({"gamma": None}, "gamma has no value"),
-    "decomposition": ({"decomposition": "mached"}, "unknown decomposition 'mached'; choose one of"),
+    "mapping for a word": ({"method": {"a": 1}}, "method is a mapping"),
+    "no value": ({"method": None}, "method has no value"),
+    "method": ({"method": "mached"}, "unknown method 'mached'; choose one of vgs, opd,"),
+    "name of earlier days": (
+        {"decomposition": "bayes"},
+        "decomposition is no setting any more; write method='vgs_unit'",
+    ),
     "image mask": ({"image_mask": "grey"}, "unknown image_mask 'grey'"),
-    "word for gamma": ({"gamma": "much"}, "gamma must be in [0, 1] or 'adaptive', got 'much'"),
-    "gamma out of range": ({"gamma": 1.5}, "gamma must be in [0, 1] or 'adaptive', got 1.5"),
+    "word for gamma": ({"gamma": "much"}, "gamma must be a number of at least 0 or 'adaptive', got 'much'"),
+    "gamma out of range": ({"gamma": -1.5}, "gamma must be a number of at least 0 or 'adaptive', got -1.5"),
     "weight ratio": ({"max_weight_ratio": -1}, "max_weight_ratio must be positive"),
-    "forward KL": ({"beta": 0.5}, "splits the reverse KL divergence"),
-    "fp16": ({"fp16": True}, "undoes the loss scaling of fp16"),
+    "forward KL": ({"beta": 0.5}, "every method distils by the reverse KL divergence"),
+    "fp16": ({"fp16": True}, "which the loss scaling of fp16 changes"),
     "learning rate below 0": ({"learning_rate": -1e-6}, "learning_rate must be 0 or more, and finite, got -1e-06"),
     "learning rate NaN": ({"learning_rate": "nan"}, "learning_rate must be 0 or more, and finite, got nan"),
     "endless epochs": ({"num_train_epochs": "inf"}, "num_train_epochs must be positive, got inf"),
@@ -323,7 +327,7 @@ def evaluation(workspace: Workspace, tmp_path: Path, *more: str) -> list[str]:
     [
         (["--answer_column", "reply"], "has no column 'reply'"),
         (["--answer_pattern", "(answer"], "answer_pattern is not a regular expression"),
-        (["--decomposition", "halves"], "unknown decomposition 'halves'"),
+        (["--method", "halves"], "unknown method 'halves'"),
         (["--max_rows", "0"], "max_rows must be 1 or more"),
         (["--teacher_model_name_or_path", "./nowhere"], "there is no teacher model"),
         (["--output_file", "/proc/vgs/eval.json"], "cannot write"),
@@ -354,3 +358,19 @@ def test_debug_lets_the_error_through(flags: list[str], monkeypatch: pytest.Monk
     monkeypatch.setenv("VGS_DEBUG", "0" if flags else "1")
     with pytest.raises(InputError):
         invoke([*flags, "train", "--config", "./nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steering", "none"], "steering is no setting any more; write method='opd'"),
+        (["--steering=exact"], "steering is no setting any more; write eta='measured'"),
+        (["--decomposition", "matched"], "decomposition is no setting any more; write method='matched'"),
+        (["--refresh_drift", "2"], "refresh_drift is no setting any more; leave it out"),
+    ],
+)
+def test_a_name_of_earlier_days_is_answered_by_its_new_one(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    assert sentence in refused("train", *arguments)
+    if "=" not in arguments[0]:
+        (tmp_path / "run.yaml").write_text(f"{arguments[0].removeprefix('--')}: {arguments[1]}\n")
+        assert sentence in refused("train", "--config", str(tmp_path / "run.yaml"))

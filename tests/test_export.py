@@ -46,10 +46,10 @@ def test_an_adapter_is_measured_as_the_model_it_makes(run: Path, workspace: Work
     merged = evaluated(tmp_path / "merged", workspace, tmp_path)
     assert adapter["with_image"]["completions"] == merged["with_image"]["completions"]
     for view in ("with_image", "without_image"):
-        for part in ("full", "lang", "vis", "entropy"):
+        for part in ("standard", "lang", "vis", "dependency", "entropy"):
             assert adapter[view][part] == pytest.approx(merged[view][part], abs=1e-5)
     start = evaluated(workspace.root / "student", workspace, tmp_path)
-    assert abs(start["with_image"]["full"] - adapter["with_image"]["full"]) > 1e-3
+    assert abs(start["with_image"]["standard"] - adapter["with_image"]["standard"]) > 1e-3
 
 
 def test_a_copy_has_the_model_and_its_processor_and_nothing_else(run: Path, tmp_path: Path) -> None:
@@ -124,4 +124,4 @@ def test_an_adapter_may_be_the_teacher(run: Path, workspace: Workspace, tmp_path
     result = invoke(["train", "--config", config])
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert history[0]["loss/full"] > 1e-3, "the student is the model below that adapter"
+    assert history[0]["loss/standard"] > 1e-3, "the student is the model below that adapter"

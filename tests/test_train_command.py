@@ -113,9 +113,9 @@ def test_a_start_that_failed_leaves_a_folder_to_start_in(workspace: Workspace, t
 
     before = (run / "run.yaml").read_text()
     again = ["train", "--config", str(run / "run.yaml"), "--resume_from_checkpoint", "true"]
-    result = invoke([*again, "--max_steps", "3", "--decomposition", "bayes"])
+    result = invoke([*again, "--max_steps", "3", "--method", "matched"])
     assert result.exit_code == 2
-    assert "was trained with decomposition='matched'" in result.output
+    assert "was trained with method='vgs'" in result.output
     result = invoke([*again, "--max_steps", "3", "--max_prompt_length", "1"])
     assert result.exit_code == 2
     assert (run / "run.yaml").read_text() == before
@@ -145,7 +145,7 @@ def test_every_kind_of_dataset_gives_the_same_rows(name: str, streaming: bool, w
 
 
 def test_a_streamed_file_trains(workspace: Workspace, tmp_path: Path) -> None:
-    run = train(workspace, tmp_path, dataset_streaming=True, steering="amortized")
+    run = train(workspace, tmp_path, dataset_streaming=True, eta="measured")
     assert [row["step"] for row in history(run) if "loss/vis" in row] == [1, 2]
 
 
@@ -187,11 +187,31 @@ def test_eval_tells_with_the_image_from_without(workspace: Workspace, tmp_path: 
     results = json.loads((tmp_path / "eval.json").read_text())
     seen, blind = results["with_image"], results["without_image"]
     assert results["rows"] == len(seen["completions"]) == len(blind["completions"]) == 16
-    assert seen["vis"] == pytest.approx(seen["full"])  # matched: the visual part is KL(student || teacher)
-    assert seen["lang"] != pytest.approx(seen["full"])
-    assert blind["vis"] == 0
-    assert blind["lang"] == pytest.approx(blind["full"])
-    assert seen["full"] != pytest.approx(blind["full"])
+    assert len({round(seen[part], 6) for part in ("standard", "lang", "vis", "dependency")}) == 4
+    assert min(seen[part] for part in ("standard", "lang", "vis", "dependency", "entropy")) > 0
+    assert blind["vis"] == blind["dependency"] == 0
+    assert blind["lang"] == blind["standard"] != pytest.approx(seen["standard"])
+
+
+def test_eval_measures_what_the_method_has(workspace: Workspace, tmp_path: Path) -> None:
+    models = [f"--{name}={workspace.root / name.split('_')[0]}" for name in ("teacher_model_name_or_path",)]
+    models += ["--model_name_or_path", str(workspace.root / "student"), "--use_cpu"]
+    where = ["--dataset_name", str(workspace.root / "saved"), "--max_rows", "2", "--max_completion_length", "2"]
+    found = {}
+    for method in ("opd", "matched", "teacher_prior"):
+        file = tmp_path / f"{method}.json"
+        vgs("eval", *models, *where, "--method", method, "--output_file", str(file))
+        found[method] = json.loads(file.read_text())["with_image"]
+    names = ("standard", "lang", "vis", "dependency", "entropy")
+    measured = {method: {name for name in names if of[name] is not None} for method, of in found.items()}
+    assert measured == {
+        "opd": {"standard", "entropy"},
+        "matched": {"standard", "lang", "entropy"},
+        "teacher_prior": {"standard", "lang", "vis", "entropy"},
+    }
+    prior = found["teacher_prior"]
+    assert prior["lang"] + prior["vis"] == pytest.approx(prior["standard"], abs=1e-5)
+    assert found["opd"]["standard"] == pytest.approx(prior["standard"], abs=1e-5)
 
 
 def test_a_model_is_its_own_perfect_teacher(workspace: Workspace, tmp_path: Path) -> None:
@@ -201,7 +221,7 @@ def test_a_model_is_its_own_perfect_teacher(workspace: Workspace, tmp_path: Path
     vgs("eval", *models, *where, "--max_completion_length", "3")
     results = json.loads((tmp_path / "eval.json").read_text())
     assert len(results["with_image"]["completions"]) == 3
-    for part in ("full", "lang", "vis"):
+    for part in ("standard", "lang", "vis"):
         assert results["with_image"][part] == pytest.approx(0, abs=1e-6)
 
 

@@ -73,7 +73,7 @@ def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
             method=case.method,
             eta=case.eta,
             language_preservation=1.0,
-            # A quantile is over the tokens of a micro-batch, and so depends on how rows are grouped: here all take part.
+            # A quantile is over the tokens of a micro-batch and depends on how rows are grouped: here all take part.
             dependency_quantile=0.0,
             # Weights are normalised over processes and micro-batches, which the unit scale would hide.
             token_steering=3.0 if prior else 0.0,

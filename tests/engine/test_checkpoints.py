@@ -68,13 +68,13 @@ def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
 def test_old_checkpoints_go_and_what_stays_is_safetensors_and_json(
     make_trainer: Callable[..., VGSTrainer], tmp_path: Path
 ) -> None:
-    make_trainer(**SAVING, max_steps=3, save_total_limit=2, steering="amortized").train()
+    make_trainer(**SAVING, max_steps=3, save_total_limit=2, eta="amortized").train()
     run = tmp_path / "run"
     assert sorted(path.name for path in run.glob("*check*")) == ["checkpoint-2", "checkpoint-3"]
     assert get_last_checkpoint(str(run)) == str(last_checkpoint(run)) == str(run / "checkpoint-3")
     assert (run / "checkpoint-3" / "model.safetensors").exists()
     state = json.loads((run / "checkpoint-3" / STATE_FILE).read_text())
-    assert state["state"]["steering"]["predictor"]
+    assert state["state"]["steering"]["average"]
     transformers_own = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
     assert {
         name for name in state["files"] if not name.endswith((".json", ".safetensors", ".jinja"))
@@ -143,7 +143,7 @@ def test_another_loss_is_refused_and_other_settings_are_named(
     make_trainer: Callable[..., VGSTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     make_trainer(**SAVING, max_steps=1).train()
-    with pytest.raises(ValueError, match=r"trained with decomposition='matched', but decomposition is 'bayes'; set it"):
-        make_trainer(decomposition="bayes").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"trained with method='vgs', but method is 'matched'; set it"):
+        make_trainer(method="matched").train(resume_from_checkpoint=True)
     make_trainer(gamma=0.7).train(resume_from_checkpoint=True)
-    assert "(gamma 0.8 -> 0.7)" in caplog.text
+    assert "(gamma 2.0 -> 0.7)" in caplog.text

@@ -15,7 +15,7 @@ from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.steering.gamma import AdaptiveGamma
 from vgs_distill.steering.step import SteeringSettings, SteeringStep
 
-STEERINGS = [{"steering": "exact"}, {"steering": "amortized", "refresh_every": 3}]
+ETAS = [{"eta": "measured"}, {"eta": "amortized", "refresh_every": 3}]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,13 @@ STEERINGS = [{"steering": "exact"}, {"steering": "amortized", "refresh_every": 3
 )
 def test_schedules(tmp_path: Path, schedule: str, expected: list[float]) -> None:
     config = VGSConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, gamma=0.9, gamma_start=0.5, gamma_schedule=schedule
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        method="matched",
+        gamma=0.9,
+        gamma_start=0.5,
+        gamma_schedule=schedule,
     )
     gamma = SteeringStep(config.select(SteeringSettings), torch.device("cpu")).gamma
     assert [gamma.at(step, 5) for step in range(5)] == pytest.approx(expected)
@@ -93,15 +99,15 @@ def logged(trainer: VGSTrainer) -> list[float]:
     return [row["steering/gamma"] for row in trainer.state.log_history if "steering/gamma" in row]
 
 
-@pytest.mark.parametrize("steering", STEERINGS)
-def test_a_run_follows_its_own_losses(make_trainer: Callable[..., VGSTrainer], steering: dict[str, Any]) -> None:
-    trainer = make_trainer(gamma="adaptive", max_steps=14, gradient_accumulation_steps=2, **steering)
+@pytest.mark.parametrize("eta", ETAS)
+def test_a_run_follows_its_own_losses(make_trainer: Callable[..., VGSTrainer], eta: dict[str, Any]) -> None:
+    trainer = make_trainer(method="vgs_unit", gamma="adaptive", max_steps=14, gradient_accumulation_steps=2, **eta)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss/lang" in row]
     expected = gammas((row["loss/lang"], row["loss/vis"]) for row in rows)
     assert logged(trainer) == [0.7, *expected[:-1]]
     assert len(set(logged(trainer))) > 2
-    if "refresh_every" not in steering:
+    if "refresh_every" not in eta:
         last = rows[-1]
         share = last["steering/gamma"] / (1 - last["steering/gamma"])
         ratio = share * last["gradient/norm_lang"] / last["gradient/norm_vis"]
@@ -109,9 +115,9 @@ def test_a_run_follows_its_own_losses(make_trainer: Callable[..., VGSTrainer], s
 
 
 def test_a_resumed_run_has_the_gamma_it_would_have(make_trainer: Callable[..., VGSTrainer], tmp_path: Path) -> None:
-    straight = make_trainer(gamma="adaptive", max_steps=14, save_strategy="steps", save_steps=12)
+    straight = make_trainer(method="vgs_unit", gamma="adaptive", max_steps=14, save_strategy="steps", save_steps=12)
     straight.train()
-    resumed = make_trainer(gamma="adaptive", max_steps=14)
+    resumed = make_trainer(method="vgs_unit", gamma="adaptive", max_steps=14)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
     assert logged(resumed) == logged(straight)
     parameters = dict(straight.model.named_parameters())
@@ -121,16 +127,23 @@ def test_a_resumed_run_has_the_gamma_it_would_have(make_trainer: Callable[..., V
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"gamma": "high"}, r"gamma must be in \[0, 1\] or 'adaptive', got 'high'"),
+        ({"gamma": "high"}, "gamma must be a number of at least 0 or 'adaptive', got 'high'"),
         ({"gamma_min": 0.9}, r"gamma_min must be below gamma_max, both in \[0, 1\], got 0.9 and 0.9"),
         ({"gamma_max": 1.5}, r"gamma_min must be below gamma_max, both in \[0, 1\], got 0.5 and 1.5"),
         ({"gamma_schedule": "cosine"}, "gamma_schedule is 'cosine'; leave it at 'constant'"),
-        ({"decomposition": "teacher_prior"}, "do not fall to zero; use 'matched' or 'bayes', or a number"),
+        ({"method": "teacher_prior"}, "do not allow; use 'matched' or 'vgs_unit', or a number"),
+        ({"method": "vgs"}, "method='vgs' do not allow"),
+        ({"gamma": 1.2}, r"gamma is a share in \[0, 1\] with method='vgs_unit' or 'adaptive', got 1.2"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        VGSConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{"gamma": "adaptive", **settings})
+        VGSConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            **{"method": "vgs_unit", "gamma": "adaptive", **settings},
+        )
 
 
 @pytest.mark.parametrize("written", ["adaptive", "0.6"])
@@ -139,7 +152,7 @@ def test_file_and_flag_take_a_number_or_the_word(tmp_path: Path, written: str) -
 
     file = tmp_path / "run.yaml"
     file.write_text(f"gamma: {written}\n")
-    common = ["--output_dir", str(tmp_path), "--use_cpu"]
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--method", "vgs_unit"]
     for arguments in (["--config", str(file)], ["--gamma", written]):
         (config, *_), values = train_parser().parse([*common, *arguments])
         expected = written if written == "adaptive" else 0.6

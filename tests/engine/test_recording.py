@@ -37,10 +37,10 @@ def recorded(trainer: VGSTrainer) -> RunLog:
     return read_run(Path(trainer.args.output_dir))
 
 
-@pytest.mark.parametrize("steering", ["exact", "amortized"])
-def test_the_log_is_what_the_trainer_logged(make_trainer: Callable[..., VGSTrainer], steering: str) -> None:
+@pytest.mark.parametrize("eta", ["measured", "amortized"])
+def test_the_log_is_what_the_trainer_logged(make_trainer: Callable[..., VGSTrainer], eta: str) -> None:
     trainer = make_trainer(
-        steering=steering,
+        eta=eta,
         refresh_every=2,
         max_steps=4,
         per_device_train_batch_size=2,
@@ -65,17 +65,16 @@ def test_the_log_is_what_the_trainer_logged(make_trainer: Callable[..., VGSTrain
         with Image.open(log.run_dir / IMAGE_FOLDER / record["images"][0]) as picture:
             assert picture.size == (32, 32)
 
-    refreshes = [1, 2, 3, 4] if steering == "exact" else [1, 3]
+    refreshes = [1, 2, 3, 4] if eta == "measured" else [1, 3]
     assert [record["step"] for record in log.modules] == refreshes
     for record in log.modules:
         values = log.steps[record["step"]]
-        for part in ("lang", "vis"):
-            norm = math.sqrt(sum(norm**2 for norm in record[f"norms_{part}"]))
+        assert record["parts"] == ["standard", "vis"]
+        for part, norms in zip(record["parts"], (record["norms_first"], record["norms_second"]), strict=True):
+            norm = math.sqrt(sum(norm**2 for norm in norms))
             assert norm == pytest.approx(values[f"gradient/norm_{part}"], rel=1e-4)
-    predicted = log.line("steering/predicted_weight_ratio")
-    measured = dict(log.line("steering/measured_weight_ratio"))
-    assert [step for step, _ in predicted] == ([] if steering == "exact" else [3])
-    assert all(measured[step] == log.steps[step]["steering/weight_ratio"] for step, _ in predicted)
+    compared = [step for step, _ in log.line("steering/direction_cosine")]
+    assert compared == ([] if eta == "measured" else [3])
     Page(render_runs({"run": log}))
 
 
@@ -196,8 +195,8 @@ def test_the_reference_is_the_answer_of_the_row(
     assert [record["reference"] for record in recorded(trainer).completions] == [reference] * COMPLETIONS_PER_RECORD
 
 
-def test_monolithic_runs_record_completions_without_contribution(make_trainer: Callable[..., VGSTrainer]) -> None:
-    trainer = make_trainer(steering="none", max_steps=1)
+def test_plain_runs_record_completions_without_contribution(make_trainer: Callable[..., VGSTrainer]) -> None:
+    trainer = make_trainer(method="opd", max_steps=1)
     trainer.train()
     log = recorded(trainer)
     assert [record["log_ratios"] for record in log.completions] == [None] * COMPLETIONS_PER_RECORD
@@ -244,7 +243,7 @@ def begin(recorder: RunRecorder, step: int) -> TrainerState:
 
 def log_step(recorder: RunRecorder, state: TrainerState, loss: float) -> None:
     state.global_step += 1
-    recorder.on_log(None, state, TrainerControl(), {"loss/full": loss})  # type: ignore[arg-type]
+    recorder.on_log(None, state, TrainerControl(), {"loss/standard": loss})  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -277,7 +276,7 @@ def test_a_killed_run_loses_nothing_that_it_logged(make_recorder: Callable[..., 
     log_step(resumed, state, 2.0)
     again = read_run(tmp_path / "run")
     assert list(again.steps) == list(range(1, 22))
-    assert [again.steps[step]["loss/full"] for step in (20, 21)] == [1.0, 2.0]
+    assert [again.steps[step]["loss/standard"] for step in (20, 21)] == [1.0, 2.0]
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_run(

@@ -36,11 +36,12 @@ PROCESSES.set_forkserver_preload(["vgs_distill.trainer", "vgs_distill.demo.model
 
 STEPS = 8
 CASES = {
-    "full-exact": {"steering": "exact"},
-    "full-amortized": {"steering": "amortized", "refresh_every": 3},
-    "lora-exact": {"steering": "exact", "lora": True},
+    "full-exact": {"eta": "measured"},
+    "full-amortized": {"eta": "amortized", "refresh_every": 3, "language_preservation": "adaptive"},
+    "lora-exact": {"eta": "measured", "lora": True},
     "lora-amortized": {
-        "steering": "amortized",
+        "method": "teacher_prior",
+        "eta": "amortized",
         "refresh_every": 3,
         "lora": True,
         "token_steering": 3.0,

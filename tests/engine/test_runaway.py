@@ -15,9 +15,10 @@ from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.errors import TrainingStopped
 from vgs_distill.resilience.checkpoints import read_state
 from vgs_distill.resilience.runaway import RunawayMonitor, runaway_start
+from vgs_distill.steering.step import Bounds
 
 RUNAWAY: dict[str, Any] = {
-    "decomposition": "teacher_prior",
+    "method": "teacher_prior",
     "gamma": 0.95,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
@@ -29,7 +30,7 @@ def watch(divergences: Sequence[float], ratios: Sequence[float], cut_off: Sequen
     """The step of the alarm over a whole history."""
     monitor = RunawayMonitor("warn")
     for step, (divergence, ratio) in enumerate(zip(divergences, ratios, strict=True), 1):
-        monitor.observe(step, divergence, ratio, 0.0 if cut_off is None else cut_off[step - 1])
+        monitor.observe(step, {"loss/standard": divergence}, ratio, 0.0 if cut_off is None else cut_off[step - 1])
     return monitor.alarm_step
 
 
@@ -87,6 +88,43 @@ def test_a_doubled_divergence_needs_a_second_sign() -> None:
     assert watch([1.0] * 60, [4.0] * 30 + [400.0] * 30) is None
 
 
+def unlearning(lang: Sequence[float], vis: Sequence[float]) -> int | None:
+    """The step of the alarm while the divergence itself stays where it is."""
+    monitor = RunawayMonitor("fallback")
+    for step, (language, vision) in enumerate(zip(lang, vis, strict=True), 1):
+        monitor.observe(step, {"loss/standard": 1.0, "loss/lang": language, "loss/vis": vision}, 2.0, 0.0)
+    return monitor.alarm_step
+
+
+def test_language_that_doubles_while_the_visual_loss_is_at_its_best_is_unlearned() -> None:
+    falling = [2.0 * 0.98**step for step in range(90)]
+    assert unlearning([0.2] * 30 + [0.5] * 60, falling) == 33  # the third of five steps moves the median
+    assert unlearning([0.2] * 30 + [0.5] * 60, [1.0] * 30 + [2.0] * 60) is None, "both rise: no sign of its own"
+    assert unlearning([0.2] * 30 + [0.3] * 60, falling) is None
+    assert unlearning([2.0 * 0.9**step for step in range(90)], falling) is None
+    noisy = series([0.2] * 400, 0.6)
+    assert unlearning(noisy, [2.0 * 0.98**step for step in range(400)]) is None
+
+
+def test_a_student_that_unlearns_is_held_to_its_language(
+    make_trainer: Callable[..., VGSTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(max_steps=12)
+    observe, shown = trainer._runaway.observe, []
+
+    def with_another_history(step: int, losses: dict[str, float], *more: float) -> dict[str, float]:
+        shown.append(losses)
+        return observe(step, losses | {"loss/standard": 1.0, "loss/lang": 0.2 if step < 6 else 0.6}, *more)
+
+    trainer._runaway.observe = with_another_history  # type: ignore[method-assign]
+    trainer.train()
+    alarm = trainer._runaway.alarm_step
+    assert alarm == 8
+    assert caplog.text.count("step 8: the student unlearns its language") == 1
+    assert logged(trainer, "steering/language_preservation") == [0.01] * alarm + [1.0] * (12 - alarm)
+    assert logged(trainer, "steering/gamma") == [2.0] * alarm + [0.5] * (12 - alarm)
+
+
 def test_two_outliers_and_values_that_are_not_finite_change_nothing() -> None:
     divergences = [1.0] * 20 + [50.0, 60.0, math.inf, math.nan] + [1.0] * 20
     assert watch(divergences, [4.0] * 20 + [90.0, math.inf, math.nan, 90.0] + [4.0] * 20) is None
@@ -110,28 +148,29 @@ def test_the_definition_of_a_start() -> None:
 
 def test_the_state_survives_json_to_the_bit() -> None:
     divergences, ratios = series(running_away(40, 90), 0.3), series([4.0] * 90, 0.5, 1)
+    losses = [{"loss/standard": d, "loss/lang": 2 * d, "loss/vis": 1 / d} for d in divergences]
     straight, first, second = (RunawayMonitor("fallback") for _ in range(3))
     resumed = []
     for step in range(90):
         if step == 35:
             second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         monitor = first if step < 35 else second
-        resumed.append(monitor.observe(step, divergences[step], ratios[step], 0.1))
-    assert resumed == [straight.observe(step, divergences[step], ratios[step], 0.1) for step in range(90)]
+        resumed.append(monitor.observe(step, losses[step], ratios[step], 0.1))
+    assert resumed == [straight.observe(step, losses[step], ratios[step], 0.1) for step in range(90)]
     assert second.alarm_step == straight.alarm_step is not None
-    assert second.bounded(0.9, None) == (0.5, 1.0)
-    assert second.bounded(0.3, 0.7) == (0.3, 0.7)
+    assert second.bounded(Bounds(0.9, None, 0.01)) == (0.5, 1.0, 1.0)
+    assert second.bounded(Bounds(0.3, 0.7, 2.0)) == (0.3, 0.7, 2.0)
 
 
 def logged(trainer: VGSTrainer, name: str) -> list[float]:
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
-@pytest.mark.parametrize("steering", [{"steering": "exact"}, {"steering": "amortized", "refresh_every": 3}])
+@pytest.mark.parametrize("eta", [{"eta": "measured"}, {"eta": "amortized", "refresh_every": 3}])
 def test_a_run_that_collapses_falls_back(
-    make_trainer: Callable[..., VGSTrainer], caplog: pytest.LogCaptureFixture, steering: dict[str, Any]
+    make_trainer: Callable[..., VGSTrainer], caplog: pytest.LogCaptureFixture, eta: dict[str, Any]
 ) -> None:
-    trainer = make_trainer(**RUNAWAY, **steering)
+    trainer = make_trainer(**RUNAWAY, **eta)
     trainer.train()
     alarm = trainer._runaway.alarm_step
     assert alarm is not None

@@ -14,7 +14,7 @@ from vgs_distill import VGSTrainer, loss
 from vgs_distill.steering.token_weights import VisualTokenWeights
 
 from tests.engine.test_trainer import step_logs, with_images_removed
-from vgs_kernels import old_linear_decomposed_kl as linear_decomposed_kl
+from vgs_kernels import linear_decomposed_kl
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_a_step_without_visual_tokens_scales_nothing() -> None:
 
 
 def first_step(make_trainer: Callable[..., VGSTrainer], **settings: Any) -> dict[str, float]:
-    trainer = make_trainer(max_steps=1, **settings)
+    trainer = make_trainer(max_steps=1, method="vgs_unit", **settings)
     trainer.train()
     return step_logs(trainer)[0]
 
@@ -62,17 +62,17 @@ def test_token_steering_turns_the_visual_gradient_alone(make_trainer: Callable[.
 
 def five_fold(student_hidden: Tensor, *arguments: Any, **options: Any) -> Any:
     if "sampled_tokens" in options:
-        options["visual_weights"] = torch.full_like(student_hidden[:, 0], 5.0).detach()
+        options["vis_weights"] = torch.full_like(student_hidden[:, 0], 5.0).detach()
     return linear_decomposed_kl(student_hidden, *arguments, **options)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("settings", [{"steering_scale": "preserve"}, {"max_weight_ratio": 2.0}], ids=" ".join)
-@pytest.mark.parametrize("steering", ["exact", "amortized"])
+@pytest.mark.parametrize("eta", ["measured", "amortized"])
 def test_a_factor_of_all_weights_changes_nothing(
     make_trainer: Callable[..., VGSTrainer],
     monkeypatch: pytest.MonkeyPatch,
-    steering: str,
+    eta: str,
     settings: dict[str, Any],
     accumulation: int,
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_factor_of_all_weights_changes_nothing(
     # Too little to change a weight, enough for weights to be normalised.
     for token_steering in (0.0, 1e-12):
         trainer = make_trainer(
-            steering=steering, refresh_every=3, max_steps=5, token_steering=token_steering, optim="sgd",
+            method="vgs_unit", eta=eta, refresh_every=3, max_steps=5, token_steering=token_steering, optim="sgd",
             learning_rate=0.05, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
             **settings,
         )  # fmt: skip

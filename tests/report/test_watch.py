@@ -46,7 +46,8 @@ def test_the_page_follows_the_run_until_it_is_interrupted(run_dir: Path, tmp_pat
         write(run_dir, records[:23], end='\n{"kind": "met')
         wait_for(lambda: "Step 20 of 60" in text_of(page), process)
         (run_dir / "eval.json").write_text(
-            '{"rows": 8, "with_image": {"accuracy": 0.875, "standard": 1}, "without_image": {"accuracy": 0.5, "standard": 2}}'
+            '{"rows": 8, "with_image": {"accuracy": 0.875, "standard": 1},'
+            ' "without_image": {"accuracy": 0.5, "standard": 2}}'
         )
         wait_for(lambda: "87.5 %" in text_of(page), process)
         process.send_signal(signal.SIGINT)
