@@ -14,10 +14,10 @@ import torch
 import transformers
 import trl
 from vgs_distill.inputs.modalities import MODALITIES
+from vgs_distill.steering.methods import METHODS
 
 from tests.families.models import SMALL_FAMILIES
 from tests.families.training import make_trainer, processor_of, step_logs
-from vgs_kernels import OLD_DECOMPOSITIONS as DECOMPOSITIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -26,7 +26,8 @@ HEAD = """\
 
 Written by `python -m tests.families.table` from real runs, not by hand. Every family is its own `transformers` class
 and its own processor at a few ten thousand parameters; nothing is mocked. A mask is listed in a cell if three training
-steps with it (rollout by `generate`, both teacher views, both gradients, update) ended in finite losses and gradients;
+steps with it (rollout by `generate`, the views of teacher and student that the method needs, update) ended in finite
+losses and gradients;
 otherwise the error is below the table. The last two columns train batches that mix in rows without any image, video or
 sound, and rows with three of them, with accumulation. `modality` is the setting of that name
 ([other modalities](how_it_works.md#other-modalities)).
@@ -43,11 +44,9 @@ def attempt(family: str, failures: list[str], what: str, **settings: Any) -> boo
     except Exception as error:  # the table's purpose is to show it
         failures.append(f"* `{family}`, {what}: {type(error).__name__}: {error}")
         return False
-    keys = ("loss/lang", "loss/vis", "gradient/norm_lang", "gradient/norm_vis")
     logs = step_logs(trainer)
-    finite = len(logs) == settings.get("max_steps", 3) and all(
-        torch.isfinite(torch.tensor([row[key] for key in keys])).all() for row in logs
-    )
+    numbers = [value for row in logs for key, value in row.items() if key.startswith(("loss", "gradient", "grad_norm"))]
+    finite = len(logs) == settings.get("max_steps", 3) and torch.isfinite(torch.tensor(numbers)).all()
     if not finite:
         failures.append(f"* `{family}`, {what}: a loss or gradient is not finite")
     return bool(finite)
@@ -56,11 +55,11 @@ def attempt(family: str, failures: list[str], what: str, **settings: Any) -> boo
 def row_of(family: str, failures: list[str]) -> str:
     small = SMALL_FAMILIES[family]
     cells = []
-    for decomposition in DECOMPOSITIONS:
+    for method in METHODS:
         works = [
             mask
             for mask in MODALITIES[small.modality].masks
-            if attempt(family, failures, f"{decomposition}, {mask}", decomposition=decomposition, image_mask=mask)
+            if attempt(family, failures, f"{method}, {mask}", method=method, image_mask=mask)
         ]
         cells.append(", ".join(works) or "none")
     mixed: Callable[[tuple[int, ...]], dict[str, Any]] = lambda counts: {  # noqa: E731
@@ -78,7 +77,7 @@ def main() -> None:
     failures: list[str] = []
     with open(devnull, "w") as sink, redirect_stdout(sink):
         rows = [row_of(family, failures) for family in SMALL_FAMILIES]
-    columns = [*(f"`{name}`" for name in DECOMPOSITIONS), "rows without any", "several"]
+    columns = [*(f"`{name}`" for name in METHODS), "rows without any", "several"]
     lines = [
         "| model, processor | modality | " + " | ".join(columns) + " |",
         "|---" * (2 + len(columns)) + "|",

@@ -101,4 +101,4 @@ def first_rows(trainer: VGSTrainer, count: int) -> list[dict[str, Any]]:
 
 
 def step_logs(trainer: VGSTrainer) -> list[dict[str, float]]:
-    return [row for row in trainer.state.log_history if "loss/full" in row]
+    return [row for row in trainer.state.log_history if "loss/standard" in row]
