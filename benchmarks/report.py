@@ -115,14 +115,18 @@ def _parts_of_a_step(record: Record) -> str:
     by_variant, over = record.facts["seconds_by_part"], record.facts["over_opd"]
     parts = list(dict.fromkeys(part for split in by_variant.values() for part in split))
     rows = [
-        [variant, *(seconds_text(split[part]) if part in split else "" for part in parts), f"{over.get(variant, 1):.2f}"]
+        [
+            variant,
+            *(seconds_text(split[part]) if part in split else "" for part in parts),
+            f"{over.get(variant, 1):.2f}",
+        ]
         for variant, split in by_variant.items()
     ]
     tokens = record.facts.get("image_tokens")
     image = f"; an image has {tokens} tokens" if tokens else ""
     return (
-        f"{record.facts['parameters']:,} parameters{image}. Where a step's time goes; masked passes are part of teacher "
-        "and student:\n\n" + markdown_table(["", *(part.replace("_", " ") for part in parts), "over OPD"], rows)
+        f"{record.facts['parameters']:,} parameters{image}. Where a step's time goes; masked passes are part of "
+        "teacher and student:\n\n" + markdown_table(["", *(part.replace("_", " ") for part in parts), "over OPD"], rows)
     )
 
 

@@ -6,12 +6,11 @@
 Every variant trains the same student on the same prompts through `VGSTrainer`; variants take turns (A B C A B C), each
 turn a fresh trainer, whose first step is warm-up and is not counted. A step's time is split as the engine logs it:
 rollout, teacher, student (forward and backward) and steering, and the forward passes on the masked prompts, which are
-part of teacher and student. A step of `eta="amortized"` between refreshes is one of a constant eta but for the average; its
-time over OPD's counts one measured step in every `refresh_every`.
+part of teacher and student. The time of `eta="amortized"` over OPD's counts one measured step in every `refresh_every`.
 
-Memory is what autograd keeps for backward, at most at once, in a step of its own under `saved_tensors_hooks`: activations
-and what the fused loss holds, without parameters, gradients and optimizer, which do not depend on the method. That is
-exact; a resident size is not, as torch's and glibc's caches come on top.
+Memory is what autograd keeps for backward, at most at once, in a step of its own under `saved_tensors_hooks`: the
+activations and what the fused loss holds, without parameters, gradients and optimizer. That is exact; of a resident
+size the caches of torch and glibc are a part.
 
 The gate compares gradients: amortized steering that measures at every step must leave the gradient of `eta="measured"`.
 """

@@ -1,4 +1,4 @@
-"""Peak memory of a call: the allocator's on a GPU, the resident set's on Linux; and what autograd keeps for backward."""
+"""Peak memory of a call: the allocator's on a GPU, the resident set's on Linux; what autograd keeps for backward."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from benchmarks.harness.plots import plot_lines
 from benchmarks.harness.tables import markdown_table
 from benchmarks.report import NOT_MEASURED
 from benchmarks.study.plan import (
-    STEERED_STEP_COST,
     LEARNING_RATES,
     METHODS,
     REGIMES,
     SAFETY_GAMMAS,
+    STEERED_STEP_COST,
     TASKS,
     TUNED,
     TUNING_SEEDS,
@@ -155,11 +155,12 @@ steering costs more: runs of {judged} took {times} times as long as OPD's of the
 """
 
 
-CLAIMS = """None of these rows is of the paper's update ([how it works](how_it_works.md)): `vgs_unit` is the rule that a summary
-of the paper gives, `matched` and `teacher_prior` are this project's, and in the paper's words `matched` adds language to OPD.
-The paper says that its own update is above OPD, by 2.4 and 1.6 points on average over seven benchmarks, and that the
-gradients of lang and vis stand at 60° on the tenth of tokens that needs the image least and at 92° on the tenth that
-needs it most; here the cosine is that of the sums over all tokens. That language outweighs vision is not in the paper."""
+CLAIMS = """None of these rows is of the paper's update ([how it works](how_it_works.md)): `vgs_unit` is the rule that
+a summary of the paper gives, `matched` and `teacher_prior` are this project's, and in the paper's words `matched` adds
+language to OPD. The paper says that its own update is above OPD, by 2.4 and 1.6 points on average over seven
+benchmarks, and that the gradients of lang and vis stand at 60° on the tenth of tokens that needs the image least and at
+92° on the tenth that needs it most; here the cosine is that of the sums over all tokens. That language outweighs vision
+is not in the paper."""
 
 
 def build(records: Mapping[str, Record], plot: str | None) -> str:

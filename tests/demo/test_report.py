@@ -115,7 +115,15 @@ def test_the_report_stands_alone_and_stays_small(html):
 
 def test_the_report_shows_methods_figures_and_answers(html):
     page = Page(html)
-    for expected in ("OPD", "VGS", "VGS · standard", "Student start", "Teacher", "65.0", "Angle between the two gradients"):
+    for expected in (
+        "OPD",
+        "VGS",
+        "VGS · standard",
+        "Student start",
+        "Teacher",
+        "65.0",
+        "Angle between the two gradients",
+    ):
         assert expected in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 5
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]

@@ -195,11 +195,14 @@ def _check_methods(names: Sequence[str], gamma: float | None, etas: Sequence[flo
     if gamma is not None and not 0.0 <= gamma < math.inf:
         raise InputError(f"gamma must be a number of at least 0, got {gamma}.")
     if gamma is not None and shares and not gamma <= 1.0:
-        raise InputError(f"gamma must lie between 0 and 1 for the method {shares[0]!r}, whose share it is, got {gamma}.")
+        raise InputError(
+            f"gamma must lie between 0 and 1 for the method {shares[0]!r}, whose share it is, got {gamma}."
+        )
     for eta in etas:
-        if isinstance(eta, str) and eta not in _ETAS or isinstance(eta, float) and not 0.0 < eta < math.inf:
+        known = eta is None or (eta in _ETAS if isinstance(eta, str) else 0.0 < eta < math.inf)
+        if not known:
             raise InputError(f"eta must be {', '.join(_ETAS)} or a positive number, got {eta}.")
-        if isinstance(eta, float) and shares:
+        if isinstance(eta, int | float) and shares:
             raise InputError(
                 f"eta cannot be a number for the method {shares[0]!r}, which has two weights; "
                 f"choose from: {', '.join(_ETAS)}."
