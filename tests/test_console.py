@@ -167,7 +167,7 @@ def test_a_preview_shows_the_tokens_and_leaves_nothing(image_mask: str, workspac
 
 def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:
     where = config(workspace, tmp_path, max_steps=..., num_train_epochs=3, gradient_accumulation_steps=2)
-    result = invoke(["train", "--config", where, "--dry-run", "--steering", "amortized"])
+    result = invoke(["train", "--config", where, "--dry-run", "--eta", "amortized"])
     assert result.exit_code == 0, result.output
     assert "steps    6; 8 rows each" in result.stdout
     assert "amortized" in result.stdout

@@ -327,7 +327,7 @@ def test_the_commands_read_other_columns_and_forms(workspace: Workspace, tmp_pat
         result = invoke(["train", "--config", config, *more])
         assert result.exit_code == 0, result.output
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-        losses.append([row["loss/full"] for row in history if "loss/full" in row])
+        losses.append([row["loss/standard"] for row in history if "loss/standard" in row])
     assert losses[0] == losses[1]
 
 

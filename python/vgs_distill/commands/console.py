@@ -32,6 +32,7 @@ from vgs_kernels import active_backends
 
 from ..resilience.checkpoints import last_checkpoint
 from ..resilience.run_folder import RUN_FILE
+from ..steering.methods import METHODS
 from .preview import preview
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 # Of a log: its name there, what a line calls it, its format. What a run does not log has no place in its lines.
 _COLUMNS = (
-    ("loss/full", "loss", ".4f"),
+    ("loss/standard", "loss", ".4f"),
     ("loss/lang", "lang", ".4f"),
     ("loss/vis", "vis", ".4f"),
     ("gradient/cosine", "cos", ".2f"),
@@ -165,8 +166,8 @@ class RunConsole(TrainerCallback):
             return
         evaluation = any(name.startswith("eval_") for name in logs)
         values = {name.removeprefix("eval_"): value for name, value in logs.items()}
-        if not evaluation and "loss/full" in values:
-            self._losses.append(float(values["loss/full"]))
+        if not evaluation and "loss/standard" in values:
+            self._losses.append(float(values["loss/standard"]))
         line = Text().append(f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}", style="bold")
         if evaluation:
             line.append("  evaluation", style="cyan")
@@ -259,10 +260,14 @@ def next_commands(trainer: VGSTrainer, values: Mapping[str, Any]) -> list[list[s
 
 def _method(trainer: VGSTrainer) -> str:
     args = trainer.args
-    if args.steering == "none":
-        return "on-policy distillation, without steering"
-    steering = f"{args.decomposition}, γ {args.gamma}, {args.steering}, image_mask {args.image_mask}"
-    return f"visual gradient steering: {steering}"
+    method = METHODS[args.method]
+    if method.second is None:
+        return "opd, on-policy distillation"
+    settings = [f"γ {args.gamma}"]
+    if method.preserved is not None:
+        settings.append(f"λ {args.language_preservation}")
+    settings.append(f"weights {args.eta}" if method.unit else f"η {args.eta}")
+    return ", ".join([f"{args.method}, visual gradient steering", *settings, f"image_mask {args.image_mask}"])
 
 
 def _device(trainer: VGSTrainer) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..inputs.families import EvidenceTokens
 from ..inputs.modalities import MODALITIES
+from ..steering.methods import METHODS
 
 if TYPE_CHECKING:
     from ..trainer import VGSTrainer
@@ -61,10 +62,11 @@ def _views(trainer: VGSTrainer, rollout: dict[str, Any], row: int) -> Iterator[t
     prompt, completion = ids("prompt"), ids("completion")
     count = int(tokens.is_placeholder(prompt).sum())
     yield f"with its {args.modality}: {len(prompt)} tokens, {count} of them of the {args.modality}", text(prompt)
-    if args.steering != "none" and "text_prompt_ids" in rollout:
-        masked = ids("text_prompt")
-        yield f"without it: {len(masked)} tokens", text(masked)
-    elif args.steering != "none" and count:
+    masked = METHODS[args.method].masks_teacher
+    if masked and "text_prompt_ids" in rollout:
+        without = ids("text_prompt")
+        yield f"without it: {len(without)} tokens", text(without)
+    elif masked and count:
         how = {"blank": "every pixel has the mean colour", "attention": "nothing attends to those"}[args.image_mask]
         yield f"without it: the same tokens, and {how}", ""
     ends = len(completion) and int(completion[-1]) in trainer.eos_token_ids
