@@ -80,7 +80,7 @@ class MicroBatchLoss(NamedTuple):
     per_token: dict[str, Tensor]  # name -> (valid tokens,), in nats, detached; those with an image first
     positions: Tensor  # (valid tokens, 2): row and completion position of each
     bad: Tensor  # (valid tokens,), whether a loss that is trained on is not finite there
-    contribution: Tensor  # (rows, completion), log q - log r of what was sampled; 0 where no image takes part
+    contribution: Tensor | None  # (rows, completion), log q - log r of what was sampled; 0 for rows without an image
     vis_weights: Tensor  # (tokens with an image,), what the visual part weighed each by
 
     def sums(self) -> dict[str, Tensor]:
@@ -217,7 +217,8 @@ class MicroBatch:
             seeing = self._of_seeing
             per_token = {n: torch.cat([seeing[n], values]) if seeing else values for n, values in of_text.items()}
         positions = torch.cat([self._seeing.nonzero(), self._text.nonzero()])
-        return MicroBatchLoss(per_token, positions, self._bad(per_token), self._contribution, self._vis_weights)
+        contribution = self._contribution if self._method.masks_teacher else None
+        return MicroBatchLoss(per_token, positions, self._bad(per_token), contribution, self._vis_weights)
 
     # ------------------------------------------------------------------ passes
 

@@ -65,7 +65,8 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
       (with a number for ``token_steering``, or ``plausibility``)
     * ``steering/refreshed`` and ``steering/direction_cosine``, at a refresh of ``eta="amortized"``: 1, and the cosine
       between the update of the average and that of the measurement
-    * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``: the readings of
+    * ``runaway/divergence_growth``, ``runaway/weight_growth``, ``runaway/cut_off_rise``,
+      ``runaway/language_growth``: the readings of
       `RunawayMonitor`; ``runaway/alarm``: 1 from its alarm on
     * ``time/rollout``, ``time/teacher``, ``time/student`` (forward and backward), ``time/steering``: seconds; and of
       the forward passes ``time/masked_teacher`` and ``time/masked_student``, which are part of teacher and student
@@ -117,7 +118,8 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             compile_backbone(self.model, args.torch_compile_backend, args.torch_compile_mode)
         self._skipped = SkippedUpdates(args.max_skipped_steps)
         self._skip_update = False  # the same on all processes
-        self._runaway = RunawayMonitor(args.runaway_action if METHODS[args.method].second else "none")
+        method = METHODS[args.method]
+        self._runaway = RunawayMonitor(args.runaway_action if method.second else "none", "vis" in method.parts)
         self._cut_off = math.nan  # share of the last completions that end at the length limit
         self._interruption = Interruption()
         self._recorder = self._make_recorder()

@@ -75,7 +75,7 @@ def test_lora_leaves_the_base_alone_and_never_forms_the_gradient_of_the_head(eta
     for kind, options in (("full", {}), ("LoRA", lora())):
         trainer = make_trainer(
             FAMILY, str(tmp_path), student=small_model(1, vocabulary=4096), teacher=small_model(2, 48, 4096),
-            eta=eta, trainer=options, optim="sgd",
+            eta=eta, trainer=options, optim="sgd", learning_rate=0.1,
         )  # fmt: skip
         before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
         with Allocations(trainer.model.get_output_embeddings().weight.shape) as seen[kind]:

@@ -66,7 +66,7 @@ COMMON = {
     "train": {
         "needed": ("output_dir", "model_name_or_path", "teacher_model_name_or_path", "dataset_name"),
         "steering": (
-            "method", "eta", "gamma", "language_preservation", "ratio_bound", "ratio_floor", "image_mask", "modality",
+            "method", "eta", "gamma", "language_preservation", "image_mask", "modality",
         ),
         "data": (
             "prompt_column", "image_column", "dataset_train_split", "dataset_test_split", "eval_dataset_name",

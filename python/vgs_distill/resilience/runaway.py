@@ -99,8 +99,11 @@ class RunawayMonitor(TrainerCallback):
     raise.
     """
 
-    def __init__(self, action: str) -> None:
+    def __init__(self, action: str, language: bool = True) -> None:
+        """`language`: whether language and visual loss are divergences of their own, and no terms of a difference,
+        which may be negative; where not, nothing is unlearned."""
         self.action = action
+        self._watches_language = language
         self.alarm_step: int | None = None
         self._divergence = _Growth()
         self._weights = _Growth()
@@ -118,8 +121,9 @@ class RunawayMonitor(TrainerCallback):
         if self.action == "none":
             return {}
         self._divergence.add(losses["loss/standard"])
-        self._language.add(losses.get("loss/lang", math.nan))
-        self._vision.add(losses.get("loss/vis", math.nan))
+        if self._watches_language and {"loss/lang", "loss/vis"} <= losses.keys():
+            self._language.add(losses["loss/lang"])
+            self._vision.add(losses["loss/vis"])
         self._weights.add(weight_ratio)
         if math.isfinite(cut_off):
             self._cut_off.append(cut_off)
