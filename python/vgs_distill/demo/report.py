@@ -45,7 +45,7 @@ def render_report(results: Mapping[str, Any], histories: Mapping[str, History], 
         labels={"teacher": "Teacher", "start": "Student start", **labels},
         colors=colors,
         question_types=_question_types(results),
-        figures=_figures(results, by_method, labels, colors),
+        figures=_figures(results, by_method, colors),
         notes=notes(results),
         window=_window(by_method),
         times=_times(results),
@@ -95,25 +95,22 @@ def _line(runs: Sequence[History], key: str, window: int) -> tuple[tuple[float, 
 
 
 def _figures(
-    results: Mapping[str, Any],
-    by_method: Mapping[str, Sequence[History]],
-    labels: Mapping[str, str],
-    colors: Mapping[str, int],
+    results: Mapping[str, Any], by_method: Mapping[str, Sequence[History]], colors: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """Title, one explaining sentence, chart and key of every line chart that has data."""
     window = _window(by_method)
 
     def lines(key: str, suffix: str = "", dashed: bool = False) -> list[Series]:
         return [
-            Series(labels[name] + suffix, colors[name], _line(runs, key, window), dashed)
+            Series(results["methods"][name]["label"] + suffix, colors[name], _line(runs, key, window), dashed)
             for name, runs in by_method.items()
         ]
 
     parts = lines("loss/lang", " · language", dashed=True) + lines("loss/vis", " · visual")
     norms = [
-        Series(f"{labels[name]} · {part}", colors[name], _line(runs, f"gradient/norm_{part}", window), dashed)
+        series
         for name, runs in by_method.items()
-        for part, dashed in _weighed(results["methods"][name]["method"])
+        for series in _norms(results["methods"][name], runs, colors[name], window)
     ]
     wanted: list[tuple[str, str, list[Series], dict[str, bool]]] = [
         (
@@ -160,11 +157,14 @@ def _figures(
     return figures
 
 
-def _weighed(method: str) -> list[tuple[str, bool]]:
-    """The two parts whose gradients a method weighs, as they are logged, the first dashed."""
-    kind = METHODS[method]
-    names = [kind.label.get(part, part) for part in (kind.first, kind.second) if part is not None]
-    return [(name, index == 0) for index, name in enumerate(names)]
+def _norms(method: Mapping[str, Any], runs: Sequence[History], color: int, window: int) -> list[Series]:
+    """Norms of the two gradients that a method weighs, the first dashed."""
+    kind = METHODS[method["method"]]
+    parts = [kind.label.get(part, part) for part in (kind.first, kind.second) if part is not None]
+    return [
+        Series(f"{method['label']} · {part}", color, _line(runs, f"gradient/norm_{part}", window), part == parts[0])
+        for part in parts
+    ]
 
 
 def _times(results: Mapping[str, Any]) -> list[dict[str, Any]]:
