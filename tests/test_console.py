@@ -19,8 +19,8 @@ from tests.command_line import invoke
 from tests.conftest import Workspace
 
 LINE = re.compile(
-    r" *(\d+)/(\d+)  loss \d\.\d{4}  lang \d\.\d{4}  vis \d\.\d{4}  cos -?\d\.\d\d  γ 0\.80  length \d+\.\d  cut \d+%  "
-    r"lr \d\.\de-\d\d  s/step [\d.]+(  \d+:\d\d left)?"
+    r" *(\d+)/(\d+)  loss \d\.\d{4}  lang \d\.\d{4}  vis \d\.\d{4}  (?:cos -?\d\.\d\d  )?γ 2\.00  η \d\.\d\d  "
+    r"length \d+\.\d  cut \d+%  lr \d\.\de-\d\d  s/step [\d.]+(  \d+:\d\d left)?"
 )
 
 

@@ -45,6 +45,7 @@ _COLUMNS = (
     ("loss/vis", "vis", ".4f"),
     ("gradient/cosine", "cos", ".2f"),
     ("steering/gamma", "γ", ".2f"),
+    ("steering/eta", "η", ".2f"),
     ("completions/mean_length", "length", ".1f"),
     ("completions/clipped_ratio", "cut", ".0%"),
     ("learning_rate", "lr", ".1e"),

@@ -200,8 +200,8 @@ class SteeringStep:
         """Take in the means of a step's losses, the same on all processes, all finite."""
         if "loss/lang" in losses:
             self.preservation.observe(losses["loss/lang"])
-            if "loss/vis" in losses:
-                self.gamma.observe(losses["loss/lang"], losses["loss/vis"])
+            second = "loss/vis" if "loss/vis" in losses else f"loss/{self.method.second}"
+            self.gamma.observe(losses["loss/lang"], losses[second])
 
     def finish(self, modules: ModulesOf = lambda parameters: NO_MODULES) -> StepRecord:
         """Leave the steered gradient in `.grad`, after the last micro-batch.
