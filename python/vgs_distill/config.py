@@ -75,7 +75,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "0 or more",
     ),
     (
-        ("record_completions_every", "record_modules_every"),
+        ("record_completions_every", "record_modules_every", "record_dependency_every"),
         lambda value: value >= 0,
         "0 (never) or more",
     ),
@@ -191,6 +191,12 @@ class VGSConfig(DistillationConfig):
             nothing in the run. A teacher that is sharded or not beside the student is not asked.
         record_modules_every: Steps from one record of the gradients' norms and cosine in every module to the next (with
             ``"amortized"`` at the first refresh from there on); 0 for none.
+        record_dependency_every: Steps from one record of the angles between the gradients of standard, vis and lang, by
+            tenths of the tokens by KL(q‖r), to the next; 0 for none. With ``"vgs"``, ``"vgs_unit"`` or ``"language"``,
+            of the first micro-batch of such a step on the main process. It costs two forward passes of each model and
+            30 backward passes over the micro-batch (three a tenth), and the memory of both views' activations and four
+            gradients; it changes nothing in the run (`vgs_distill.steering.dependency_angles`). Nothing is recorded
+            where gradients are sharded.
     """
 
     method: str = "vgs"
@@ -221,6 +227,7 @@ class VGSConfig(DistillationConfig):
     record_completions_every: int = 100
     record_teacher_answers: bool = True
     record_modules_every: int = 0
+    record_dependency_every: int = 0
 
     def __post_init__(self) -> None:
         # Before transformers starts what the launcher asked for: DeepSpeed, process groups.
@@ -349,6 +356,16 @@ class VGSConfig(DistillationConfig):
             for name in ("token_steering", "plausibility"):
                 if getattr(self, name):
                     raise ValueError(f"method={method.name!r} has no visual part that {name} could weigh; set it to 0")
+        if self.record_dependency_every and "vis" not in method.parts:
+            raise ValueError(
+                f"method={method.name!r} does not compute the parts whose angles record_dependency_every asks for; set "
+                f"it to 0, or use method 'vgs', 'vgs_unit' or 'language'"
+            )
+        if self.record_dependency_every and self.fp16:
+            raise ValueError(
+                "record_dependency_every measures gradients, which are lost in fp16 without its loss scaling; set it "
+                "to 0, or use bf16=True or fp32"
+            )
         if measures and self.fp16:
             raise ValueError(
                 f"eta={self.eta!r} measures gradients, which the loss scaling of fp16 changes; use bf16=True or fp32"

@@ -88,6 +88,14 @@ class MicroBatchLoss(NamedTuple):
         counts = {"tokens": torch.ones_like(self.per_token["standard"]), "bad": self.bad.to(torch.float32)}
         return {name: values.sum() for name, values in (self.per_token | counts).items()}
 
+    def dependency(self) -> Tensor | None:
+        """VDS of what was sampled, (rows, completion); 0 where no image takes part, None where it is not computed."""
+        if "dependency" not in self.per_token:
+            return None
+        grid = torch.zeros_like(self.contribution)
+        grid[self.positions[:, 0], self.positions[:, 1]] = self.per_token["dependency"].to(grid)
+        return grid
+
     def non_finite(self) -> Tensor:
         """Row and completion position of every token whose loss is not finite, (count, 2)."""
         return self.positions[self.bad]

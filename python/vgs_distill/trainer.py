@@ -43,6 +43,7 @@ from .resilience.nonfinite import SkippedUpdates, describe_step, describe_tokens
 from .resilience.output_dir import check_output_dir
 from .resilience.runaway import RunawayMonitor
 from .rollouts import Rollouts, loss_mask
+from .steering.dependency_angles import dependency_angles, why_not_measured
 from .steering.methods import METHODS
 from .steering.step import SteeringSettings, SteeringStep
 
@@ -153,7 +154,10 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
     def _make_recorder(self) -> RunRecorder:
         teacher = self.teacher_model
         answers = TeacherAnswers(self.args, teacher, self.processing_class, self.generation_config, self.accelerator)
-        return RunRecorder(self.args, self.model, teacher, answers, Trackers(self.callback_handler.callbacks))
+        trackers = Trackers(self.callback_handler.callbacks)
+        return RunRecorder(
+            self.args, self.model, teacher, answers, trackers, angles_silent=why_not_measured(self.accelerator)
+        )
 
     # ------------------------------------------------------------------ the step
 
@@ -189,6 +193,8 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         else:
             items = inputs["completion_mask"].sum().clamp(min=1)
         self.teacher_model.eval()
+        if self._training:
+            self._record_angles(inputs)
         micro_batch = self._loss.micro_batch(
             self.accelerator.unwrap_model(model),
             self.accelerator.unwrap_model(self.teacher_model),
@@ -205,7 +211,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
                     left = steering.run_back(view, self._run_back)
         result = micro_batch.result
         self._record_loss(steering, result, inputs)
-        self._record_completions(inputs, result.contribution)
+        self._record_completions(inputs, result)
         loss = self._micro_batch_loss = result.per_token["standard"].sum() / items
         if self._training:
             assert left is not None
@@ -321,6 +327,8 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         bad = result.non_finite()
         if self._training and len(bad):
             self._skipped.note(describe_tokens(inputs, bad, self._tokenizer))
+        if self._training:
+            self._recorder.add_losses(result)
         if self._training and not self.accelerator.sync_gradients:
             return
         values, not_finite, ratio = self._meter.read(steering.weight_ratio)
@@ -332,9 +340,23 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         for name, value in values.items():
             self._metrics[self._mode][name].append(value)
 
-    def _record_completions(self, inputs: dict[str, Any], contribution: Tensor | None) -> None:
+    def _record_completions(self, inputs: dict[str, Any], result: MicroBatchLoss) -> None:
         with self._timer.span("recording"):
-            self._recorder.record_completions(self.state.global_step + 1, inputs, contribution, self._tokenizer)
+            self._recorder.record_completions(
+                self.state.global_step + 1, inputs, result.contribution, result.dependency(), self._tokenizer
+            )
+
+    def _record_angles(self, inputs: dict[str, Any]) -> None:
+        """Where it is due, measure the micro-batch; before its own passes, whose activations would lie beside."""
+        step = self.state.global_step + 1
+        if not self._recorder.angles_due(step):
+            return
+        student, teacher = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
+        with self._timer.alone("recording"), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            angles = dependency_angles(
+                self._loss, student, teacher, Batch.of(inputs), loss_mask(inputs), self._run_backbone
+            )
+            self._recorder.record_angles(step, angles)
 
     def _modules_to_record(self, parameters: Sequence[nn.Parameter]) -> dict[str, list[int]]:
         if not self._recorder.modules_due(self.state.global_step + 1):

@@ -35,6 +35,9 @@ class RunLog:
     steps: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> name -> value
     completions: list[dict[str, Any]] = field(default_factory=list)
     modules: list[dict[str, Any]] = field(default_factory=list)
+    angles_silent: str | None = None  # why there are no angles, where they were asked for
+    angles: list[dict[str, Any]] = field(default_factory=list)  # between gradients, by tenths of VDS
+    thirds: list[dict[str, Any]] = field(default_factory=list)  # losses by thirds of VDS
     evaluations: list[tuple[int, str, dict[str, Any]]] = field(
         default_factory=list
     )  # step, file, what `vgs eval` wrote
@@ -62,7 +65,7 @@ class RunLog:
         if kind == "start":
             self._forget_after(step)
             self.settings, self.max_steps, self.ended_at = record["settings"], record["max_steps"], None
-            self.teacher_silent = record["teacher_silent"]
+            self.teacher_silent, self.angles_silent = record["teacher_silent"], record["angles_silent"]
             self.sessions = [*(self.sessions if step else []), [(step, record["time"])]]
         elif kind == "metrics":
             self.steps.setdefault(step, {}).update(record["values"])
@@ -72,6 +75,10 @@ class RunLog:
             self.completions.append(record)
         elif kind == "modules":
             self.modules.append(record)
+        elif kind == "dependency":
+            self.angles.append(record)
+        elif kind == "thirds":
+            self.thirds.append(record)
         else:
             self.ended_at = step
 
@@ -80,6 +87,8 @@ class RunLog:
         self.steps = {at: values for at, values in self.steps.items() if at <= step}
         self.completions = [record for record in self.completions if record["step"] <= step]
         self.modules = [record for record in self.modules if record["step"] <= step]
+        self.angles = [record for record in self.angles if record["step"] <= step]
+        self.thirds = [record for record in self.thirds if record["step"] <= step]
 
 
 def read_run(run_dir: Path) -> RunLog:
@@ -184,14 +193,29 @@ def _measured(value: Any) -> bool:
     return isinstance(value, dict) and _fault(value, {"accuracy": _number, "standard": _or_none(_number)}) is None
 
 
+_BY_GROUP = (
+    "dependency",
+    "norm_standard",
+    "norm_vis",
+    "norm_lang",
+    "angle_lang_vis",
+    "angle_standard_vis",
+    "angle_standard_lang",
+)
 _RECORDS: dict[str, dict[str, Check]] = {
-    "start": {"max_steps": _count, "settings": _settings, "teacher_silent": _or_none(_text)},
+    "start": {
+        "max_steps": _count,
+        "settings": _settings,
+        "teacher_silent": _or_none(_text),
+        "angles_silent": _or_none(_text),
+    },
     "metrics": {"values": _numbers},
     "completion": {
         "prompt": _text,
         "images": _list_of(_text),
         "tokens": _list_of(_text),
         "log_ratios": _or_none(_list_of(_or_none(_number))),
+        "dependency": _or_none(_list_of(_or_none(_number))),
         "reference": _or_none(_text),
         "teacher": _or_none(_text),
     },
@@ -202,9 +226,21 @@ _RECORDS: dict[str, dict[str, Check]] = {
         "norms_second": _list_of(_number),
         "cosines": _list_of(_or_none(_number)),
     },
+    "dependency": {"tokens": _list_of(_count), **dict.fromkeys(_BY_GROUP, _list_of(_or_none(_number)))},
+    "thirds": {
+        "tokens": _list_of(_count),
+        "standard": _list_of(_or_none(_number)),
+        "vis": _list_of(_or_none(_number)),
+        "lang": _list_of(_or_none(_number)),
+    },
     "end": {},
 }
-_AS_LONG = {"completion": ("tokens", "log_ratios"), "modules": ("names", "norms_first", "norms_second", "cosines")}
+_AS_LONG = {
+    "completion": ("tokens", "log_ratios", "dependency"),
+    "modules": ("names", "norms_first", "norms_second", "cosines"),
+    "dependency": ("tokens", *_BY_GROUP),
+    "thirds": ("tokens", "standard", "vis", "lang"),
+}
 _EVALUATION: dict[str, Check] = {"rows": _count, "with_image": _measured, "without_image": _measured}
 
 

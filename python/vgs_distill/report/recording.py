@@ -4,14 +4,18 @@
     RUN_DIR/recording/images/      pictures that completions belong to, named by their content
 
     start        a (resumed) training begins at `step`, of `max_steps`; `settings` of the run; why there are no answers
-                 of the teacher, `teacher_silent`, null where there are. What was logged before for later steps is
-                 superseded.
+                 of the teacher, `teacher_silent`, and no angles, `angles_silent`, null where there are. What was logged
+                 before for later steps is superseded.
     metrics      `values`: what the trainer logged after `step`
     completion   one of `step`: `prompt`, `images` (file names), `tokens` (texts), and `log_ratios`, log q - log r of
-                 each token in nats, teacher with against teacher without the image; null where no masked teacher ran;
+                 each token in nats, teacher with against teacher without the image, and `dependency`, its VDS in nats;
+                 null where no masked teacher ran, or the method has no VDS;
                  `reference`, the row's column `answer`, and `teacher`, what it writes itself: null where there is none
     modules      `norms_first`, `norms_second`, `cosines` of the gradients of two `parts` at `step`, per module in
                  `names`
+    dependency   `tokens`, mean VDS `dependency`, `norm_...` of the gradients of standard, vis and lang and `angle_...`
+                 between them (degrees; null where one is zero), per group of tokens of a micro-batch, by rising VDS
+    thirds       `standard`, `vis`, `lang`: mean loss of the `tokens` of each third by VDS, since the record before
     end          training returned at `step`
 
 Every record carries `step` and `time` (seconds since 1970). A line is appended by one write; one that a crash cut off
@@ -46,6 +50,9 @@ from trl import DistillationConfig
 
 from ..config import VGSConfig
 from ..steering.methods import METHODS
+from ..steering.dependency_angles import DependencyAngles
+from ..steering.methods import METHODS
+from .dependency_losses import DependencyLosses
 from .log import IMAGE_FOLDER, LOG_FILE
 from .model_card import model_name
 from .teacher_answers import TeacherAnswers
@@ -86,6 +93,7 @@ class RunRecorder(TrainerCallback):
         teacher: PreTrainedModel,
         teacher_answers: TeacherAnswers,
         trackers: Trackers,
+        angles_silent: str | None = None,  # why angles cannot be measured
     ) -> None:
         self._teacher_answers = teacher_answers
         self._trackers = trackers
@@ -93,6 +101,8 @@ class RunRecorder(TrainerCallback):
         self._completions = _Interval(config.record_completions_every)
         self._modules = _Interval(config.record_modules_every)
         self._parts = METHODS[config.method].pair
+        self._angles_silent = angles_silent if config.record_dependency_every else None
+        self._thirds = DependencyLosses(config.device) if "vis" in METHODS[config.method].parts else None
         self._settings = {"student": model_name(student), "teacher": model_name(teacher)}
         self._settings |= {name: getattr(config, name) for name in (*_TRL_SETTINGS, *_own_settings())}
         self._recording = False
@@ -112,6 +122,7 @@ class RunRecorder(TrainerCallback):
             max_steps=state.max_steps,
             settings=self._settings,
             teacher_silent=self._teacher_answers.silent,
+            angles_silent=self._angles_silent,
         )
 
     def on_log(
@@ -123,6 +134,9 @@ class RunRecorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._append("metrics", state.global_step, values=_finite_numbers(logs or {}))
+        thirds = self._thirds.read() if self._thirds is not None else None
+        if thirds is not None:
+            self._append("thirds", state.global_step, **thirds)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trackers.show(state.global_step)
@@ -153,6 +167,7 @@ class RunRecorder(TrainerCallback):
         step: int,
         batch: Mapping[str, Any],
         log_ratios: Tensor | None,  # (rows, completion)
+        dependency: Tensor | None,  # (rows, completion)
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Write down the marked rows of a micro-batch."""
@@ -167,6 +182,7 @@ class RunRecorder(TrainerCallback):
                 "images": images,
                 "tokens": token_texts(tokenizer, batch["completion_ids"][row, :length].tolist()),
                 "log_ratios": None if log_ratios is None else _rounded(log_ratios[row, :length]),
+                "dependency": None if dependency is None else _rounded(dependency[row, :length]),
                 "reference": _reference(marked.row),
                 "teacher": marked.teacher,
             }
@@ -195,6 +211,27 @@ class RunRecorder(TrainerCallback):
             norms_second=norms_second,
             cosines=cosines,
         )
+
+    def angles_due(self, step: int) -> bool:
+        """Whether the micro-batch at hand, the first of `step`, is to be measured here."""
+        return self._recording and self._angles_silent is None and self._angles.due(step)
+
+    def record_angles(self, step: int, angles: DependencyAngles | None) -> None:
+        """None: the micro-batch had no token with an image."""
+        if angles is None:
+            return
+        norms = {
+            f"norm_{part}": [norm if math.isfinite(norm) else None for norm in norms]
+            for part, norms in angles.norms.items()
+        }
+        values = {f"angle_{pair}": degrees for pair, degrees in angles.angles.items()}
+        means = [mean if math.isfinite(mean) else None for mean in angles.dependency]
+        self._append("dependency", step, tokens=angles.tokens, dependency=means, **norms, **values)
+
+    def add_losses(self, result: MicroBatchLoss) -> None:
+        """Take in a micro-batch of training."""
+        if self._thirds is not None and "dependency" in result.per_token:
+            self._thirds.add(result)
 
     def _keep_image(self, image: Any) -> str:
         """Save a small copy, once per content and in one piece, and return its name."""

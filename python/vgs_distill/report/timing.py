@@ -30,6 +30,17 @@ class StepTimer:
         finally:
             self._spans[name].append((start, self._now()))
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """As `span`, but the spans within it are not counted."""
+        start, outer = self._now(), self._spans
+        self._spans = defaultdict(list)
+        try:
+            yield
+        finally:
+            self._spans = outer
+            self._spans[name].append((start, self._now()))
+
     def flush(self) -> dict[str, float]:
         """Seconds per name since the last flush."""
         if self._cuda and self._spans:
