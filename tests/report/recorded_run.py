@@ -52,7 +52,7 @@ def metrics(step: int) -> dict[str, float]:
 
 def completion(step: int, tokens: list[str], log_ratios: list[float | None] | None, **changes: Any) -> dict[str, Any]:
     record = {"kind": "completion", "step": step, "time": 1e9, "prompt": "What is this?", "images": ["0123.png"]}
-    record |= {"teacher": None, "reference": None}
+    record |= {"teacher": None, "reference": None, "dependency": None}
     return {**record, "tokens": tokens, "log_ratios": log_ratios, **changes}
 
 
@@ -64,6 +64,7 @@ def start(step: int = 0, **settings: Any) -> dict[str, Any]:
         "time": 1e9,
         "max_steps": STEPS,
         "teacher_silent": None,
+        "angles_silent": None,
         "settings": {**shown, "gamma": 2.0} | settings,
     }
 
@@ -82,6 +83,29 @@ MODULES = {
     "norms_second": [1.0, 1.0, 1.0],
     "cosines": [None, -0.5, 0.25],
 }
+
+
+def angles(step: int) -> dict[str, Any]:
+    tenths = range(1, 11)
+    return {
+        "kind": "dependency",
+        "step": step,
+        "time": 1e9,
+        "tokens": [40] * 10,
+        "dependency": [tenth**2 / 50 for tenth in tenths],
+        "norm_standard": [0.5 * tenth for tenth in tenths],
+        "norm_vis": [0.4 * tenth for tenth in tenths],
+        "norm_lang": [3.0 / tenth for tenth in tenths],
+        "angle_lang_vis": [None, *(60.0 + 3 * tenth + step / 30 for tenth in tenths[1:])],
+        "angle_standard_vis": [30.0 + tenth for tenth in tenths],
+        "angle_standard_lang": [65.0 - tenth for tenth in tenths],
+    }
+
+
+def thirds(step: int) -> dict[str, Any]:
+    losses = {part: [scale / step, 2 * scale / step, 4 * scale / step] for part, scale in (("standard", 3.0), ("vis", 2.0))}
+    record = {"kind": "thirds", "step": step, "time": 1e9, "tokens": [130, 130, 140]}
+    return {**record, **losses, "lang": [0.1, 0.2, 0.1 + step / 100]}
 
 
 def write(folder: Path, records: list[dict[str, Any]], end: str = "\n") -> None:
@@ -114,8 +138,11 @@ def finished_run(folder: Path) -> Path:
             prompt=HOSTILE,
             teacher=f"the teacher says {HOSTILE}",
             reference="the truth",
+            dependency=[0.0, 0.75, 0.2, 3.5, 0.125, 0.25],
         ),
-        *(logged(step) for step in range(1, STEPS + 1)),
+        angles(1),
+        *(record for step in range(1, STEPS + 1) for record in (logged(step), thirds(step))),
+        angles(STEPS),
         {**MODULES, "step": STEPS},
         completion(STEPS, [" a", " long", " word " + "x" * 400], [3.5, -9.0, 0.0]),
         {"kind": "end", "step": STEPS, "time": 1e9 + 130},

@@ -60,9 +60,14 @@ class _Plane:
 
 
 def line_chart(
-    series: Sequence[Series], description: str, *, logarithmic: bool = False, zero_line: bool = False
+    series: Sequence[Series],
+    description: str,
+    *,
+    logarithmic: bool = False,
+    zero_line: bool = False,
+    below: str = "training step",
 ) -> Markup | None:
-    """An SVG of `series` over training steps, or None if there is nothing to draw. Its key is `legend`.
+    """An SVG of `series` over what `below` says, or None if there is nothing to draw. Its key is `legend`.
 
     `description` is read out by screen readers. A logarithmic chart leaves out values at or below zero.
     """
@@ -78,7 +83,7 @@ def line_chart(
     labels = {tick: number(10**tick if logarithmic else tick) for tick in ticks}
     parts = [
         Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, description),
-        *_axes(plane, labels, zero_line),
+        *_axes(plane, labels, zero_line, below),
     ]
     for line, points in zip(drawn, clouds, strict=True):
         if points:
@@ -101,8 +106,8 @@ def line_chart(
     return Markup("").join(parts)
 
 
-def _axes(plane: _Plane, labels: dict[float, str], zero_line: bool) -> list[Markup]:
-    """Horizontal lines with their values, and steps below."""
+def _axes(plane: _Plane, labels: dict[float, str], zero_line: bool, caption: str) -> list[Markup]:
+    """Horizontal lines with their values, and below the steps, or whatever `caption` says."""
     parts = [
         Markup(
             '<line class="{}" x1="{}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
@@ -115,7 +120,7 @@ def _axes(plane: _Plane, labels: dict[float, str], zero_line: bool) -> list[Mark
     ]  # fmt: skip
     steps = [tick for tick in _ticks(plane.first, plane.last) if plane.first <= tick <= plane.last]
     middle, below = (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - _BOTTOM + 15
-    captions = [(plane.across(step), below, f"{step:g}") for step in steps] + [(middle, HEIGHT - 4, "training step")]
+    captions = [(plane.across(step), below, f"{step:g}") for step in steps] + [(middle, HEIGHT - 4, caption)]
     return parts + [
         Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, y, text)
         for x, y, text in captions

@@ -19,6 +19,8 @@ RUN_COLORS = (2, 1, 3, 5, 4, 6, 7, 0)  # of the page's eight, the order in which
 SATURATION = 3.0  # nats at which the scale of contributions ends: the image makes a token 20 times as likely
 
 PART_NAMES = {"standard": "whole", "lang": "language", "vis": "visual"}  # of the loss, as readers know them
+NEED_SATURATION = 1.0  # nats at which the scale of dependency ends
+
 TIME_PARTS = {
     "rollout": "student writes",
     "teacher": "teacher reads",

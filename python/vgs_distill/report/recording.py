@@ -49,7 +49,7 @@ from transformers.utils import logging
 from trl import DistillationConfig
 
 from ..config import VGSConfig
-from ..steering.methods import METHODS
+from ..loss import MicroBatchLoss
 from ..steering.dependency_angles import DependencyAngles
 from ..steering.methods import METHODS
 from .dependency_losses import DependencyLosses
@@ -101,6 +101,7 @@ class RunRecorder(TrainerCallback):
         self._completions = _Interval(config.record_completions_every)
         self._modules = _Interval(config.record_modules_every)
         self._parts = METHODS[config.method].pair
+        self._angles = _Interval(config.record_dependency_every)
         self._angles_silent = angles_silent if config.record_dependency_every else None
         self._thirds = DependencyLosses(config.device) if "vis" in METHODS[config.method].parts else None
         self._settings = {"student": model_name(student), "teacher": model_name(teacher)}

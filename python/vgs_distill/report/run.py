@@ -16,9 +16,10 @@ from vgs_distill.errors import InputError
 
 from .charts import number, signed
 from .completions import completions_of
+from .dependency import dependency_figures
 from .figures import EVALUATION, GRADIENTS, LOSS, TIME, figures_of, figures_over, window_of
 from .log import Points, RunLog, read_run
-from .page import PART_NAMES, SATURATION, TIME_PARTS, color_of_run, environment, spaced, time_bar, tint
+from .page import NEED_SATURATION, PART_NAMES, SATURATION, TIME_PARTS, color_of_run, environment, spaced, strength, time_bar, tint
 
 REPORT_FILE = "report.html"  # in the folder of a run
 REPORT_OF_SEVERAL = "vgs-report.html"  # in the current folder
@@ -59,6 +60,7 @@ def render_runs(logs: Mapping[str, RunLog], refresh_every: int | None = None) ->
         "runs": views,
         "scales": {
             "cosine": [tint(value, 1.0) for value in (-1.0, -0.5, 0.0, 0.5, 1.0)],
+            "need": [(value, strength(value, NEED_SATURATION)) for value in (0.0, 0.25, 0.5, 0.75, 1.0)],
             "contribution": [tint(value, SATURATION) for value in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)],
         },
     }
@@ -93,10 +95,13 @@ def _view(name: str, log: RunLog) -> dict[str, Any]:
         "loss_figures": figures_of(log, LOSS),
         "gradient_figures": figures_of(log, GRADIENTS),
         "modules": _module_map(log),
+        "dependency_figures": dependency_figures(log),
+        "angles_silent": log.angles_silent,
         "evaluation_figures": figures_of(log, EVALUATION),
         "evaluations": log.evaluations,
         "time": _time(log),
         "completions": completions_of(log),
+        "shows_dependency": any(record["dependency"] is not None for record in log.completions),
         "teacher_silent": log.teacher_silent,
         "table": _table(log),
     }
