@@ -103,7 +103,9 @@ def angles(step: int) -> dict[str, Any]:
 
 
 def thirds(step: int) -> dict[str, Any]:
-    losses = {part: [scale / step, 2 * scale / step, 4 * scale / step] for part, scale in (("standard", 3.0), ("vis", 2.0))}
+    losses = {
+        part: [scale / step, 2 * scale / step, 4 * scale / step] for part, scale in (("standard", 3.0), ("vis", 2.0))
+    }
     record = {"kind": "thirds", "step": step, "time": 1e9, "tokens": [130, 130, 140]}
     return {**record, **losses, "lang": [0.1, 0.2, 0.1 + step / 100]}
 
@@ -140,11 +142,11 @@ def finished_run(folder: Path) -> Path:
             reference="the truth",
             dependency=[0.0, 0.75, 0.2, 3.5, 0.125, 0.25],
         ),
-        angles(1),
-        *(record for step in range(1, STEPS + 1) for record in (logged(step), thirds(step))),
-        angles(STEPS),
+        *(logged(step) for step in range(1, STEPS + 1)),
         {**MODULES, "step": STEPS},
         completion(STEPS, [" a", " long", " word " + "x" * 400], [3.5, -9.0, 0.0]),
+        *(angles(step) for step in (1, STEPS)),
+        *(thirds(step) for step in range(1, STEPS + 1)),
         {"kind": "end", "step": STEPS, "time": 1e9 + 130},
     ]
     write(folder, records)

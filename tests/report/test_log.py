@@ -121,7 +121,7 @@ def without(record: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "fault"),
     [
-        ([1, 2], "its kind is not one of start, metrics, completion, modules, end"),
+        ([1, 2], "its kind is not one of start, metrics, completion, modules, dependency, thirds, end"),
         (7, "its kind is not one of"),
         ({"kind": ["start"]}, "its kind is not one of"),
         ({**logged(2), "kind": "other"}, "its kind is not one of"),
@@ -136,7 +136,7 @@ def without(record: dict[str, Any], name: str) -> dict[str, Any]:
         ({**logged(2), "values": [1]}, "its 'values' is of another shape"),
         ({**start(), "settings": {"student": "a"}}, "its 'settings' is of another shape"),
         ({**start(), "max_steps": None}, "its 'max_steps' is of another shape"),
-        (completion(2, ["a", "b"], [1.0]), "tokens, log_ratios differ in length"),
+        (completion(2, ["a", "b"], [1.0]), "tokens, log_ratios, dependency differ in length"),
         (completion(2, ["a"], ["b"]), "its 'log_ratios' is of another shape"),  # type: ignore[list-item]
         (completion(2, ["a"], None, images="0123.png"), "its 'images' is of another shape"),
         (completion(2, ["a"], None, prompt=None), "its 'prompt' is of another shape"),

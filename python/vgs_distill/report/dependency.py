@@ -45,8 +45,8 @@ def _by_tenths(log: RunLog) -> list[Figure]:
     return [
         *_figure(
             "Angles by dependency",
-            "Degrees between the gradients of two parts of the loss, of the tokens of each tenth: 90 asks for unrelated "
-            f"changes. {steps}; beside a name, the tenth that depends most.",
+            "Degrees between the gradients of two parts of the loss, of the tokens of each tenth: 90 asks for "
+            f"unrelated changes. {steps}; beside a name, the tenth that depends most.",
             angles,
             _GROUPS_BELOW,
         ),

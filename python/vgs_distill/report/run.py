@@ -19,7 +19,18 @@ from .completions import completions_of
 from .dependency import dependency_figures
 from .figures import EVALUATION, GRADIENTS, LOSS, TIME, figures_of, figures_over, window_of
 from .log import Points, RunLog, read_run
-from .page import NEED_SATURATION, PART_NAMES, SATURATION, TIME_PARTS, color_of_run, environment, spaced, strength, time_bar, tint
+from .page import (
+    NEED_SATURATION,
+    PART_NAMES,
+    SATURATION,
+    TIME_PARTS,
+    color_of_run,
+    environment,
+    spaced,
+    strength,
+    time_bar,
+    tint,
+)
 
 REPORT_FILE = "report.html"  # in the folder of a run
 REPORT_OF_SEVERAL = "vgs-report.html"  # in the current folder

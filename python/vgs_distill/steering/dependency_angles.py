@@ -1,8 +1,8 @@
 """Angles between the gradients of the parts of a loss, by how much tokens depend on the image: an analysis of a run.
 
 The tokens of a micro-batch that have an image are sorted by VDS = KL(q ‖ r) and cut into ten groups of equal counts.
-For each group the gradients of `standard`, `vis` and `lang` over all parameters are formed, of the mean over its tokens.
-Nothing of it stays: `.grad` is put back as it was, and so is the random state.
+For each group the gradients of `standard`, `vis` and `lang` over all parameters are formed, of the mean over its
+tokens. Nothing of it stays: `.grad` is put back as it was, and so is the random state.
 """
 
 from __future__ import annotations
