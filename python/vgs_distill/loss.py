@@ -90,7 +90,7 @@ class MicroBatchLoss(NamedTuple):
 
     def dependency(self) -> Tensor | None:
         """VDS of what was sampled, (rows, completion); 0 where no image takes part, None where it is not computed."""
-        if "dependency" not in self.per_token:
+        if self.contribution is None or "dependency" not in self.per_token:
             return None
         grid = torch.zeros_like(self.contribution)
         grid[self.positions[:, 0], self.positions[:, 1]] = self.per_token["dependency"].to(grid)

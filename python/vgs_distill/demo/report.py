@@ -112,7 +112,7 @@ def _figures(
         for name, runs in by_method.items()
         for series in _norms(results["methods"][name], runs, colors[name], window)
     ]
-    wanted: list[tuple[str, str, list[Series], dict[str, bool]]] = [
+    wanted: list[tuple[str, str, list[Series], dict[str, Any]]] = [
         (
             "Distance to the teacher",
             "How far the student's next-word distribution is from the teacher's, on the student's own answers "
