@@ -6,18 +6,6 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {
-  // decomposed_kl
-  m.def(
-      "divergences(Tensor student, Tensor teacher, Tensor masked_teacher, Tensor? masked_student, "
-      "Tensor? token_weights, int decomposition, int vocab_size, float temperature, float student_scale, "
-      "float teacher_scale, float student_softcap, float teacher_softcap, Tensor(a!) values, Tensor(b!) statistics) -> ()");
-  m.def(
-      "logit_gradients(Tensor student, Tensor teacher, Tensor masked_teacher, Tensor? masked_student, "
-      "Tensor values, Tensor statistics, Tensor coefficients, Tensor? second_coefficients, "
-      "int decomposition, int vocab_size, float temperature, float student_scale, float teacher_scale, "
-      "float student_softcap, float teacher_softcap, Tensor(a!) out_student, "
-      "Tensor(b!)? out_masked_student, Tensor(c!)? out_second, Tensor(d!)? row_gramian, Tensor(e!)? column_squares) -> ()");
-
   // stream_kl
   m.def(
       "stream_divergences(Tensor student, Tensor teacher, Tensor? masked_teacher, Tensor? masked_student, "

@@ -25,28 +25,28 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_argument_beats_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
-    assert backend.resolve("decomposed_kl", CPU, "reference") == "reference"
+    assert backend.resolve("stream_kl", CPU, "reference") == "reference"
 
 
 def test_the_variable_beats_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
-    assert backend.resolve("decomposed_kl", CPU) == "reference"
+    assert backend.resolve("stream_kl", CPU) == "reference"
 
 
 @pytest.mark.parametrize("name", ["fast", "cuda"])
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown backend '{name}'"):
-        backend.resolve("decomposed_kl", CPU, name)
+        backend.resolve("stream_kl", CPU, name)
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, name)
     with pytest.raises(ValueError, match=f"unknown backend '{name}'"):
-        backend.resolve("decomposed_kl", CPU)
+        backend.resolve("stream_kl", CPU)
 
 
 def test_an_explicit_choice_that_cannot_run_raises_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_native_problem", lambda: "the compiled extension is not in this install")
-    monkeypatch.setitem(backend._MODULES["decomposed_kl"], "native", "vgs_kernels.decomposed_kl.native")
-    with pytest.raises(BackendUnavailableError, match="'native' cannot run decomposed_kl on cpu: the compiled"):
-        backend.resolve("decomposed_kl", CPU, "native")
+    monkeypatch.setitem(backend._MODULES["stream_kl"], "native", "vgs_kernels.stream_kl.native")
+    with pytest.raises(BackendUnavailableError, match="'native' cannot run stream_kl on cpu: the compiled"):
+        backend.resolve("stream_kl", CPU, "native")
 
 
 def test_the_active_backends_are_those_that_calls_choose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +57,11 @@ def test_the_active_backends_are_those_that_calls_choose(monkeypatch: pytest.Mon
 
 def test_a_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(backend, "_native_problem", lambda: "no compiler when it was installed")
-    monkeypatch.setitem(backend._MODULES["decomposed_kl"], "native", "vgs_kernels.decomposed_kl.native")
-    monkeypatch.setitem(backend._PREFERENCE["decomposed_kl"], "cpu", ("native", "reference"))
+    monkeypatch.setitem(backend._MODULES["stream_kl"], "native", "vgs_kernels.stream_kl.native")
+    monkeypatch.setitem(backend._PREFERENCE["stream_kl"], "cpu", ("native", "reference"))
     with caplog.at_level(logging.WARNING, logger="vgs_kernels"):
-        assert backend.resolve("decomposed_kl", CPU) == "reference"
-        assert backend.resolve("decomposed_kl", CPU) == "reference"
+        assert backend.resolve("stream_kl", CPU) == "reference"
+        assert backend.resolve("stream_kl", CPU) == "reference"
     assert caplog.text.count("no compiler when it was installed") == 1
 
 
@@ -78,12 +78,11 @@ def test_a_choice_is_a_constant_to_the_compiler() -> None:
     torch.compiler.assume_constant_result(same)
     marks = vars(same)
     assert marks
-    for function in (backend._problem, backend._automatic):
-        assert marks.items() <= vars(function).items()
+    assert marks.items() <= vars(backend._chosen_and_loaded).items()
 
 
 def test_status_names_what_runs_every_op() -> None:
     rows = {row.op: row for row in backend.status() if row.device == "cpu"}
-    assert set(rows) == {"decomposed_kl", "stream_kl", "gradient_gramian", "combine_gradients"}
+    assert set(rows) == {"stream_kl", "gradient_gramian", "combine_gradients"}
     for row in rows.values():
         assert backend.resolve(row.op, CPU) == row.active

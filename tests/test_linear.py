@@ -415,7 +415,19 @@ def test_opcheck(kind: str | None, objectives: int, chosen: str) -> None:
     grads = (torch.zeros_like(weight), torch.zeros_like(bias)) if objectives == 1 else (None, None)
     coefficients = torch.rand(objectives, 4, 3)
     steered = torch.rand(objectives, 4, 3) if kind else None
-    settings = (True, True, True, 3 * 4 * 9 * 4, 0.0, 2.0, 0.1, 0.1, torch.float32, *LogitTransform(9), chosen)
+    settings = (
+        True,
+        True,
+        True,
+        3 * 4 * 9 * 4,
+        0.0,
+        2.0,
+        0.1,
+        0.1,
+        torch.float32,
+        *LogitTransform(9).arguments(),
+        chosen,
+    )
     arguments = (
         problem.hidden.detach(), problem.masked_hidden, problem.teacher_hidden, problem.masked_teacher_hidden, weight,
         bias, problem.teacher_head.weight, None, torch.rand(4), coefficients, steered, torch.arange(4), *grads,

@@ -326,7 +326,7 @@ def test_gradcheck(kind: str) -> None:
     settings = LogitTransform(7, temperature=0.8, student_softcap=4.0, ratio_bound=0.5 if kind == "visual" else 0.0)
 
     def of_student(student: Tensor) -> Tensor:
-        return op.stream_kl(student, *others, *settings, "reference")[0]
+        return op.stream_kl(student, *others, *settings.arguments(), "reference")[0]
 
     assert torch.autograd.gradcheck(of_student, streams[0].requires_grad_())
 
@@ -336,7 +336,7 @@ def test_gradcheck(kind: str) -> None:
 def test_opcheck(kind: str, name: str) -> None:
     streams = logits(kind, 3, 9, dtype=torch.float32)
     others = [*streams[1:], None, None][:3]
-    arguments = (streams[0].requires_grad_(), *others, *LogitTransform(9, temperature=1.1), name)
+    arguments = (streams[0].requires_grad_(), *others, *LogitTransform(9, temperature=1.1).arguments(), name)
     torch.library.opcheck(op.stream_kl, arguments)
     values, statistics = op.stream_kl(*arguments)
     inputs = (streams[0].detach(), *others, values.detach(), statistics, torch.randn(3, 3))

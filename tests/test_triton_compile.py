@@ -18,11 +18,11 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
+from vgs_kernels.decomposed_kl.old_types import LogitTransform  # noqa: E402
 
 from tests.triton_support import compile_gate  # noqa: E402
 from tests.triton_support.compile_gate import Report, Variant  # noqa: E402
 from vgs_kernels.decomposed_kl import triton as kernels  # noqa: E402
-from vgs_kernels.decomposed_kl.old_types import LogitTransform  # noqa: E402
 
 
 def _report(variant: Variant, cache: pytest.Cache) -> Report:

@@ -43,6 +43,21 @@ def visual_target(
     return (log_q + ratio).log_softmax(-1)
 
 
+def visual_weights(
+    log_q: Tensor,  # (tokens, vocab)
+    log_r: Tensor,  # (tokens, vocab)
+    sampled: Tensor,  # (tokens,)
+    token_steering: float,
+    plausibility: float,
+) -> Tensor:
+    """1 + s (1 - min(q, r) / max(q, r)) at the sampled token; 0 where it is implausible to both teachers. (tokens,)"""
+    q, r = log_q.exp(), log_r.exp()
+    q_sampled, r_sampled = (t.gather(1, sampled[:, None]).squeeze(1) for t in (q, r))
+    ratio = torch.minimum(q_sampled, r_sampled) / torch.maximum(q_sampled, r_sampled)
+    implausible = (q_sampled < plausibility * q.amax(-1)) & (r_sampled < plausibility * r.amax(-1))
+    return torch.where(implausible, 0.0, 1 + token_steering * (1 - ratio))
+
+
 def numbers(
     streams: list[Tensor],  # (tokens, >= vocab): student, teacher and, where they are, masked teacher, masked student
     *,

@@ -6,13 +6,8 @@ Everything public is imported here; the design is in ARCHITECTURE.md.
 from .backend import BackendUnavailableError
 from .combine_gradients import combine_gradients
 from .decomposed_kl import decomposed_kl
-from .decomposed_kl.old_api import decomposed_kl as old_decomposed_kl
-from .decomposed_kl.old_types import DECOMPOSITIONS as OLD_DECOMPOSITIONS
-from .decomposed_kl.old_types import DecomposedKL as OldDecomposedKL
-from .decomposed_kl.old_types import LinearDecomposedKL as OldLinearDecomposedKL
 from .gradient_gramian import gradient_gramian
 from .linear import linear_decomposed_kl, linear_reverse_kl
-from .old_linear import linear_decomposed_kl as old_linear_decomposed_kl
 from .report import active_backends, backend_report
 from .reverse_kl import reverse_kl
 from .selftest import SelfTestResult, self_test
@@ -33,15 +28,12 @@ from .types import (
 from .version import __version__
 
 __all__ = [
-    "OLD_DECOMPOSITIONS",
     "BackendUnavailableError",
     "DecomposedKL",
     "HiddenGradients",
     "LMHead",
     "LinearDecomposedKL",
     "LinearReverseKL",
-    "OldDecomposedKL",
-    "OldLinearDecomposedKL",
     "RatioGuard",
     "ReverseKL",
     "SampledLogProbs",
@@ -59,8 +51,6 @@ __all__ = [
     "gradient_gramian",
     "linear_decomposed_kl",
     "linear_reverse_kl",
-    "old_decomposed_kl",
-    "old_linear_decomposed_kl",
     "reverse_kl",
     "self_test",
     "steer_",

@@ -33,13 +33,9 @@ _Function = TypeVar("_Function", bound=Callable)
 
 # op -> backend -> module. One op, one folder.
 _MODULES: dict[str, dict[str, str]] = {
-    "decomposed_kl": {
-        "native": "vgs_kernels.decomposed_kl.native",
-        "triton": "vgs_kernels.decomposed_kl.triton",
-        "reference": "vgs_kernels.decomposed_kl.reference",
-    },
     "stream_kl": {
         "native": "vgs_kernels.stream_kl.native",
+        "triton": "vgs_kernels.stream_kl.triton",
         "reference": "vgs_kernels.stream_kl.reference",
     },
     "gradient_gramian": {
@@ -61,8 +57,7 @@ _LISTS = ("native", "foreach", "reference")
 
 # op -> device type -> backends, fastest first. "cuda" is also what PyTorch calls a ROCm device.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "decomposed_kl": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
-    "stream_kl": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "stream_kl": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "gradient_gramian": {"cpu": _LISTS, "cuda": _LISTS},
     "combine_gradients": {"cpu": _LISTS, "cuda": _LISTS},
 }
@@ -72,6 +67,10 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.float32, torch.b
 
 # The schemas of the extension's operators, in a checkout; an install from a wheel has none and cannot be out of date.
 _SCHEMAS = Path(__file__).resolve().parent.parent / "csrc" / "extension.cpp"
+
+
+# Imported modules. torch.compile reads them here and does not trace imports.
+_LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -139,7 +138,6 @@ def _constant(function: _Function) -> _Function:
     return function
 
 
-@_constant
 def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot run `op` on `device_type`, for inputs of `dtype` where it is given; None when it can."""
     if backend not in _MODULES[op]:
@@ -157,7 +155,6 @@ def _problem(op: str, backend: str, device_type: str, dtype: torch.dtype | None 
     return None
 
 
-@_constant
 @cache
 def _automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     preference = _PREFERENCE[op].get(device_type, ("reference",))
@@ -179,16 +176,27 @@ def resolve(op: str, device: torch.device, backend: str | None = None, dtype: to
         ValueError: `backend` (or `VGS_KERNELS_BACKEND`) is not a backend's name.
         BackendUnavailableError: it is, but cannot run here; the message says why and what to do.
     """
+    return _chosen_and_loaded(op, device.type, backend, dtype)
+
+
+@_constant
+def _chosen_and_loaded(op: str, device_type: str, backend: str | None, dtype: torch.dtype | None) -> str:
+    chosen = _chosen(op, device_type, backend, dtype)
+    load(op, chosen)
+    return chosen
+
+
+def _chosen(op: str, device_type: str, backend: str | None, dtype: torch.dtype | None) -> str:
     requested = backend or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if requested is None:
-        return _automatic(op, device.type, dtype)
+        return _automatic(op, device_type, dtype)
     if requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}, or None for automatic")
     if backend is None and requested not in _MODULES[op]:
-        return _automatic(op, device.type, dtype)  # the variable speaks for the ops that have such a backend
-    problem = _problem(op, requested, device.type, dtype)
+        return _automatic(op, device_type, dtype)  # the variable speaks for the ops that have such a backend
+    problem = _problem(op, requested, device_type, dtype)
     if problem is not None:
-        raise BackendUnavailableError(f"backend {requested!r} cannot run {op} on {device.type}: {problem}")
+        raise BackendUnavailableError(f"backend {requested!r} cannot run {op} on {device_type}: {problem}")
     return requested
 
 
@@ -199,8 +207,10 @@ def available(op: str, device_type: str) -> list[str]:
 
 
 def load(op: str, backend: str) -> ModuleType:
-    """Import and return the module of a backend name that `resolve` returned."""
-    return importlib.import_module(_MODULES[op][backend])
+    """The module of a backend name that `resolve` returned."""
+    if (op, backend) not in _LOADED:
+        _LOADED[op, backend] = importlib.import_module(_MODULES[op][backend])
+    return _LOADED[op, backend]
 
 
 def status() -> list[BackendStatus]:

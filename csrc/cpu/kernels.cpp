@@ -2,11 +2,10 @@
 #include "kernels.h"
 
 #include "combine_gradients_kernels.h"
-#include "decomposed_kl_kernels.h"
 #include "gradient_gramian_kernels.h"
 #include "products_kernels.h"
 #include "stream_kl_kernels.h"
 
 namespace vgs::VGS_LEVEL {
-const Kernels kernels = {kDecomposedKL, kProducts, kGramian, kCombine, kStreamKL};
+const Kernels kernels = {kProducts, kGramian, kCombine, kStreamKL};
 }  // namespace vgs::VGS_LEVEL

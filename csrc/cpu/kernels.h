@@ -6,7 +6,6 @@
 #pragma once
 
 #include "combine_gradients.h"
-#include "decomposed_kl.h"
 #include "gradient_gramian.h"
 #include "products.h"
 #include "stream_kl.h"
@@ -14,7 +13,6 @@
 namespace vgs {
 
 struct Kernels {
-  DecomposedKLKernels decomposed_kl;
   ProductKernels products;
   GramianKernels gramian;
   CombineKernels combine;

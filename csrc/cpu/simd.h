@@ -1,5 +1,5 @@
 // Vectors of one register of the instruction set this file is compiled for, in GCC/Clang vector extensions: the same
-// source gives SSE2, AVX2, AVX-512 or NEON. Everything has internal linkage (see decomposed_kl.h for why).
+// source gives SSE2, AVX2, AVX-512 or NEON. Everything has internal linkage (see kernels.h for why).
 //
 // Simd<T>: T float or double; Vec a register of T; kLanes entries.
 #pragma once

@@ -14,7 +14,7 @@ from vgs_distill.masking import Batch
 from vgs_distill.steering.methods import METHODS
 
 from tests.engine.test_trainer import BatchTap, GradientTap, step_logs
-from tests.reference_formulas import visual_weights
+from tests.textbook import visual_weights
 
 WEIGHTED = {"token_steering": 4.0, "plausibility": 0.2, "teacher_smoothing": 0.05}
 LANGUAGE = {"language_preservation": 0.7, "dependency_quantile": 0.6}

@@ -117,7 +117,7 @@ def decomposed_kl(
         transform = smoothed(transform)
     masked_student = None if masked_student_logits is None else as_rows(masked_student_logits).detach()
     chosen = backends.resolve("stream_kl", student_logits.device, backend, student_logits.dtype)
-    values, _ = op.stream_kl(as_rows(student_logits), *teachers, masked_student, *transform, chosen)
+    values, _ = op.stream_kl(as_rows(student_logits), *teachers, masked_student, *transform.arguments(), chosen)
     parts = named.per_token(values)
     leading = student_logits.shape[:-1]
     return DecomposedKL._make(None if part is None else part.reshape(leading) for part in parts)

@@ -86,8 +86,9 @@ def prepare(
     """Cast under autocast, and check that everything fits."""
     hidden = [student_hidden, teacher_hidden, masked_teacher_hidden, masked_student_hidden]
     heads = [student_head, teacher_head]
-    if torch.is_autocast_enabled(student_hidden.device.type):
-        dtype = torch.get_autocast_dtype(student_hidden.device.type)
+    device = student_hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden = [None if h is None else h.to(dtype) for h in hidden]
         heads = [_cast(head, dtype) for head in heads]
     student_hidden, teacher_hidden, masked_teacher_hidden, masked_student_hidden = hidden  # type: ignore[assignment]
@@ -164,7 +165,7 @@ def run(
         steering.plausibility,
         options.teacher_smoothing,
         _logits_dtype(options.logits_dtype, hidden),
-        *transform,
+        *transform.arguments(),
         backends.resolve("stream_kl", hidden.device, options.backend, hidden.dtype),
     )
     wanted = needs_hidden or needs_weight or needs_bias

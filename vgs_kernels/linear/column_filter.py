@@ -1,6 +1,5 @@
 """`gradient_filter`: which columns of a chunk's logit gradient are worth multiplying.
 
-Layer: tensors in, tensors out. Called by `linear_decomposed_kl/op.py` only.
 """
 
 from __future__ import annotations

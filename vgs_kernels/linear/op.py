@@ -55,7 +55,7 @@ def linear_kl(
     teacher_smoothing: float,
     logits_dtype: torch.dtype,
     vocab_size: int,
-    temperature: float,
+    temperature: Tensor,  # (), on the CPU
     student_scale: float,
     teacher_scale: float,
     student_softcap: float,
@@ -68,15 +68,9 @@ def linear_kl(
     sampled tokens (tokens, 3), and the gradients with respect to hidden states, head weight and head bias, of the first
     objective and then of the second. What does not apply is an empty tensor."""
     raw = LogitTransform(
-        vocab_size,
-        temperature,
-        student_scale,
-        teacher_scale,
-        student_softcap,
-        teacher_softcap,
-        ratio_bound,
+        vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
         ratio_floor,
-    )
+    )  # fmt: skip
     transform = smoothed(raw) if teacher_smoothing else raw
     kernels = backends.load("stream_kl", backend)
     tokens, objectives = student_hidden.shape[0], coefficients.shape[0]

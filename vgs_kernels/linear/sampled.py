@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..stream_kl.reference import INVERSE_SUM, LOG_SUM, MAXIMUM, TOP, Q, R, Streams
+from ..stream_kl.reference import ANCHOR, INVERSE_SUM, LOG_SUM, MAXIMUM, TOP, Q, R, Streams
 from ..stream_kl.transform import LogitTransform
 
 STUDENT, TEACHER, MASKED_TEACHER = range(3)
@@ -27,16 +27,17 @@ def log_probs(
     index = torch.where(inside, tokens, 0)[:, None]
     narrow = transform._replace(vocab_size=1)  # of the one column that is gathered
 
-    def of(z: Tensor, log_sum: Tensor) -> Tensor:
-        return torch.where(inside, z.squeeze(1) - log_sum, -math.inf)
+    def of(z: Tensor, anchor: Tensor, log_sum: Tensor) -> Tensor:
+        return torch.where(inside, (z.squeeze(1) - anchor) - log_sum, -math.inf)
 
-    log_sum = statistics[:, MAXIMUM] - statistics[:, INVERSE_SUM].log()
-    found = [of(narrow.student(streams.student.gather(1, index)), log_sum)]
+    of_student = statistics[:, MAXIMUM], -statistics[:, INVERSE_SUM].log()
+    found = [of(narrow.student(streams.student.gather(1, index)), *of_student)]
     for column, teacher in ((Q, streams.teacher), (R, streams.masked_teacher)):
         if teacher is None:
-            found.append(torch.zeros_like(log_sum))
+            found.append(torch.zeros_like(found[0]))
         else:
-            found.append(of(narrow.teacher(teacher.gather(1, index)), statistics[:, LOG_SUM + column]))
+            of_teacher = statistics[:, ANCHOR + column], statistics[:, LOG_SUM + column]
+            found.append(of(narrow.teacher(teacher.gather(1, index)), *of_teacher))
     return torch.stack(found, 1)
 
 

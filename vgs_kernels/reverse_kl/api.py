@@ -82,6 +82,6 @@ def reverse_kl(
         smooth_(teacher, teacher_smoothing, transform)
         transform = smoothed(transform)
     chosen = backends.resolve("stream_kl", student_logits.device, backend, student_logits.dtype)
-    values, _ = op.stream_kl(as_rows(student_logits), teacher, None, None, *transform, chosen)
+    values, _ = op.stream_kl(as_rows(student_logits), teacher, None, None, *transform.arguments(), chosen)
     leading = student_logits.shape[:-1]
     return ReverseKL(values[:, STANDARD].reshape(leading), values[:, ENTROPY].reshape(leading))

@@ -22,7 +22,7 @@ def stream_kl(
     masked_teacher: Tensor | None,  # (tokens, >= vocab)
     masked_student: Tensor | None,  # (tokens, >= vocab)
     vocab_size: int,
-    temperature: float,
+    temperature: Tensor,  # (), on the CPU
     student_scale: float,
     teacher_scale: float,
     student_softcap: float,
@@ -33,15 +33,9 @@ def stream_kl(
 ) -> tuple[Tensor, Tensor]:
     """Values (tokens, 5) and statistics (tokens, 13) of `reference.divergences`; the student alone gets a gradient."""
     transform = LogitTransform(
-        vocab_size,
-        temperature,
-        student_scale,
-        teacher_scale,
-        student_softcap,
-        teacher_softcap,
-        ratio_bound,
+        vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
         ratio_floor,
-    )
+    )  # fmt: skip
     kernels = backends.load("stream_kl", backend)
     return kernels.divergences(Streams(student, teacher, masked_teacher, masked_student), transform)
 
@@ -63,7 +57,7 @@ def stream_kl_backward(
     statistics: Tensor,  # (tokens, 13)
     coefficients: Tensor,  # (tokens, 3)
     vocab_size: int,
-    temperature: float,
+    temperature: Tensor,  # (), on the CPU
     student_scale: float,
     teacher_scale: float,
     student_softcap: float,
@@ -74,15 +68,9 @@ def stream_kl_backward(
 ) -> Tensor:
     """The gradient of sum(coefficients * values[:, :3]) with respect to the student's logits."""
     transform = LogitTransform(
-        vocab_size,
-        temperature,
-        student_scale,
-        teacher_scale,
-        student_softcap,
-        teacher_softcap,
-        ratio_bound,
+        vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
         ratio_floor,
-    )
+    )  # fmt: skip
     streams = Streams(student, teacher, masked_teacher, masked_student)
     out = torch.empty_like(student, memory_format=torch.contiguous_format)
     kernels = backends.load("stream_kl", backend)
@@ -106,15 +94,18 @@ def _(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *streams, ctx.vocab_size, temperature = inputs[:6]
+    ctx.settings = inputs[6:]
     values, statistics = output
-    ctx.settings = inputs[4:]
     ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(*inputs[:4], values, statistics)
+    ctx.save_for_backward(*streams, values, statistics, temperature)
 
 
 def _backward(ctx, grad_values: Tensor, _grad_statistics: Tensor):  # type: ignore[no-untyped-def]
     coefficients = grad_values[:, :COEFFICIENTS].contiguous()
-    return stream_kl_backward(*ctx.saved_tensors, coefficients, *ctx.settings), *(None,) * (3 + len(ctx.settings))
+    *tensors, temperature = ctx.saved_tensors
+    gradient = stream_kl_backward(*tensors, coefficients, ctx.vocab_size, temperature, *ctx.settings)
+    return gradient, *(None,) * (5 + len(ctx.settings))
 
 
 stream_kl.register_autograd(_backward, setup_context=_setup_context)

@@ -25,8 +25,8 @@ Columns of `statistics`:
 | 0, 1     | MAXIMUM of z_p; INVERSE_SUM: 1 / sum exp(z_p - maximum)                                   |
 | 2 to 4   | ANCHOR: z_q, z_r, z_p0 where z_p has its maximum; 0 where that is not finite              |
 | 5 to 7   | MEAN under p of the distance a = z_p - maximum, of d_standard and of d_third              |
-| 8 to 10  | LOG_SUM: log sum exp z of q, r, p0                                                        |
-| 11, 12   | TOP: maximum of z_q, z_r                                                                  |
+| 8 to 10  | LOG_SUM: log sum exp (z - anchor) of q, r, p0                                             |
+| 11, 12   | TOP: maximum of z - anchor of q, r                                                        |
 
 with d = a - (z_t - its anchor) for t = q, r, or q*, whose distance from its anchor is
 (z_q - anchor) + ((z_p0 - anchor) - (z_r - anchor)). The gradient of a divergence is p * (d - mean d). All terms are 0
@@ -87,10 +87,11 @@ def divergences(
     constants = _constants(streams, transform)
     for index, other in enumerate(constants):
         anchor = other.gather(-1, place)
-        statistics[:, ANCHOR + index] = torch.where(anchor.isfinite(), anchor, 0.0)[:, 0]
-        statistics[:, LOG_SUM + index] = _log_sum(other)[:, 0]
+        anchor = torch.where(anchor.isfinite(), anchor, 0.0)
+        statistics[:, ANCHOR + index] = anchor[:, 0]
+        statistics[:, LOG_SUM + index] = _log_sum(other - anchor)
         if index != P0:
-            statistics[:, TOP + index] = other.amax(-1)
+            statistics[:, TOP + index] = (other - anchor).amax(-1)
 
     log_p = _log_probs(z)
     p = _mass(log_p)
@@ -177,14 +178,13 @@ def _third(constants: list[Tensor], statistics: Tensor, transform: LogitTransfor
         return distances[R]
     ratio = distances[P0] - distances[R]
     if transform.guarded:  # then it is log p0 - log r, and q* has the anchor of q alone
-        log_sums = [_column(statistics, LOG_SUM + i) - _column(statistics, ANCHOR + i) for i in range(3)]
-        ratio = ratio - (log_sums[P0] - log_sums[R])
+        ratio = ratio - (_column(statistics, LOG_SUM + P0) - _column(statistics, LOG_SUM + R))
     # No mass in p0: none in q*, whatever r has there.
     ratio = torch.where(constants[P0] == -math.inf, -math.inf, ratio)
     if transform.ratio_bound:
         ratio = ratio.clamp(-transform.ratio_bound, transform.ratio_bound)
     if transform.ratio_floor:
-        plausible = constants[Q] >= _column(statistics, TOP + Q) + math.log(transform.ratio_floor)
+        plausible = distances[Q] >= _column(statistics, TOP + Q) + math.log(transform.ratio_floor)
         ratio = torch.where(plausible, ratio, 0.0)
     return torch.where(constants[Q] == -math.inf, -math.inf, distances[Q] + ratio)
 
@@ -201,8 +201,8 @@ def _column(statistics: Tensor, index: int) -> Tensor:
 
 
 def _log_sum(z: Tensor) -> Tensor:
-    top = z.amax(-1, keepdim=True)
-    return top + (z - torch.where(top == -math.inf, 0.0, top)).exp().sum(-1, keepdim=True).log()
+    top = z.amax(-1)
+    return top + (z - torch.where(top == -math.inf, 0.0, top)[:, None]).exp().sum(-1).log()
 
 
 def _log_probs(z: Tensor) -> Tensor:

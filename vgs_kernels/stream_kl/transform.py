@@ -30,6 +30,12 @@ class LogitTransform(NamedTuple):
     ratio_bound: float = 0.0  # nats, 0 means none: log p0 - log r within the visual target is clamped to it
     ratio_floor: float = 0.0  # 0 means none: log p0 - log r counts as 0 where q is below this part of its maximum
 
+    def arguments(self) -> tuple[int, Tensor, float, float, float, float, float, float]:
+        """For a registered operator: the temperature as a float64 tensor () of the CPU. A number would be a constant of
+        the compiled graph, and a temperature that changes would compile it anew each time."""
+        temperature = torch.ones((), dtype=torch.float64, device="cpu") * self.temperature
+        return (self.vocab_size, temperature, *self[2:])
+
     @property
     def guarded(self) -> bool:
         return bool(self.ratio_bound or self.ratio_floor)

@@ -53,7 +53,7 @@ class AdaptiveGamma:
 
     It is the rule of GradNorm (arXiv 1711.02257, with its exponent at 1), norms of gradients in proportion to what is
     left of their losses. There the weights that do it are learned; gradients of norm 1 need none. A loss below 0, as
-    noise can make the visual one of ``"bayes"``, counts as 0: nothing is left.
+    noise can make a visual one, counts as 0: nothing is left.
     """
 
     def __init__(self, lowest: float, highest: float) -> None:

@@ -1,18 +1,20 @@
-"""Triton backend of `decomposed_kl`, for CUDA and ROCm: the two functions of `decomposed_kl/reference.py`.
+"""Triton backend of `stream_kl`, for CUDA and ROCm: the two functions of `stream_kl/reference.py`.
 
-`divergences` reads every stream once. `logit_gradients` is a second look, in place where the caller wants it. fp32,
-bf16 and fp16 logits, fp32 inside; fp64 belongs to the reference backend.
+`divergences` reads every stream once (twice with a guard). `logit_gradients` is a second look, in place where the
+caller wants it. fp32, bf16 and fp16 logits, fp32 inside; fp64 belongs to the reference backend.
 
 Legend, inside kernels:
-    p q r n         streams: student, teacher, masked teacher, masked student ("n": no image)
+    p q r n         streams: student, teacher, masked teacher, masked student ("n": no image); t: what THIRD compares p
+                    with, r or the visual target q*
     P Q R N         their pointers; suffix _s: row stride in elements, _w: width of an output
     z               transformed logits, softcap(scale * x) / temperature
     m s             running maximum of z, running sum of exp(z - m)
-    zp zq ...       z of a stream; ap an = z - m of the student's; ep en = exp(ap), exp(an)
+    zp zq ...       z of a stream; ap = zp - mp; ep = exp(ap)
+    c_q c_r c_n     anchors: z of a stream where p has its maximum, 0 where that is not finite
+    uq ur un ut     z - anchor; ut = uq + (un - ur) for the visual target; mt is relative to the anchors as well
     self            sum of ep * ap
-    pq pr pn nr     a pair of streams: the sum of ep * (ap - (zq - c_pq)) and so on
-    c_pq c_pr ...   anchor of a pair: the second stream's z where the first has its maximum, 0 where that is not finite
-    hole            largest zp where the other stream is -inf: student mass there makes the divergence infinite
+    pq pt nr qr     a pair of streams: the sum of ep * (ap - uq), ep * (ap - ut), en * (un - ur), eq * (uq - ur)
+    h_pq ...        hole: largest z of the first stream where the second is -inf; mass there makes the pair infinite
     tile            [LOADS, LANES, VECTOR] consecutive columns; reductions over the first and last axis stay in a thread
 
 Per-thread accumulators are merged once, when the row (or the program's part of it) ends: a row has no barrier.
@@ -37,24 +39,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_config as config
-from .old_types import LogitTransform
-from .reference import STATISTICS, VALUES
+from .reference import STATISTICS, VALUES, Streams
+from .transform import LogitTransform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DECOMPOSITION_CODES = {"teacher_prior": 0, "bayes": 1, "matched": 2}
+KINDS = {"reverse_kl": 0, "prior": 1, "visual": 2}  # two, three and four streams
 PLAIN_FORM, SCALED_FORM, SOFTCAP_FORM = range(3)  # what lies between a raw logit and z
 
 # Python numbers are visible to kernels only as constexpr.
-TEACHER_PRIOR = tl.constexpr(0)
-BAYES = tl.constexpr(1)
-MATCHED = tl.constexpr(2)
+REVERSE_KL = tl.constexpr(KINDS["reverse_kl"])
+VISUAL = tl.constexpr(KINDS["visual"])
 SCALED = tl.constexpr(SCALED_FORM)
 SOFTCAPPED = tl.constexpr(SOFTCAP_FORM)
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E): GPUs have exp2 in hardware
 LN2 = tl.constexpr(math.log(2.0))
 INF = tl.constexpr(math.inf)
-SMALLEST = tl.constexpr(2.0**-126)  # normal float32 number
-WORKSPACE_STATES = 21  # numbers that describe a part of a row, the tuple `state`
+SMALLEST = tl.constexpr(2.0**-126)  # normal float32 number: what lies below is no mass
+WORKSPACE_STATES = 22  # numbers that describe a part of a row, the tuple `state`
 STATES = tl.constexpr(WORKSPACE_STATES)
 
 
@@ -142,40 +143,91 @@ def _moved(total, s, factor, shift):
 
 
 @triton.jit
-def _pair(total, c, hole, m, a, e, z, s, factor, shift):
-    """A pair meets a tile: a and e are the first stream's, z the second's; s, factor, shift describe the mass before.
-
-    Where the tile raised the first stream's maximum, the anchor moves to the z found there. The hole is found as a + m,
-    not from the first stream's z: keeping that tile alive as well costs `bayes` 16 registers.
-    """
-    there = z != -INF
-    candidate = _max(tl.where(a == 0, z, -INF))
-    raised = (shift != 0) | (factor == 0)  # the first finite entry shifts by 0
-    new = tl.where(raised, tl.where(tl.abs(candidate) == INF, 0.0, candidate), c)
-    d = a - (z - new[None, :, None])
-    total = _moved(total, s, factor, shift - (new - c)) + _sum(tl.where((e > 0) & there, e * d, 0.0))
-    return total, new, tl.maximum(hole, _max(tl.where(there, -INF, a)) + m)
+def _anchor(a, z, c, raised):
+    """A stream's anchor after a tile: its z where p has its maximum, where the tile raised that."""
+    there = _max(tl.where(a == 0, z, -INF))
+    return tl.where(raised, tl.where(tl.abs(there) == INF, 0.0, there), c)
 
 
 @triton.jit
-def _grow(state, zp, zq, zr, zn, KIND: tl.constexpr):
-    """The state after one more tile."""
-    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr = state
-    # In this order a stream's tile dies before the next is needed: the registers of `bayes` depend on it.
+def _hole(hole, a, m, there):
+    """The hole after a tile, of the first stream's distances and maximum, and of where the second has mass. Found as
+    a + m, not from the first stream's z: keeping that tile alive as well costs registers."""
+    return tl.maximum(hole, _max(tl.where(there, -INF, a)) + m)
+
+
+@triton.jit
+def _weighted(e, d, there):
+    return _sum(tl.where((e > 0) & there, e * d, 0.0))
+
+
+@triton.jit
+def _ratio(ur, un, zq, guard, GUARDED: tl.constexpr):
+    """log p0 - log r up to a constant, of the distances from the anchors; with a guard without one, clamped and cut."""
+    ratio = un - ur
+    offset, bound, floor = guard
+    if GUARDED:
+        ratio -= offset
+    ratio = tl.where(un == -INF, -INF, ratio)  # no mass in p0: none in q*, whatever r has there
+    if GUARDED:
+        ratio = tl.minimum(tl.maximum(ratio, -bound, tl.PropagateNan.ALL), bound, tl.PropagateNan.ALL)
+        ratio = tl.where(zq >= floor, ratio, 0.0)
+    return ratio
+
+
+@triton.jit
+def _grow(state, zp, zq, zr, zn, fixed, guard, KIND: tl.constexpr, GUARDED: tl.constexpr):
+    """The state after one more tile. `fixed`: anchors of r and n that the guard's offset goes with."""
+    mp, sp, mq, sq, mr, sr, mn, sn, mt, st, self, pq, pt, nr, qr, c_q, c_r, c_n, h_pq, h_pt, h_nr, h_qr = state
     ap, ep, mp, sp_new, fp, dp = _stream(zp, mp, sp)
     self = _moved(self, sp, fp, dp) + _sum(tl.where(ep > 0, ep * ap, 0.0))
-    pq, c_pq, h_pq = _pair(pq, c_pq, h_pq, mp, ap, ep, zq, sp, fp, dp)
-    _aq, _eq, mq, sq, _fq, _dq = _stream(zq, mq, sq)
-    if KIND == BAYES:
-        pn, c_pn, h_pn = _pair(pn, c_pn, h_pn, mp, ap, ep, zn, sp, fp, dp)
-    if KIND != MATCHED:
-        pr, c_pr, h_pr = _pair(pr, c_pr, h_pr, mp, ap, ep, zr, sp, fp, dp)
-    if KIND != TEACHER_PRIOR:
-        an, en, mn, sn_new, fn, dn = _stream(zn, mn, sn)
-        nr, c_nr, h_nr = _pair(nr, c_nr, h_nr, mn, an, en, zr, sn, fn, dn)
-        sn = sn_new
-    _ar, _er, mr, sr, _fr, _dr = _stream(zr, mr, sr)
-    return mp, sp_new, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr
+    raised = (dp != 0) | (fp == 0)  # the first finite entry shifts by 0
+
+    new_q = _anchor(ap, zq, c_q, raised)
+    uq = zq - new_q[None, :, None]
+    step_q = new_q - c_q
+    there_q = zq != -INF
+    pq = _moved(pq, sp, fp, dp - step_q) + _weighted(ep, ap - uq, there_q)
+    h_pq = _hole(h_pq, ap, mp, there_q)
+    aq, eq, mq, sq_new, fq, _dq = _stream(zq, mq, sq)
+    if KIND != REVERSE_KL:
+        new_r = _anchor(ap, zr, c_r, raised)
+        ur = zr - new_r[None, :, None]
+        step_r = new_r - c_r
+        there_r = zr != -INF
+        _ar, _er, mr, sr, _fr, _dr = _stream(zr, mr, sr)
+        if KIND != VISUAL:
+            pt = _moved(pt, sp, fp, dp - step_r) + _weighted(ep, ap - ur, there_r)
+            h_pt = _hole(h_pt, ap, mp, there_r)
+        else:
+            new_n = _anchor(ap, zn, c_n, raised)
+            un = zn - new_n[None, :, None]
+            step_n = new_n - c_n
+            _an, en, mn, sn_new, fn, _dn = _stream(zn, mn, sn)
+            nr = _moved(nr, sn, fn, step_n - step_r) + _weighted(en, un - ur, there_r)
+            h_nr = _hole(h_nr, _an, mn, there_r)
+            qr = _moved(qr, sq, fq, step_q - step_r) + _weighted(eq, uq - ur, there_r)
+            h_qr = _hole(h_qr, aq, mq, there_r)
+            sn = sn_new
+            if GUARDED:
+                fixed_r, fixed_n = fixed
+                ratio = _ratio(zr - fixed_r, zn - fixed_n, zq, guard, GUARDED)
+                step_t = step_q
+            else:
+                ratio = _ratio(ur, un, zq, guard, GUARDED)
+                step_t = step_q + (step_n - step_r)
+            ut = tl.where(there_q, uq + ratio, -INF)
+            improper = ut == INF  # no distribution: the hole is infinite whatever mass p has there
+            there_t = tl.abs(ut) != INF
+            pt = _moved(pt, sp, fp, dp - step_t) + _weighted(ep, ap - ut, there_t)
+            h_pt = tl.maximum(_hole(h_pt, ap, mp, there_t), _max(tl.where(improper, INF, -INF)))
+            mt = tl.where(mt == -INF, -INF, mt - step_t)
+            _at, _et, mt, st, _ft, _dt = _stream(tl.where(improper, -INF, ut), mt, st)
+            c_n = new_n
+        c_r = new_r
+    return (
+        mp, sp_new, mq, sq_new, mr, sr, mn, sn, mt, st, self, pq, pt, nr, qr, new_q, c_r, c_n, h_pq, h_pt, h_nr, h_qr,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -187,29 +239,38 @@ def _gather(m, s):
 
 
 @triton.jit
-def _gather_pair(total, c, m, top, s, factor, shift):
-    """Merge a pair over all parts; the anchor is that of a part which holds the first stream's maximum."""
-    new = tl.max(tl.where(m == top, c, -INF), 0)
-    return tl.sum(_moved(total, s, factor, shift - (new - c)), 0), new
+def _gather_anchor(c, m, top):
+    """That of a part which holds p's maximum."""
+    return tl.max(tl.where(m == top, c, -INF), 0)
 
 
 @triton.jit
-def _merge(state):
+def _merge(state, KIND: tl.constexpr, GUARDED: tl.constexpr):
     """One state, of scalars, from a vector of states of disjoint parts."""
-    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr = state
+    mp, sp, mq, sq, mr, sr, mn, sn, mt, st, self, pq, pt, nr, qr, c_q, c_r, c_n, h_pq, h_pt, h_nr, h_qr = state
     top_p, sp_all, fp, dp = _gather(mp, sp)
-    mq, sq, _fq, _dq = _gather(mq, sq)
+    mq, sq_all, fq, _dq = _gather(mq, sq)
     mr, sr, _fr, _dr = _gather(mr, sr)
-    top_n, sn_all, fn, dn = _gather(mn, sn)
+    mn, sn_all, fn, _dn = _gather(mn, sn)
+    new_q, new_r, new_n = _gather_anchor(c_q, mp, top_p), _gather_anchor(c_r, mp, top_p), _gather_anchor(c_n, mp, top_p)
+    step_q, step_r, step_n = new_q - c_q, new_r - c_r, new_n - c_n
+    step_t = step_r
+    if KIND == VISUAL:
+        step_t = step_q
+        if not GUARDED:
+            step_t = step_q + (step_n - step_r)
+        mt, st, _ft, _dt = _gather(tl.where(mt == -INF, -INF, mt - step_t), st)
+    else:
+        mt, st = tl.max(mt, 0), tl.sum(st, 0)
     self = tl.sum(_moved(self, sp, fp, dp), 0)
-    pq, c_pq = _gather_pair(pq, c_pq, mp, top_p, sp, fp, dp)
-    pr, c_pr = _gather_pair(pr, c_pr, mp, top_p, sp, fp, dp)
-    pn, c_pn = _gather_pair(pn, c_pn, mp, top_p, sp, fp, dp)
-    nr, c_nr = _gather_pair(nr, c_nr, mn, top_n, sn, fn, dn)
-    h_pq, h_pr, h_pn, h_nr = tl.max(h_pq, 0), tl.max(h_pr, 0), tl.max(h_pn, 0), tl.max(h_nr, 0)
+    pq = tl.sum(_moved(pq, sp, fp, dp - step_q), 0)
+    pt = tl.sum(_moved(pt, sp, fp, dp - step_t), 0)
+    nr = tl.sum(_moved(nr, sn, fn, step_n - step_r), 0)
+    qr = tl.sum(_moved(qr, sq, fq, step_q - step_r), 0)
+    h_pq, h_pt, h_nr, h_qr = tl.max(h_pq, 0), tl.max(h_pt, 0), tl.max(h_nr, 0), tl.max(h_qr, 0)
     return (
-        top_p, sp_all, mq, sq, mr, sr, top_n, sn_all, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn,
-        h_nr,
+        top_p, sp_all, mq, sq_all, mr, sr, mn, sn_all, mt, st, self, pq, pt, nr, qr, new_q, new_r, new_n,
+        h_pq, h_pt, h_nr, h_qr,
     )  # fmt: skip
 
 
@@ -219,49 +280,68 @@ def _log(x):
 
 
 @triton.jit
-def _divergence(mean, s_from, s_to, m_to, c, hole, normalizer):
-    """KL from a finished pair; +inf where the first distribution has mass that the second lacks."""
-    kl = mean + _log(s_to / s_from) + (m_to - c)  # one logarithm of the ratio: two would cancel
-    kl = tl.where(_exp(hole - normalizer) > 0, INF, kl)
+def _divergence(mean, s_from, s_to, m_to, hole, normalizer):
+    """KL from a finished pair, m_to relative to where the mean's distances begin; +inf where the first distribution has
+    mass that the second lacks."""
+    kl = mean + _log(s_to / s_from) + m_to  # one logarithm of the ratio: two would cancel
+    kl = tl.where(_exp(hole - normalizer) >= SMALLEST, INF, kl)
     return tl.where(s_from == 0, 0.0, kl)  # no mass at all: nothing to sum
 
 
 @triton.jit
 def _finish(state, row, active, OUT, STATISTICS, KIND: tl.constexpr):
     """Write the row's values and statistics, 0 for a skipped row."""
-    mp, sp, mq, sq, mr, sr, mn, sn, self, pq, pr, pn, nr, c_pq, c_pr, c_pn, c_nr, h_pq, h_pr, h_pn, h_nr = state
+    mp, sp, mq, sq, mr, sr, mn, sn, mt, st, self, pq, pt, nr, qr, c_q, c_r, c_n, h_pq, h_pt, h_nr, h_qr = state
     inverse_p = tl.where(active & (sp != 0), 1.0 / sp, 0.0)
-    inverse_n = tl.where(active & (sn != 0), 1.0 / sn, 0.0)
-    norm_p, norm_n = mp + _log(sp), mn + _log(sn)
-    prior, shift, masked = 0.0, 0.0, 0.0
-    full = _divergence(pq * inverse_p, sp, sq, mq, c_pq, h_pq, norm_p)
-    if KIND != MATCHED:
-        prior = _divergence(pr * inverse_p, sp, sr, mr, c_pr, h_pr, norm_p)
-    if KIND == BAYES:
-        shift = _divergence(pn * inverse_p, sp, sn, mn, c_pn, h_pn, norm_p)
-    if KIND != TEACHER_PRIOR:
-        masked = _divergence(nr * inverse_n, sn, sr, mr, c_nr, h_nr, norm_n)
+    norm_p = mp + _log(sp)
+    mq -= c_q  # from here on relative to the anchors
+    lse_q, lse_r, lse_n, top_r = mq + _log(sq), 0.0, 0.0, 0.0
+    standard = _divergence(pq * inverse_p, sp, sq, mq, h_pq, norm_p)
+    third, language, dependency = 0.0, 0.0, 0.0
+    if KIND != REVERSE_KL:
+        mr -= c_r
+        lse_r, top_r = mr + _log(sr), mr
+        if KIND != VISUAL:
+            third = _divergence(pt * inverse_p, sp, sr, mr, h_pt, norm_p)
+        else:
+            mn -= c_n
+            lse_n = mn + _log(sn)
+            third = _divergence(pt * inverse_p, sp, st, mt, h_pt, norm_p)
+            language = _divergence(nr / sn, sn, sr, mr - mn, h_nr - c_n, lse_n)
+            dependency = _divergence(qr / sq, sq, sr, mr - mq, h_qr - c_q, lse_q)
     entropy = tl.where(sp == 0, 0.0, _log(sp) - self * inverse_p)
     line = OUT + row * 5
     tl.store(line, tl.where(active, entropy, 0.0))
-    tl.store(line + 1, tl.where(active, full, 0.0))
-    tl.store(line + 2, tl.where(active, prior, 0.0))
-    tl.store(line + 3, tl.where(active, shift, 0.0))
-    tl.store(line + 4, tl.where(active, masked, 0.0))
+    tl.store(line + 1, tl.where(active, standard, 0.0))
+    tl.store(line + 2, tl.where(active, third, 0.0))
+    tl.store(line + 3, tl.where(active, language, 0.0))
+    tl.store(line + 4, tl.where(active, dependency, 0.0))
     line = STATISTICS + row * 13
     tl.store(line, tl.where(active & (mp != -INF), mp, 0.0))
-    tl.store(line + 1, tl.where(active & (mn != -INF), mn, 0.0))
-    tl.store(line + 2, inverse_p)
-    tl.store(line + 3, inverse_n)
-    tl.store(line + 4, tl.where(active, c_pq, 0.0))
-    tl.store(line + 5, tl.where(active, c_pr, 0.0))
-    tl.store(line + 6, tl.where(active, c_pn, 0.0))
-    tl.store(line + 7, tl.where(active, c_nr, 0.0))
-    tl.store(line + 8, self * inverse_p)
-    tl.store(line + 9, pq * inverse_p)
-    tl.store(line + 10, pr * inverse_p)
-    tl.store(line + 11, pn * inverse_p)
-    tl.store(line + 12, nr * inverse_n)
+    tl.store(line + 1, inverse_p)
+    tl.store(line + 2, tl.where(active, c_q, 0.0))
+    tl.store(line + 3, tl.where(active, c_r, 0.0))
+    tl.store(line + 4, tl.where(active, c_n, 0.0))
+    tl.store(line + 5, self * inverse_p)
+    tl.store(line + 6, pq * inverse_p)
+    tl.store(line + 7, pt * inverse_p)
+    tl.store(line + 8, tl.where(active, lse_q, 0.0))
+    tl.store(line + 9, tl.where(active, lse_r, 0.0))
+    tl.store(line + 10, tl.where(active, lse_n, 0.0))
+    tl.store(line + 11, tl.where(active, mq, 0.0))
+    tl.store(line + 12, tl.where(active, top_r, 0.0))
+
+
+@triton.jit
+def _guard(STATISTICS, row, bound, log_floor, GUARDED: tl.constexpr):
+    """(offset, bound, floor) of `_ratio`, and the anchors of r and n that the offset goes with."""
+    guard, fixed = (0.0, 0.0, 0.0), (0.0, 0.0)
+    if GUARDED:
+        line = STATISTICS + row * 13
+        offset = tl.load(line + 10) - tl.load(line + 9)
+        fixed = (tl.load(line + 3), tl.load(line + 4))
+        guard = (offset, bound, tl.load(line + 2) + tl.load(line + 11) + log_floor)
+    return guard, fixed
 
 
 @triton.jit
@@ -282,16 +362,17 @@ def _read(
 ):  # fmt: skip
     zp = _load(P, columns, inside, student_multiplier, student_cap, STUDENT_FORM, MASKED)
     zq = _load(Q, columns, inside, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
-    zr = _load(R, columns, inside, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
-    zn = zp
-    if KIND != TEACHER_PRIOR:
+    zr, zn = zq, zp
+    if KIND != REVERSE_KL:
+        zr = _load(R, columns, inside, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
+    if KIND == VISUAL:
         zn = _load(N, columns, inside, student_multiplier, student_cap, STUDENT_FORM, MASKED)
     return zp, zq, zr, zn
 
 
 FORWARD_ARGUMENTS = (
     "P", "Q", "R", "N", "WEIGHTS", "OUT", "STATISTICS", "WORKSPACE", "P_s", "Q_s", "R_s", "N_s", "V", "tiles",
-    "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
+    "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap", "bound", "log_floor",
 )  # fmt: skip
 
 
@@ -301,16 +382,16 @@ FORWARD_ARGUMENTS = (
 def divergences_kernel(
     P,  # (tokens, >= V)
     Q,  # (tokens, >= V)
-    R,  # (tokens, >= V)
+    R,  # (tokens, >= V) or None
     N,  # (tokens, >= V) or None
     WEIGHTS,  # (tokens,) or None
     OUT,  # (tokens, 5)
-    STATISTICS,  # (tokens, 13)
+    STATISTICS,  # (tokens, 13); with a guard they are those of a launch without
     WORKSPACE,  # (tokens, splits, STATES) or None: the parts of split rows
     P_s, Q_s, R_s, N_s,
     V, tiles, splits,
-    student_multiplier, student_cap, teacher_multiplier, teacher_cap,
-    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
+    student_multiplier, student_cap, teacher_multiplier, teacher_cap, bound, log_floor,
+    KIND: tl.constexpr, GUARDED: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
     TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOADS * LANES * VECTOR
@@ -324,15 +405,17 @@ def divergences_kernel(
     whole = begin + (stop - begin) // TILE * TILE
     P = _row(P, row, P_s, VECTOR)
     Q = _row(Q, row, Q_s, VECTOR)
-    R = _row(R, row, R_s, VECTOR)
-    if KIND != TEACHER_PRIOR:
+    if KIND != REVERSE_KL:
+        R = _row(R, row, R_s, VECTOR)
+    if KIND == VISUAL:
         N = _row(N, row, N_s, VECTOR)
+    guard, fixed = _guard(STATISTICS, row, bound, log_floor, GUARDED)
 
     low = tl.full([LANES], -INF, tl.float32)
     zero = tl.zeros([LANES], tl.float32)
     state = (
-        low, zero, low, zero, low, zero, low, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, low, low, low,
-        low,
+        low, zero, low, zero, low, zero, low, zero, low, zero, zero, zero, zero, zero, zero, zero, zero, zero, low, low,
+        low, low,
     )  # fmt: skip
     for start in range(begin, whole, TILE):
         columns = _columns(start, LOADS, LANES, VECTOR)
@@ -340,16 +423,16 @@ def divergences_kernel(
             P, Q, R, N, columns, True, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
             KIND, STUDENT_FORM, TEACHER_FORM, False,
         )  # fmt: skip
-        state = _grow(state, zp, zq, zr, zn, KIND)
+        state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED)
     if whole < stop:  # the last, partial tile is the only one that pays for a mask
         columns = _columns(whole, LOADS, LANES, VECTOR)
         zp, zq, zr, zn = _read(
             P, Q, R, N, columns, _inside(columns, stop, TAIL), student_multiplier, student_cap, teacher_multiplier,
             teacher_cap, KIND, STUDENT_FORM, TEACHER_FORM, True,
         )  # fmt: skip
-        state = _grow(state, zp, zq, zr, zn, KIND)
+        state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED)
 
-    state = _merge(state)
+    state = _merge(state, KIND, GUARDED)
     if WORKSPACE is None:
         _finish(state, row, active, OUT, STATISTICS, KIND)
     else:
@@ -366,6 +449,7 @@ def merge_kernel(
     STATISTICS,  # (tokens, 13)
     splits,
     KIND: tl.constexpr,
+    GUARDED: tl.constexpr,
     PARTS: tl.constexpr,  # power of two >= splits
 ):
     """Second stage of split rows: one program merges one row's parts, in a fixed order."""
@@ -376,21 +460,17 @@ def merge_kernel(
     part = tl.arange(0, PARTS)
     line = WORKSPACE + (row * splits + part) * STATES
     there = part < splits
-    mp, sp = tl.load(line, there, -INF), tl.load(line + 1, there, 0.0)
-    mq, sq = tl.load(line + 2, there, -INF), tl.load(line + 3, there, 0.0)
-    mr, sr = tl.load(line + 4, there, -INF), tl.load(line + 5, there, 0.0)
-    mn, sn = tl.load(line + 6, there, -INF), tl.load(line + 7, there, 0.0)
-    state = _merge(
-        (
-            mp, sp, mq, sq, mr, sr, mn, sn,
-            tl.load(line + 8, there, 0.0), tl.load(line + 9, there, 0.0), tl.load(line + 10, there, 0.0),
-            tl.load(line + 11, there, 0.0), tl.load(line + 12, there, 0.0), tl.load(line + 13, there, 0.0),
-            tl.load(line + 14, there, 0.0), tl.load(line + 15, there, 0.0), tl.load(line + 16, there, 0.0),
-            tl.load(line + 17, there, -INF), tl.load(line + 18, there, -INF), tl.load(line + 19, there, -INF),
-            tl.load(line + 20, there, -INF),
-        )
+    state = (
+        tl.load(line, there, -INF), tl.load(line + 1, there, 0.0), tl.load(line + 2, there, -INF),
+        tl.load(line + 3, there, 0.0), tl.load(line + 4, there, -INF), tl.load(line + 5, there, 0.0),
+        tl.load(line + 6, there, -INF), tl.load(line + 7, there, 0.0), tl.load(line + 8, there, -INF),
+        tl.load(line + 9, there, 0.0), tl.load(line + 10, there, 0.0), tl.load(line + 11, there, 0.0),
+        tl.load(line + 12, there, 0.0), tl.load(line + 13, there, 0.0), tl.load(line + 14, there, 0.0),
+        tl.load(line + 15, there, 0.0), tl.load(line + 16, there, 0.0), tl.load(line + 17, there, 0.0),
+        tl.load(line + 18, there, -INF), tl.load(line + 19, there, -INF), tl.load(line + 20, there, -INF),
+        tl.load(line + 21, there, -INF),
     )  # fmt: skip
-    _finish(state, row, active, OUT, STATISTICS, KIND)
+    _finish(_merge(state, KIND, GUARDED), row, active, OUT, STATISTICS, KIND)
 
 
 # Gradient: a second look.
@@ -399,13 +479,13 @@ def merge_kernel(
 @triton.jit
 def _coefficient(COEFFICIENTS, row, column: tl.constexpr, inverse_sum):
     """A coefficient over the sum that makes exp(z - maximum) a probability."""
-    return tl.load(COEFFICIENTS + row * 5 + column).to(tl.float32) * inverse_sum
+    return tl.load(COEFFICIENTS + row * 3 + column).to(tl.float32) * inverse_sum
 
 
 @triton.jit
 def _any_coefficient(COEFFICIENTS, row):
-    column = tl.arange(0, 8)
-    w = tl.load(COEFFICIENTS + row * 5 + column, mask=column < 5, other=0.0)
+    column = tl.arange(0, 4)
+    w = tl.load(COEFFICIENTS + row * 3 + column, mask=column < 3, other=0.0)
     return tl.max((w != 0).to(tl.int32), 0) != 0
 
 
@@ -441,89 +521,57 @@ def _write(X, columns, gradient, V, width, TAIL: tl.constexpr, MASKED: tl.conste
 
 @triton.jit
 def _row_gradient(
-    P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, columns, maxima, anchors, means, needs, used, w, second,
-    V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap, sums,
-    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, WITH_GRAMIAN: tl.constexpr,
+    P, Q, R, N, OUT, OUT_SECOND, columns, maximum, inverse_sum, anchors, means, needs, used, w, second, guard,
+    V, OUT_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap,
+    KIND: tl.constexpr, GUARDED: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
     TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile: g = p * sum of w * (difference - its mean) * dz/dx. Returns the grown Gramian sums.
+    """Gradients of one tile: g = p * sum of w * (difference - its mean) * dz/dx.
 
-    p is exp(zp - max_p) here: 1 / sum is in the coefficients, and to be applied to the Gramian sums.
+    p is exp(zp - maximum) here: 1 / sum is in the coefficients.
     """
-    max_p, max_n = maxima
-    c_pq, c_pr, c_pn, c_nr = anchors
-    entropy, full, prior, shift, masked = means
-    needs_p, needs_q, needs_r, needs_n = needs
-    uses_full, uses_prior, uses_shift, uses_masked = used
+    c_q, c_r, c_n = anchors
+    mean_entropy, mean_standard, mean_third = means
+    needs_p, needs_q, needs_rest = needs
+    uses_standard, uses_third = used
     inside = True
     if MASKED:
         inside = _inside(columns, V, TAIL)
     zp = _look(P, columns, inside, needs_p, student_multiplier, student_cap, STUDENT_FORM, MASKED)
     zq = _look(Q, columns, inside, needs_q, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
-    ap = zp - max_p
+    ap = zp - maximum
     p = _exp(ap)
-    # The support is that of the distribution, within that of `_divergence`'s holes; the slope may be 0.
-    support = p > SMALLEST
+    support = p * inverse_sum >= SMALLEST
     p *= _slope(zp, student_multiplier, student_cap, STUDENT_FORM)
     if MASKED:
         support = support & inside
     support = support & needs_p
 
     # The selects keep 0 * inf away: a stream is read when any of its pairs is used, the others may be infinite.
-    d_full = tl.where(uses_full, ap - (zq - c_pq) - full, 0.0)
-    total = w[0] * (entropy - ap) + w[1] * d_full
+    uq = zq - c_q
+    d_standard = tl.where(uses_standard, ap - uq - mean_standard, 0.0)
+    total = w[0] * (mean_entropy - ap) + w[1] * d_standard
     other = 0.0
     if OUT_SECOND is not None:
-        other = second[0] * (entropy - ap) + second[1] * d_full
-    d_vis, d_lang = d_full, 0.0
-    if KIND != TEACHER_PRIOR:
-        zn = _look(N, columns, inside, needs_n, student_multiplier, student_cap, STUDENT_FORM, MASKED)
-    if (KIND != MATCHED) or (OUT_N is not None) or WITH_GRAMIAN:
-        zr = _look(R, columns, inside, needs_r, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED)
-    if KIND != MATCHED:
-        d_prior = tl.where(uses_prior, ap - (zr - c_pr) - prior, 0.0)
-        total += w[2] * d_prior
+        other = second[0] * (mean_entropy - ap) + second[1] * d_standard
+    if KIND != REVERSE_KL:
+        ut = _look(R, columns, inside, needs_rest, teacher_multiplier, teacher_cap, TEACHER_FORM, MASKED) - c_r
+        if KIND == VISUAL:
+            un = _look(N, columns, inside, needs_rest, student_multiplier, student_cap, STUDENT_FORM, MASKED) - c_n
+            ut = uq + _ratio(ut, un, zq, guard, GUARDED)
+        d_third = tl.where(uses_third, ap - ut - mean_third, 0.0)
+        total += w[2] * d_third
         if OUT_SECOND is not None:
-            other += second[2] * d_prior
-        d_vis -= d_prior
-        d_lang = d_prior
-    if KIND == BAYES:
-        d_shift = tl.where(uses_shift, ap - (zn - c_pn) - shift, 0.0)
-        total += w[3] * d_shift
-        d_vis += d_shift
-        if OUT_SECOND is not None:
-            other += second[3] * d_shift
-
-    lang, cross, vis = sums
-    if WITH_GRAMIAN:
-        g_vis = tl.where(support, p * d_vis, 0.0)
-        vis += _sum(g_vis * g_vis)
-        if KIND == TEACHER_PRIOR:
-            g_lang = tl.where(support, p * d_lang, 0.0)
-            lang += _sum(g_lang * g_lang)
-            cross += _sum(g_lang * g_vis)
-    if (KIND != TEACHER_PRIOR) and ((OUT_N is not None) or WITH_GRAMIAN):
-        an = zn - max_n
-        n = _exp(an)
-        support_n = (n > SMALLEST) & needs_n
-        n *= _slope(zn, student_multiplier, student_cap, STUDENT_FORM)
-        if MASKED:
-            support_n = support_n & inside
-        g_masked = tl.where(support_n, n * tl.where(uses_masked, an - (zr - c_nr) - masked, 0.0), 0.0)
-        if WITH_GRAMIAN:
-            lang += _sum(g_masked * g_masked)
-        if OUT_N is not None:
-            _write(OUT_N, columns, g_masked * w[4], V, OUT_N_w, TAIL, MASKED)
-    _write(OUT_P, columns, tl.where(support, p * total, 0.0), V, OUT_P_w, TAIL, MASKED)
+            other += second[2] * d_third
+    _write(OUT, columns, tl.where(support, p * total, 0.0), V, OUT_w, TAIL, MASKED)
     if OUT_SECOND is not None:
         _write(OUT_SECOND, columns, tl.where(support, p * other, 0.0), V, OUT_SECOND_w, TAIL, MASKED)
-    return lang, cross, vis
 
 
 GRADIENT_ARGUMENTS = (
-    "P", "Q", "R", "N", "VALUES_", "STATISTICS", "COEFFICIENTS", "SECOND", "OUT_P", "OUT_N", "OUT_SECOND", "GRAMIAN",
-    "P_s", "Q_s", "R_s", "N_s", "OUT_P_s", "OUT_N_s", "OUT_SECOND_s", "OUT_P_w", "OUT_N_w", "OUT_SECOND_w",
-    "V", "width", "tiles", "splits", "student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap",
+    "P", "Q", "R", "N", "VALUES_", "STATISTICS", "COEFFICIENTS", "SECOND", "OUT", "OUT_SECOND", "P_s", "Q_s", "R_s",
+    "N_s", "OUT_s", "OUT_SECOND_s", "OUT_w", "OUT_SECOND_w", "V", "width", "tiles", "student_multiplier",
+    "student_cap", "teacher_multiplier", "teacher_cap", "bound", "log_floor",
 )  # fmt: skip
 
 
@@ -531,97 +579,70 @@ GRADIENT_ARGUMENTS = (
 def gradients_kernel(
     P,  # (tokens, >= V)
     Q,  # (tokens, >= V)
-    R,  # (tokens, >= V)
+    R,  # (tokens, >= V) or None
     N,  # (tokens, >= V) or None
     VALUES_,  # (tokens, 5)
     STATISTICS,  # (tokens, 13)
-    COEFFICIENTS,  # (tokens, 5)
-    SECOND,  # (tokens, 5) or None
-    OUT_P,  # (tokens, OUT_P_w)
-    OUT_N,  # (tokens, OUT_N_w) or None
+    COEFFICIENTS,  # (tokens, 3)
+    SECOND,  # (tokens, 3) or None
+    OUT,  # (tokens, OUT_w)
     OUT_SECOND,  # (tokens, OUT_SECOND_w) or None
-    GRAMIAN,  # (tokens, splits, 3) or None
-    P_s, Q_s, R_s, N_s, OUT_P_s, OUT_N_s, OUT_SECOND_s, OUT_P_w, OUT_N_w, OUT_SECOND_w,
-    V, width, tiles, splits,
-    student_multiplier, student_cap, teacher_multiplier, teacher_cap,
-    KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
+    P_s, Q_s, R_s, N_s, OUT_s, OUT_SECOND_s, OUT_w, OUT_SECOND_w,
+    V, width, tiles,
+    student_multiplier, student_cap, teacher_multiplier, teacher_cap, bound, log_floor,
+    KIND: tl.constexpr, GUARDED: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
     TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    full = tl.load(VALUES_ + row * 5 + 1)
-    prior = tl.load(VALUES_ + row * 5 + 2)
-    shift = tl.load(VALUES_ + row * 5 + 3)
-    masked = tl.load(VALUES_ + row * 5 + 4)
-    inverse_p, inverse_n = tl.load(STATISTICS + row * 13 + 2), tl.load(STATISTICS + row * 13 + 3)
-    w = (_coefficient(COEFFICIENTS, row, 0, inverse_p), _coefficient(COEFFICIENTS, row, 1, inverse_p),
-         _coefficient(COEFFICIENTS, row, 2, inverse_p), _coefficient(COEFFICIENTS, row, 3, inverse_p),
-         _coefficient(COEFFICIENTS, row, 4, inverse_n))  # fmt: skip
-    second = w
-    active = _any_coefficient(COEFFICIENTS, row)
-    if SECOND is not None:
-        second = (_coefficient(SECOND, row, 0, inverse_p), _coefficient(SECOND, row, 1, inverse_p),
-                  _coefficient(SECOND, row, 2, inverse_p), _coefficient(SECOND, row, 3, inverse_p),
-                  0.0)  # fmt: skip
-        active = active | _any_coefficient(SECOND, row)
-
-    # A pair is used when a coefficient asks for it, or the Gramian, unless its value is infinite: no direction.
-    measured = active & (GRAMIAN is not None)
-    uses_full = ((w[1] != 0) | (second[1] != 0) | measured) & (tl.abs(full) != INF)
-    uses_prior = ((w[2] != 0) | (second[2] != 0) | measured) & (tl.abs(prior) != INF)
-    uses_shift = ((w[3] != 0) | (second[3] != 0) | measured) & (tl.abs(shift) != INF)
-    uses_masked = ((w[4] != 0) | measured) & (tl.abs(masked) != INF)
-    if KIND == MATCHED:
-        uses_prior = uses_prior & False
-    if KIND != BAYES:
-        uses_shift = uses_shift & False
-    if KIND == TEACHER_PRIOR:
-        uses_masked = uses_masked & False
-    needs_p = (w[0] != 0) | (second[0] != 0) | uses_full | uses_prior | uses_shift
-    needs = (needs_p, uses_full, uses_prior | uses_masked, uses_shift | uses_masked)
-    used = (uses_full, uses_prior, uses_shift, uses_masked)
     line = STATISTICS + row * 13
-    maxima = (tl.load(line), tl.load(line + 1))
-    anchors = (tl.load(line + 4), tl.load(line + 5), tl.load(line + 6), tl.load(line + 7))
-    means = (tl.load(line + 8), tl.load(line + 9), tl.load(line + 10), tl.load(line + 11), tl.load(line + 12))
+    maximum, inverse_sum = tl.load(line), tl.load(line + 1)
+    w = (_coefficient(COEFFICIENTS, row, 0, inverse_sum), _coefficient(COEFFICIENTS, row, 1, inverse_sum),
+         _coefficient(COEFFICIENTS, row, 2, inverse_sum))  # fmt: skip
+    second = w
+    if SECOND is not None:
+        second = (_coefficient(SECOND, row, 0, inverse_sum), _coefficient(SECOND, row, 1, inverse_sum),
+                  _coefficient(SECOND, row, 2, inverse_sum))  # fmt: skip
+    # A number is used when a coefficient asks for it, unless its value is infinite: no direction.
+    uses_standard = ((w[1] != 0) | (second[1] != 0)) & (tl.abs(tl.load(VALUES_ + row * 5 + 1)) != INF)
+    uses_third = ((w[2] != 0) | (second[2] != 0)) & (tl.abs(tl.load(VALUES_ + row * 5 + 2)) != INF)
+    if KIND == REVERSE_KL:
+        uses_third = uses_third & False
+    needs_q = uses_standard
+    if KIND == VISUAL:
+        needs_q = uses_standard | uses_third
+    needs = ((w[0] != 0) | (second[0] != 0) | uses_standard | uses_third, needs_q, uses_third)
+    used = (uses_standard, uses_third)
+    anchors = (tl.load(line + 2), tl.load(line + 3), tl.load(line + 4))
+    means = (tl.load(line + 5), tl.load(line + 6), tl.load(line + 7))
+    guard, _fixed = _guard(STATISTICS, row, bound, log_floor, GUARDED)
 
     P = _row(P, row, P_s, VECTOR)
     Q = _row(Q, row, Q_s, VECTOR)
-    R = _row(R, row, R_s, VECTOR)
-    OUT_P = _row(OUT_P, row, OUT_P_s, VECTOR)
-    if KIND != TEACHER_PRIOR:
+    OUT = _row(OUT, row, OUT_s, VECTOR)
+    if KIND != REVERSE_KL:
+        R = _row(R, row, R_s, VECTOR)
+    if KIND == VISUAL:
         N = _row(N, row, N_s, VECTOR)
-    if OUT_N is not None:
-        OUT_N = _row(OUT_N, row, OUT_N_s, VECTOR)
     if OUT_SECOND is not None:
         OUT_SECOND = _row(OUT_SECOND, row, OUT_SECOND_s, VECTOR)
 
     begin = part * tiles * TILE
     stop = tl.minimum(begin + tiles * TILE, width)
     whole = begin + tl.maximum(tl.minimum(stop, V) - begin, 0) // TILE * TILE
-    zero = tl.zeros([LANES], tl.float32)
-    sums = (zero, zero, zero)
     for start in range(begin, whole, TILE):
-        sums = _row_gradient(
-            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maxima, anchors, means, needs,
-            used, w, second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier,
-            teacher_cap,
-            sums, KIND, STUDENT_FORM, TEACHER_FORM, GRAMIAN is not None, TAIL, False,
+        _row_gradient(
+            P, Q, R, N, OUT, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maximum, inverse_sum, anchors, means,
+            needs, used, w, second, guard, V, OUT_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier,
+            teacher_cap, KIND, GUARDED, STUDENT_FORM, TEACHER_FORM, TAIL, False,
         )  # fmt: skip
     for start in range(whole, stop, TILE):  # the tile that V cuts, and those that are padding only
-        sums = _row_gradient(
-            P, Q, R, N, OUT_P, OUT_N, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maxima, anchors, means, needs,
-            used, w, second, V, OUT_P_w, OUT_N_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier,
-            teacher_cap,
-            sums, KIND, STUDENT_FORM, TEACHER_FORM, GRAMIAN is not None, TAIL, True,
+        _row_gradient(
+            P, Q, R, N, OUT, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maximum, inverse_sum, anchors, means,
+            needs, used, w, second, guard, V, OUT_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier,
+            teacher_cap, KIND, GUARDED, STUDENT_FORM, TEACHER_FORM, TAIL, True,
         )  # fmt: skip
-    if GRAMIAN is not None:
-        line = GRAMIAN + (row * splits + part) * 3
-        inverse_lang = inverse_p if KIND == TEACHER_PRIOR else inverse_n
-        tl.store(line, tl.sum(sums[0], 0) * inverse_lang * inverse_lang)
-        tl.store(line + 1, tl.sum(sums[1], 0) * inverse_p * inverse_p)
-        tl.store(line + 2, tl.sum(sums[2], 0) * inverse_p * inverse_p)
 
 
 # Launchers.
@@ -635,20 +656,23 @@ def _form(scale: float, softcap: float, temperature: float) -> tuple[int, float,
     return (PLAIN_FORM if multiplier == 1.0 else SCALED_FORM), multiplier, 0.0
 
 
-def _settings(transform: LogitTransform) -> tuple[tuple[float, float, float, float], dict[str, int]]:
+def _kind(streams: Streams) -> int:
+    return sum(stream is not None for stream in streams) - 2
+
+
+def _settings(streams: Streams, transform: LogitTransform) -> tuple[tuple[float, ...], dict[str, int]]:
     """The kernels' trailing scalars and the constants that depend on the transform."""
-    student_form, student_multiplier, student_cap = _form(
-        transform.student_scale, transform.student_softcap, transform.temperature
-    )
-    teacher_form, teacher_multiplier, teacher_cap = _form(
-        transform.teacher_scale, transform.teacher_softcap, transform.temperature
-    )
+    student_form, *of_student = _form(transform.student_scale, transform.student_softcap, transform.temperature)
+    teacher_form, *of_teacher = _form(transform.teacher_scale, transform.teacher_softcap, transform.temperature)
+    bound = transform.ratio_bound or math.inf
+    log_floor = math.log(transform.ratio_floor) if transform.ratio_floor else -math.inf
     constants = {
-        "KIND": DECOMPOSITION_CODES[transform.decomposition],
+        "KIND": _kind(streams),
+        "GUARDED": int(transform.guarded and streams.masked_student is not None),
         "STUDENT_FORM": student_form,
         "TEACHER_FORM": teacher_form,
     }
-    return (student_multiplier, student_cap, teacher_multiplier, teacher_cap), constants
+    return (*of_student, *of_teacher, bound, log_floor), constants
 
 
 def _stride(tensor: Tensor | None) -> int:
@@ -701,20 +725,17 @@ def _warps(launch: Callable[[int], None], key: tuple[Any, ...], device: torch.de
 
 
 def divergences(
-    student: Tensor,  # (tokens, >= vocab)
-    teacher: Tensor,  # (tokens, >= vocab)
-    masked_teacher: Tensor,  # (tokens, >= vocab)
-    masked_student: Tensor | None,  # (tokens, >= vocab)
+    streams: Streams,
     transform: LogitTransform,
     token_weights: Tensor | None = None,  # (tokens,): rows of weight 0 are not read, their results are 0
 ) -> tuple[Tensor, Tensor]:
-    """`divergences` of `decomposed_kl/reference.py`: values (tokens, 5) and statistics (tokens, 13), float32.
+    """`divergences` of `stream_kl/reference.py`: values (tokens, 5) and statistics (tokens, 13), float32.
 
     Raises:
         ValueError: float64 logits, or logits without unit stride along the vocabulary.
     """
-    streams = (student, teacher, masked_teacher, masked_student)
     _check(streams)
+    student = streams.student
     tokens, vocab = student.shape[0], transform.vocab_size
     values = student.new_empty((tokens, VALUES), dtype=torch.float32)
     statistics = student.new_empty((tokens, STATISTICS), dtype=torch.float32)
@@ -722,57 +743,55 @@ def divergences(
         return values, statistics
     if token_weights is not None:
         token_weights = token_weights.contiguous()
-    scalars, constants = _settings(transform)
+    scalars, constants = _settings(streams, transform)
     device = config.describe_device(student.device)
     vector = config.LOAD_BYTES // student.element_size()
 
-    def launch(warps: int | None) -> None:
+    def launch(warps: int | None, guarded: int = 0) -> None:
         shape = config.geometry(device, student.element_size(), warps, aligned=_aligned(streams, vector))
         splits, tiles = config.split_row(device, shape, tokens, vocab)
-        options = config.forward_options(device, shape, transform.decomposition)
+        options = config.forward_options(device, shape, constants["KIND"])
         workspace = None
         if splits > 1:
             workspace = values.new_empty((tokens, splits, WORKSPACE_STATES))
         divergences_kernel[(tokens, splits)](
             *streams, token_weights, values, statistics, workspace, *map(_stride, streams), vocab, tiles, splits,
-            *scalars, **constants, **_tile(shape, vocab), **options,
+            *scalars, **(constants | {"GUARDED": guarded}), **_tile(shape, vocab), **options,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(tokens,)](
-                workspace, token_weights, values, statistics, splits,
-                KIND=constants["KIND"], PARTS=triton.next_power_of_2(splits), num_warps=1,
+                workspace, token_weights, values, statistics, splits, KIND=constants["KIND"], GUARDED=guarded,
+                PARTS=triton.next_power_of_2(splits), num_warps=1,
             )  # fmt: skip
 
     with torch.cuda.device_of(student):
-        launch(_warps(launch, ("divergences", tokens, vocab, student.dtype, *constants.values()), student.device))
+        warps = _warps(launch, ("divergences", tokens, vocab, student.dtype, *constants.values()), student.device)
+        launch(warps)
+        if constants["GUARDED"]:  # again, with the normalisers of p0 and r known
+            launch(warps, 1)
     return values, statistics
 
 
 def logit_gradients(
-    student: Tensor,  # (tokens, >= vocab)
-    teacher: Tensor,  # (tokens, >= vocab)
-    masked_teacher: Tensor,  # (tokens, >= vocab)
-    masked_student: Tensor | None,  # (tokens, >= vocab)
+    streams: Streams,
     values: Tensor,  # (tokens, 5), of `divergences`
     statistics: Tensor,  # (tokens, 13), of `divergences`
-    coefficients: Tensor,  # (tokens, 5): d objective / d values
+    coefficients: Tensor,  # (tokens, 3): d objective / d values
     transform: LogitTransform,
     *,
-    out_student: Tensor,  # (tokens, >= vocab)
-    out_masked_student: Tensor | None = None,  # (tokens, >= vocab)
-    second_coefficients: Tensor | None = None,  # (tokens, 5): of a second objective of the student's logits
+    out: Tensor,  # (tokens, >= vocab)
+    second_coefficients: Tensor | None = None,  # (tokens, 3): of a second objective of the same rows
     out_second: Tensor | None = None,  # (tokens, >= vocab)
-    row_gramian: Tensor | None = None,  # (tokens, 3)
-    column_squares: Tensor | None = None,  # (outputs, vocab), float32
+    column_squares: Tensor | None = None,  # (objectives, vocab), float32
 ) -> None:
-    """`logit_gradients` of `decomposed_kl/reference.py`: writes the outputs, each of which may be an input.
+    """`logit_gradients` of `stream_kl/reference.py`: writes the outputs, each of which may be an input.
 
     Raises:
         ValueError: float64 logits or outputs, or tensors without unit stride along the vocabulary.
     """
-    streams = (student, teacher, masked_teacher, masked_student)
-    outputs = (out_student, out_masked_student, out_second)
+    outputs = (out, out_second)
     _check((*streams, *outputs))
+    student = streams.student
     tokens, vocab = student.shape[0], transform.vocab_size
     if tokens == 0:
         if column_squares is not None:
@@ -781,37 +800,30 @@ def logit_gradients(
     if second_coefficients is not None:
         second_coefficients = second_coefficients.contiguous()
     rows = (values.contiguous(), statistics.contiguous(), coefficients.contiguous(), second_coefficients)
-    scalars, constants = _settings(transform)
+    scalars, constants = _settings(streams, transform)
     device = config.describe_device(student.device)
     vector = config.LOAD_BYTES // student.element_size()
-    output_widths = tuple(0 if out is None else out.shape[1] for out in outputs)
-    width = max(output_widths)
+    widths = tuple(0 if tensor is None else tensor.shape[1] for tensor in outputs)
 
     def launch(warps: int | None, outputs: tuple[Tensor | None, ...] = outputs) -> None:
-        aligned = _aligned((*streams, *outputs), vector)
-        shape = config.geometry(device, student.element_size(), warps, aligned=aligned)
-        splits, tiles = config.split_row(device, shape, tokens, width)
-        parts = None
-        if row_gramian is not None:
-            parts = values.new_empty((tokens, splits, 3), dtype=torch.float32)
-        columns = (vocab, *(out.shape[1] for out in outputs if out is not None))
+        shape = config.geometry(device, student.element_size(), warps, aligned=_aligned((*streams, *outputs), vector))
+        splits, tiles = config.split_row(device, shape, tokens, max(widths))
+        columns = (vocab, *(tensor.shape[1] for tensor in outputs if tensor is not None))
         gradients_kernel[(tokens, splits)](
-            *streams, *rows, *outputs, parts, *map(_stride, (*streams, *outputs)), *output_widths, vocab, width, tiles,
-            splits, *scalars, **constants, **_tile(shape, *columns), num_warps=shape.warps,
+            *streams, *rows, *outputs, *map(_stride, (*streams, *outputs)), *widths, vocab, max(widths), tiles,
+            *scalars, **constants, **_tile(shape, *columns), num_warps=shape.warps,
         )  # fmt: skip
-        if row_gramian is not None and parts is not None:
-            row_gramian.copy_(parts.sum(1))  # the second stage of split rows
 
     def trial(warps: int) -> None:
         # Timing repeats the launch: into scratch, because outputs may be inputs.
-        launch(warps, tuple(None if out is None else torch.empty_like(out) for out in outputs))
+        launch(warps, tuple(None if tensor is None else torch.empty_like(tensor) for tensor in outputs))
 
     with torch.cuda.device_of(student):
-        key = ("gradients", tokens, width, vocab, student.dtype, out_student.dtype, out_second is None,
-               row_gramian is None, *constants.values())  # fmt: skip
+        key = ("gradients", tokens, max(widths), vocab, student.dtype, out.dtype, out_second is None,
+               *constants.values())  # fmt: skip
         launch(_warps(trial, key, student.device))
     if column_squares is not None:
         # Read once more: a program has a part of a row, and columns would need atomics, whose order varies.
-        written = [out[:, :vocab] for out in outputs if out is not None]
-        for squares, out in zip(column_squares, written, strict=True):
-            squares.copy_(torch.linalg.vector_norm(out, dim=0, dtype=torch.float32).square_())
+        written = [tensor[:, :vocab] for tensor in outputs if tensor is not None]
+        for squares, tensor in zip(column_squares, written, strict=True):
+            squares.copy_(torch.linalg.vector_norm(tensor, dim=0, dtype=torch.float32).square_())

@@ -1,9 +1,7 @@
-"""Launch heuristics of the Triton kernels of `decomposed_kl`: sizes, each with its reason.
+"""Launch heuristics of the Triton kernels of `stream_kl`: sizes, each with its reason.
 
 Nobody has run these kernels on a GPU yet. The reasons are arithmetic (bytes in flight, instructions per element) and
 what `docs/compile_report.md` shows (registers), not timings; autotuning exists to let a GPU overrule them.
-
-Called by `decomposed_kl/triton.py` only.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from functools import cache
 import torch
 
 LOAD_BYTES = 16  # the widest load of every supported GPU is 128 bits per thread
+VISUAL = 2  # the kind with the most state
 AUTOTUNE_VARIABLE = "VGS_KERNELS_TRITON_AUTOTUNE"  # "1": time CANDIDATE_WARPS at the first call of each shape
 
 
@@ -46,7 +45,7 @@ class Heuristics:
     programs_per_processor: int
     waves: int
     minimum_tiles: int
-    bayes_forward: tuple[tuple[str, int], ...] = ()  # further options of the launch with the most state
+    visual_forward: tuple[tuple[str, int], ...] = ()  # further options of the launch with the most state
 
 
 # warps=4: 128 threads read 2 KiB per stream and tile; a program this small leaves room for many others, whose loads
@@ -67,7 +66,7 @@ NVIDIA = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=6, wave
 #   compile gate allows; under it `matched`, which needs fewer, spills.
 AMD = Heuristics(
     warps=2, elements_per_lane=8, programs_per_processor=6, waves=4, minimum_tiles=8,
-    bayes_forward=(("waves_per_eu", 4),),
+    visual_forward=(("waves_per_eu", 4),),
 )  # fmt: skip
 # No cap on registers on NVIDIA: the compiler takes a cap as a target. Capped at 128, a gradient that needs 75 took 106.
 # The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
@@ -112,9 +111,9 @@ def geometry(device: Device, itemsize: int, warps: int | None = None, aligned: b
     )
 
 
-def forward_options(device: Device, shape: Geometry, decomposition: str) -> dict[str, int]:
+def forward_options(device: Device, shape: Geometry, kind: int) -> dict[str, int]:
     """Options of the launch of `divergences_kernel`."""
-    further = device.heuristics.bayes_forward if decomposition == "bayes" else ()
+    further = device.heuristics.visual_forward if kind == VISUAL else ()
     return {"num_warps": shape.warps, **dict(further)}
 
 
