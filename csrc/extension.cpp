@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {
   m.def("transpose(Tensor input, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("hidden_gradient(Tensor gradient, Tensor weight, Tensor(a!) out) -> ()");
-  m.def("head_gradient(Tensor gradient, Tensor hidden, bool accumulate, Tensor(a!) out) -> ()");
+  m.def(
+      "head_gradient(Tensor gradient, Tensor hidden, bool accumulate, Tensor(a!) out, Tensor(b!)? remainder=None) -> ()");
   m.def("matrix_unit_hidden_gradient(Tensor gradient, Tensor weight, Tensor columns, Tensor(a!) out) -> ()");
   m.def("matrix_unit_head_gradient(Tensor gradient, Tensor hidden, Tensor columns, Tensor(a!) out) -> ()");
 

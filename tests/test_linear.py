@@ -311,6 +311,26 @@ def test_digits_near_convergence(divergence: float, deviation: float, dtype: tor
         assert (a.double() - b).abs().max() <= 0.01 * b.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_gradient_of_many_runs_is_rounded_like_one_of_few(dtype: torch.dtype, chosen: str) -> None:
+    if Products(torch.device("cpu"), dtype, chosen == "native").remainder(torch.empty(1, 1, dtype=dtype)) is None:
+        pytest.skip("the library adds up head gradients here")
+    problem = Problem(dtype=dtype, tokens=96)
+    exact = Problem(dtype=dtype, tokens=96)
+    for name in ("hidden", "teacher_hidden"):
+        setattr(exact, name, getattr(problem, name).detach().double().requires_grad_())
+    exact.head, exact.teacher_head = (LMHead(h.weight.detach().double()) for h in (problem.head, problem.teacher_head))
+    exact.weight = exact.head.weight.requires_grad_()
+    (truth,) = gradients((exact.textbook()["kl"] * problem.token_weights).sum(), [exact.weight])
+    errors = []
+    for rows in (96, 2):
+        # A long run has twice the bytes of its logits at most.
+        result = problem.reverse_kl(backend=chosen, max_chunk_bytes=2 * 2 * 4 * VOCAB * rows)
+        (found,) = gradients(result.kl, [problem.weight])
+        errors.append(float((found.double() - truth).square().mean().sqrt()))
+    assert errors[1] <= 1.5 * errors[0]
+
+
 def test_the_logits_may_have_the_dtype_of_the_hidden_states(chosen: str) -> None:
     problem = Problem("vgs", dtype=torch.bfloat16)
     rounded = problem.reverse_kl(logits_dtype=torch.bfloat16, backend=chosen)

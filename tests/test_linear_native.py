@@ -68,7 +68,19 @@ def test_products(rows: int, vocab: int, width: int, dtype: torch.dtype, level: 
             operators.head_gradient(gradient, hidden, True, of_head[:, :width])
             assert_rounded_once(of_head[:, :width], before + exact)
             assert of_head[:, width:].isnan().all()
+            check_remainder(gradient, hidden, of_head[:, :width])
     assert torch.equal(hidden @ weight.t(), library)  # what the library keeps in a matrix unit is still there
+
+
+def check_remainder(gradient: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    """Many small products on top of a large sum: without the remainder each is lost in its rounding."""
+    remainder = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).fill_(math.nan)
+    operators.head_gradient(gradient, hidden, False, out, remainder)
+    for _ in range(40):
+        operators.head_gradient(gradient * 2**-9, hidden, True, out, remainder)
+    exact = (gradient.double() + 40 * (gradient * 2**-9).double()).t() @ hidden.double()
+    torch.testing.assert_close(out.double() + remainder.double(), exact, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(out.dtype).eps / 2 + 1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -238,6 +250,8 @@ def test_wrong_operands_raise() -> None:
         operators.logits(torch.ones(2, 4), torch.ones(5, 4), torch.ones(4), torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 matrices"):
         operators.head_gradient(torch.ones(2, 3).double(), torch.ones(2, 4), False, torch.ones(3, 4))
+    with pytest.raises(RuntimeError, match="remainder must have the shape, the strides and the dtype of out"):
+        operators.head_gradient(torch.ones(2, 3), torch.ones(2, 4), False, torch.ones(3, 4), torch.ones(3, 5)[:, :4])
     with pytest.raises(RuntimeError, match="transposed shape"):
         operators.transpose(torch.ones(2, 3), torch.ones(2, 3))
 

@@ -146,9 +146,16 @@ void logits(const Tensor& hidden, const Tensor& weight, const std::optional<Tens
 
 // out (v, w) = or += gradient (n, v)^T hidden (n, w), summed in float32 and rounded once. Every entry is one sum over n in
 // order, whichever thread computes it.
-void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, Tensor out) {
+void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate, Tensor out,
+                   std::optional<Tensor> remainder) {
   const int64_t n = hidden.size(0), width = hidden.size(1), vocab = gradient.size(1);
   check_operands({&gradient, &hidden, &out}, gradient.size(0) == n && out.size(0) == vocab && out.size(1) == width);
+  const Sums sums{out.data_ptr(), remainder ? remainder->data_ptr() : nullptr, element_of(out, "out"), out.stride(0),
+                  accumulate};
+  STD_TORCH_CHECK(!remainder || (remainder->dim() == 2 && remainder->size(0) == vocab && remainder->size(1) == width &&
+                                 remainder->stride(0) == sums.stride && (remainder->stride(1) == 1 || width <= 1) &&
+                                 element_of(*remainder, "remainder") == sums.element),
+                  "remainder must have the shape, the strides and the dtype of out");
   const ProductKernels& kernels = vgs::kernels().products;
   const Matrix left = matrix_of(gradient), right = matrix_of(hidden);
   const bool pairs = kernels.multiplies_pairs(left.element, right.element);
@@ -157,9 +164,8 @@ void head_gradient(const Tensor& gradient, const Tensor& hidden, bool accumulate
   const int64_t bands = round_up(vocab, kernels.tile_rows) / kernels.tile_rows;
   torch::stable::parallel_for(0, bands, 16, [&](int64_t begin, int64_t end) {
     const auto scratch = cache_lines<float>(n * kernels.tile_rows + 16);
-    kernels.head_gradient(left, panels.get(), pairs, n, vocab, width, out.data_ptr(), element_of(out, "out"),
-                          out.stride(0), begin * kernels.tile_rows, std::min(vocab, end * kernels.tile_rows), accumulate,
-                          scratch.get());
+    kernels.head_gradient(left, panels.get(), pairs, n, vocab, width, sums, begin * kernels.tile_rows,
+                          std::min(vocab, end * kernels.tile_rows), scratch.get());
   });
 }
 

@@ -17,6 +17,16 @@ struct Matrix {
   }
 };
 
+// A result that sums are added to, or that they replace. Where there is a remainder, of the layout of the result, it holds
+// what rounding left of the sums so far: the result is then as good as if it had been summed in twice its digits.
+struct Sums {
+  void* data;
+  void* remainder;  // or null
+  Element element;
+  int64_t stride;
+  bool accumulate;
+};
+
 // The products of n rows of a chunk. All sums are float32. What the rows are multiplied with is arranged in panels of
 // 32-bit units: a float, or two bfloat16 that are neighbours along the sum.
 struct ProductKernels {
@@ -37,8 +47,7 @@ struct ProductKernels {
   int64_t tile_rows, panel_columns;
   void (*pack_columns)(const Matrix& hidden, bool pairs, int64_t n, int64_t width, float* panels);
   void (*head_gradient)(const Matrix& gradient, const float* panels, bool pairs, int64_t n, int64_t vocab,
-                        int64_t width, void* out, Element out_element, int64_t out_stride, int64_t begin, int64_t end,
-                        bool accumulate, float* scratch);
+                        int64_t width, const Sums& out, int64_t begin, int64_t end, float* scratch);
 
   // out[n, w] = sum over v of gradient[n, v] * weight[v, w] for the columns [begin, end) of out, `begin` a multiple of
   // `panel_columns`. The sums are rounded at the end, or are `out` itself. The scratch of a thread holds `band` units for

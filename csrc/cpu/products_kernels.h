@@ -152,8 +152,11 @@ inline int64_t steps_of(int64_t terms, int64_t per_unit) { return (terms + per_u
 
 // Add sums to what is there, or not, and write them in the dtype of the result.
 template <class Out>
-inline void write(Out* to, FloatVec sum, bool accumulate) {
-  narrow(to, accumulate ? widen(to) + sum : sum);
+inline void write(Out* to, Out* remainder, FloatVec sum, bool accumulate) {
+  if (!remainder) return narrow(to, accumulate ? widen(to) + sum : sum);
+  if (accumulate) sum = widen(to) + (widen(remainder) + sum);
+  narrow(to, sum);
+  narrow(remainder, sum - widen(to));
 }
 
 template <class F>
@@ -188,8 +191,8 @@ void pack_columns(const Matrix& hidden, bool pairs, int64_t n, int64_t width, fl
 }
 
 template <class Unit, class Out>
-inline void head_gradient_tile(const Unit* gradient, const Unit* hidden, int64_t steps, Out* out, int64_t out_stride,
-                               bool accumulate, const Out* next) {
+inline void head_gradient_tile(const Unit* gradient, const Unit* hidden, int64_t steps, Out* out, Out* remainder,
+                               int64_t out_stride, bool accumulate, const Out* next) {
   using Vec = typename Units<Unit>::Vec;
   FloatVec sum[kTile][kVectors];
 #pragma GCC unroll 16
@@ -211,13 +214,18 @@ inline void head_gradient_tile(const Unit* gradient, const Unit* hidden, int64_t
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) write(out + i * out_stride + j * kLanes, sum[i][j], accumulate);
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t at = i * out_stride + j * kLanes;
+      write(out + at, remainder ? remainder + at : nullptr, sum[i][j], accumulate);
+    }
   }
 }
 
 template <class Unit, class Out>
 void head_gradient_as(const Matrix& gradient, const Unit* panels, int64_t n, int64_t vocab, int64_t width, Out* out,
-                      int64_t out_stride, int64_t begin, int64_t end, bool accumulate, Unit* scratch) {
+                      const Sums& sums, int64_t begin, int64_t end, Unit* scratch) {
+  const int64_t out_stride = sums.stride;
+  auto* const remainders = static_cast<Out*>(sums.remainder);
   const int64_t steps = steps_of(n, Units<Unit>::kTerms);
   float edge[kTile * kColumns];
   for (int64_t v = begin; v < end; v += kTile) {
@@ -227,35 +235,37 @@ void head_gradient_as(const Matrix& gradient, const Unit* panels, int64_t n, int
     for (int64_t column = 0; column < width; column += kColumns) {
       const Unit* hidden = panels + column * steps;
       Out* const tile = out + v * out_stride + column;
+      Out* const remainder = remainders ? remainders + v * out_stride + column : nullptr;
       if (rows == kTile && column + kColumns <= width) {
         // The tile after the next one: this tile was asked for while the one before the last was computed.
         const bool last = column + 2 * kColumns >= width;
         const Out* next = tile + 2 * kColumns + (last ? kTile * out_stride - (width / kColumns) * kColumns : 0);
-        head_gradient_tile(scratch, hidden, steps, tile, out_stride, accumulate, next);
+        head_gradient_tile(scratch, hidden, steps, tile, remainder, out_stride, sums.accumulate, next);
         continue;
       }
-      head_gradient_tile(scratch, hidden, steps, edge, kColumns, false, edge);
+      head_gradient_tile<Unit, float>(scratch, hidden, steps, edge, nullptr, kColumns, false, edge);
       const int64_t columns = width - column < kColumns ? width - column : kColumns;
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; j += kLanes) {
-          const int64_t count = columns - j < kLanes ? columns - j : kLanes;
-          Out entries[kLanes] = {};
-          if (accumulate) memcpy(entries, tile + i * out_stride + j, count * sizeof(Out));
-          write(entries, load<FloatVec>(edge + i * kColumns + j), accumulate);
-          memcpy(tile + i * out_stride + j, entries, count * sizeof(Out));
+          const int64_t count = columns - j < kLanes ? columns - j : kLanes, at = i * out_stride + j;
+          Out entries[kLanes] = {}, rest[kLanes] = {};
+          memcpy(entries, tile + at, count * sizeof(Out));
+          if (remainder) memcpy(rest, remainder + at, count * sizeof(Out));
+          write(entries, remainder ? rest : nullptr, load<FloatVec>(edge + i * kColumns + j), sums.accumulate);
+          memcpy(tile + at, entries, count * sizeof(Out));
+          if (remainder) memcpy(remainder + at, rest, count * sizeof(Out));
         }
     }
   }
 }
 
 void head_gradient(const Matrix& gradient, const float* panels, bool pairs, int64_t n, int64_t vocab, int64_t width,
-                   void* out, Element out_element, int64_t out_stride, int64_t begin, int64_t end, bool accumulate,
-                   float* scratch) {
+                   const Sums& out, int64_t begin, int64_t end, float* scratch) {
   with_unit(pairs, [&](auto unit) {
     using Unit = decltype(unit);
-    with_out(out_element, out, [&](auto* to) {
-      head_gradient_as(gradient, reinterpret_cast<const Unit*>(panels), n, vocab, width, to, out_stride, begin, end,
-                       accumulate, reinterpret_cast<Unit*>(scratch));
+    with_out(out.element, out.data, [&](auto* to) {
+      head_gradient_as(gradient, reinterpret_cast<const Unit*>(panels), n, vocab, width, to, out, begin, end,
+                       reinterpret_cast<Unit*>(scratch));
     });
   });
 }
@@ -454,7 +464,10 @@ inline void hidden_gradient_tile(const Unit* gradient, const Unit* weight, int64
   for (int i = 0; i < kRows; ++i) {
     if (i >= rows) break;
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) write(out + i * out_stride + j * kLanes, sum[i][j], accumulate);
+    for (int j = 0; j < kVectors; ++j) {
+      float* const to = out + i * out_stride + j * kLanes;
+      store(to, accumulate ? load<FloatVec>(to) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 

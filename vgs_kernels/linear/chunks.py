@@ -20,9 +20,9 @@ from ..stream_kl.reference import Streams
 
 Rows = slice | Tensor  # of the tokens: a slice, or indices
 
-# Bytes of logits and logit gradients at a time. CPU: the benchmark's peak stays below 160 MiB; at a vocabulary of 151,936
-# these are 64 rows of two streams beside the 16-bit gradients of 256. GPU: every product of a run reads the head, so few
-# rows would leave the processors waiting for memory; this value is reasoned, not measured.
+# Bytes of logits and logit gradients at a time. CPU: the benchmark's peak stays below 160 MiB; at a vocabulary of
+# 151,936 these are 64 rows of two streams beside the 16-bit gradients of 256. GPU: every product of a run reads the
+# head, so few rows would leave the processors waiting for memory; this value is reasoned, not measured.
 DEFAULT_MAX_CHUNK_BYTES = {"cpu": 149 * 2**20, "cuda": 512 * 2**20}
 # Part of them that gradients of another dtype get on a CPU.
 _GRADIENT_SHARE = 0.5

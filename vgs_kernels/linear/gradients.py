@@ -19,6 +19,9 @@ from .products import Products, head_gradient_dtype
 
 # Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
 _WORTH_GATHERING = 0.2
+# Products that a 16-bit head gradient takes before what rounding leaves of further ones is kept: rounded twice it is
+# good enough, and a remainder takes as much memory as the gradient.
+_ROUNDED = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Gradients:
             for _ in range(wanted.objectives)
         ]
         self.weight = [self._of_weight() for _ in range(wanted.objectives)]
+        self._products = 0  # that each of them has taken
+        self._remainders: list[Tensor | None] = [None] * wanted.objectives
         self.bias = [self._of_bias() for _ in range(wanted.objectives)]
 
     def _of_weight(self) -> Tensor:
@@ -91,6 +96,8 @@ class Gradients:
         squares: Tensor | None,  # (objectives, vocab)
     ) -> None:
         """Add what a run gives."""
+        if self.wanted.weight and self._products == _ROUNDED:
+            self._remainders = [self.products.remainder(weight) for weight in self.weight]
         of_objectives = logit_gradients.split(hidden.shape[0])
         if self._filter is None or squares is None:
             for objective, gradient in enumerate(of_objectives):
@@ -102,6 +109,7 @@ class Gradients:
             for objective, gradient in enumerate(of_objectives):
                 self._add_filtered(objective, rows, gradient, hidden, self._filter.columns(squares[objective]))
         self._accumulates = True
+        self._products += 1
 
     def finish(self) -> None:
         """Without a run (no tokens, or all of weight 0) nothing was written yet."""
@@ -145,7 +153,9 @@ class Gradients:
 
     def _add_head(self, objective: int, gradient: Tensor, hidden: Tensor) -> None:
         if self.wanted.weight:
-            self.products.head_gradient(gradient, hidden, self.weight[objective], self._accumulates)
+            self.products.head_gradient(
+                gradient, hidden, self.weight[objective], self._accumulates, self._remainders[objective]
+            )
         if self.bias[objective].numel():
             self.bias[objective].add_(gradient.sum(0, dtype=accumulation_dtype(gradient.dtype)))
 

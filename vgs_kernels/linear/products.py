@@ -81,10 +81,19 @@ class Products:
                 sums.addmm_(logit_gradient[:, part], weight[part].to(sums.dtype))
             out.copy_(sums)
 
-    def head_gradient(self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-        """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w)."""
-        if self._compiled and not self._on_matrix_unit and out.dtype != torch.float64 and out.stride(1) == 1:
-            torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, out)
+    def remainder(self, out: Tensor) -> Tensor | None:
+        """Zeros for what rounding leaves of the sums in a head gradient; None where nothing keeps it."""
+        if out.dtype not in HALF_DTYPES or out.is_cuda or self._on_matrix_unit:
+            return None
+        found = torch.zeros_like(out)
+        return found if found.stride() == out.stride() else None
+
+    def head_gradient(
+        self, logit_gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool, remainder: Tensor | None = None
+    ) -> None:
+        """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w), with the remainder of what is there, if any."""
+        if self._compiles_head_gradient(out):
+            torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, out, remainder)
         elif out.is_cuda and out.dtype != hidden.dtype:
             if accumulate:
                 torch.addmm(out, logit_gradient.t(), hidden, out_dtype=out.dtype, out=out)
@@ -92,20 +101,30 @@ class Products:
                 torch.mm(logit_gradient.t(), hidden, out_dtype=out.dtype, out=out)
         else:
             for part in _slices(out.shape[0]):
-                self._head_gradient(self._transposed(logit_gradient[:, part]), hidden, out[part], accumulate)
+                rest = None if remainder is None else remainder[part]
+                self._head_gradient(self._transposed(logit_gradient[:, part]), hidden, out[part], accumulate, rest)
+
+    def _compiles_head_gradient(self, out: Tensor) -> bool:
+        return self._compiled and not self._on_matrix_unit and out.dtype != torch.float64 and out.stride(1) == 1
 
     @staticmethod
-    def _head_gradient(gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
+    def _head_gradient(
+        gradient: Tensor, hidden: Tensor, out: Tensor, accumulate: bool, remainder: Tensor | None
+    ) -> None:
         """The same of a slice of the vocabulary, `gradient` (v, n)."""
-        if gradient.dtype == hidden.dtype == out.dtype:
+        if gradient.dtype == hidden.dtype == out.dtype and remainder is None:
             if accumulate:
                 out.addmm_(gradient, hidden)
             else:
                 torch.mm(gradient, hidden, out=out)
         else:
-            dtype = torch.promote_types(gradient.dtype, out.dtype)
+            dtype = torch.promote_types(gradient.dtype, torch.promote_types(out.dtype, torch.float32))
             product = gradient.to(dtype) @ hidden.to(dtype)
-            out.copy_(product.add_(out) if accumulate else product)
+            for part in (out, remainder) if accumulate else ():
+                product += 0.0 if part is None else part
+            out.copy_(product)
+            if remainder is not None:
+                remainder.copy_(product.sub_(out))
 
     def gather(self, matrix: Tensor, columns: Tensor) -> Tensor:  # (n, v), (k,) -> (n, k)
         """matrix[:, columns]."""
