@@ -1,6 +1,4 @@
-"""`gradient_filter`: which columns of a chunk's logit gradient are worth multiplying.
-
-"""
+"""`gradient_filter`: which columns of a chunk's logit gradient are worth multiplying."""
 
 from __future__ import annotations
 
