@@ -18,11 +18,12 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
-from vgs_kernels.decomposed_kl.old_types import LogitTransform  # noqa: E402
 
 from tests.triton_support import compile_gate  # noqa: E402
 from tests.triton_support.compile_gate import Report, Variant  # noqa: E402
-from vgs_kernels.decomposed_kl import triton as kernels  # noqa: E402
+from vgs_kernels.stream_kl import triton as kernels  # noqa: E402
+from vgs_kernels.stream_kl.reference import Streams  # noqa: E402
+from vgs_kernels.stream_kl.transform import LogitTransform  # noqa: E402
 
 
 def _report(variant: Variant, cache: pytest.Cache) -> Report:
@@ -41,7 +42,7 @@ def test_shipped_launches(variant: Variant, pytestconfig: pytest.Config) -> None
 
 
 def test_a_planted_spill_is_found() -> None:
-    variant = Variant("sm_90", "divergences", "bayes")
+    variant = Variant("sm_90", "divergences", "visual")
     report = compile_gate.read_report(compile_gate.compile_variant(variant, maxnreg=40))
     assert report.stack > 0
     assert report.local_accesses > 0
@@ -49,7 +50,7 @@ def test_a_planted_spill_is_found() -> None:
 
 
 def test_a_planted_spill_is_found_on_amd() -> None:
-    variant = Variant("gfx942", "divergences", "bayes", "fp32")
+    variant = Variant("gfx942", "divergences", "visual", "fp32")
     report = compile_gate.read_report(compile_gate.compile_variant(variant, waves_per_eu=8))
     assert report.spills > 0
     assert any("spills" in problem for problem in compile_gate.problems(variant, report))
@@ -59,16 +60,16 @@ def test_a_planted_spill_is_found_on_amd() -> None:
 def test_a_planted_misaligned_stride_is_found(architecture: str) -> None:
     """Compiled without the promise that rows start at 16 bytes, judged as if it had been given."""
     for kernel in ("divergences", "gradients"):
-        unaligned = Variant(architecture, kernel, "matched", aligned=False, even=False)
+        unaligned = Variant(architecture, kernel, "visual", aligned=False, even=False)
         report = compile_gate.read_report(compile_gate.compile_variant(unaligned))
-        judged = Variant(architecture, kernel, "matched")
+        judged = Variant(architecture, kernel, "visual")
         assert any("128 bits wide" in problem for problem in compile_gate.problems(judged, report))
 
 
 def test_row_offsets_are_formed_in_64_bits() -> None:
     """Strides arrive as 32-bit integers; the product with the row must not stay there."""
     for kernel in ("divergences", "gradients"):
-        intermediate = compile_gate.compile_variant(Variant("sm_90", kernel, "matched")).asm["ttir"]
+        intermediate = compile_gate.compile_variant(Variant("sm_90", kernel, "visual")).asm["ttir"]
         extended = [line.split("=")[0].strip() for line in intermediate.splitlines() if "arith.extsi" in line]
         products = [line for line in intermediate.splitlines() if "arith.muli" in line and "i64" in line]
         assert len(products) >= 4, "one for each stream"
@@ -95,24 +96,26 @@ class _Recorder:
         return record
 
 
-@pytest.mark.parametrize("decomposition", kernels.DECOMPOSITION_CODES)
-def test_the_launcher_starts_what_the_gate_compiles(decomposition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("kind", kernels.KINDS)
+def test_the_launcher_starts_what_the_gate_compiles(kind: str, second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Argument types, constants and options of real calls, as Triton would specialise them."""
-    expected = {k: compile_gate.launch(Variant("sm_90", k, decomposition)) for k in ("divergences", "gradients")}
+    expected = {
+        "divergences": compile_gate.launch(Variant("sm_90", "divergences", kind, "fp32", weighted=True)),
+        "gradients": compile_gate.launch(Variant("sm_90", "gradients", kind, "fp32", "bf16", second=second)),
+    }
     recorders = {name: _Recorder(getattr(kernels, name)) for name in ("divergences_kernel", "gradients_kernel")}
     for name, recorder in recorders.items():
         monkeypatch.setattr(kernels, name, recorder)
     device = kernels.config.Device(kernels.config.NVIDIA, processors=1, warp_size=32)
     monkeypatch.setattr(kernels.config, "describe_device", lambda _device: device)
-    streams: list[Any] = [torch.zeros(64, 4096, dtype=torch.bfloat16) for _ in range(4)]
-    second = None
-    if decomposition == "teacher_prior":
-        streams[3], second = None, torch.zeros(64, 5)
-    settings = LogitTransform(decomposition, 4096, 1.0, 1.0, 1.0, 0.0, 0.0)
-    values, statistics = kernels.divergences(*streams, settings, torch.ones(64))
+    streams = Streams(*(torch.zeros(64, 4096) for _ in range(kernels.KINDS[kind] + 2)))
+    settings, coefficients = LogitTransform(4096), torch.zeros(64, 3)
+    outs = [torch.zeros(64, 4096, dtype=torch.bfloat16) for _ in range(2)]
+    values, statistics = kernels.divergences(streams, settings, torch.ones(64))
     kernels.logit_gradients(
-        *streams, values, statistics, values, settings, out_student=streams[0], out_masked_student=streams[3],
-        second_coefficients=second, out_second=None if second is None else streams[2], row_gramian=torch.zeros(64, 3),
+        streams, values, statistics, coefficients, settings, out=outs[0],
+        second_coefficients=coefficients if second else None, out_second=outs[1] if second else None,
     )  # fmt: skip
     for kernel, (_, types, constants, options) in expected.items():
         assert recorders[f"{kernel}_kernel"].launches == [(types, constants, options)]

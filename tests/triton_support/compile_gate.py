@@ -4,7 +4,7 @@ What the gate holds, per variant (`problems`):
 * no stack, no local memory: a spill would send accumulators through memory once per tile;
 * loads of logits inside the loops over tiles are 128 bits wide where the launcher promises aligned rows;
 * no barrier and no exchange between threads inside those loops: rows wait for memory only;
-* registers within REGISTER_LIMIT, where rows are aligned.
+* registers within REGISTER_LIMITS, where rows are aligned.
 
 Used by `tests/test_triton_compile.py` and `benchmarks/compile_report.py`. Reads SASS with the nvdisasm and cuobjdump
 that come with triton, and the assembly that LLVM prints for AMD.
@@ -25,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels.decomposed_kl import triton as kernels
-from vgs_kernels.decomposed_kl import triton_config as config
+from vgs_kernels.stream_kl import triton as kernels
+from vgs_kernels.stream_kl import triton_config as config
 
 ARCHITECTURES: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,9 +38,9 @@ ARCHITECTURES: dict[str, GPUTarget] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = {"plain": kernels.PLAIN_FORM, "scaled": kernels.SCALED_FORM, "softcap": kernels.SOFTCAP_FORM}
 
-# 128 registers let a processor of 64 Ki registers hold four 128-thread programs, with 32 KiB of `bayes` loads in
-# flight, and an AMD SIMD of 512 hold four wavefronts; one register more is a quarter of the loads less.
-REGISTER_LIMIT = 128
+# 128 registers let a processor of 64 Ki registers hold four 128-thread programs, an AMD SIMD of 512 four wavefronts.
+# With four streams three do: 48 KiB of float32 loads are in flight then, more than bandwidth x latency asks for.
+REGISTER_LIMITS = {"reverse_kl": 128, "prior": 128, "visual": 168}
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -51,24 +51,28 @@ class Variant:
 
     architecture: str
     kernel: str  # divergences, gradients or merge
-    decomposition: str
+    kind: str  # reverse_kl, prior or visual
     dtype: str = "bf16"
     out_dtype: str | None = None  # of gradients, where it is not dtype
     form: str = "plain"
     aligned: bool = True  # rows start at multiples of 16 bytes
     even: bool = True  # the vocabulary is a multiple of a full-width load
     split: bool = False  # the forward of split rows
+    guarded: bool = False  # the ratio within the visual target
+    weighted: bool = False  # token weights are given
+    second: bool = False  # a second objective
     warps: int | None = None  # None: what the heuristics choose
 
     def __str__(self) -> str:
         notes = [
             self.architecture,
             self.kernel,
-            self.decomposition,
+            self.kind,
             self.dtype + (f">{self.out_dtype}" * bool(self.out_dtype)),
         ]
         notes += [self.form] * (self.form != "plain") + ["unaligned"] * (not self.aligned)
-        notes += ["odd vocabulary"] * (not self.even) + ["split"] * self.split
+        notes += ["odd vocabulary"] * (not self.even) + ["split"] * self.split + ["guarded"] * self.guarded
+        notes += ["weighted"] * self.weighted + ["two objectives"] * self.second
         notes += [f"{self.warps} warps"] * (self.warps is not None)
         return " ".join(notes)
 
@@ -93,36 +97,45 @@ class Report:
 
 
 def shipped_variants(architecture: str) -> list[Variant]:
-    """Every combination of kernel, decomposition and dtype, and each other option where registers are tightest."""
+    """Every combination of kernel, kind and dtype, what the linear calls start, and other options where registers are
+    tightest."""
     variants = [
-        Variant(architecture, kernel, decomposition, dtype)
+        Variant(architecture, kernel, kind, dtype)
         for kernel in ("divergences", "gradients")
-        for decomposition in kernels.DECOMPOSITION_CODES
+        for kind in kernels.KINDS
         for dtype in DTYPES
     ]
+    for kind in kernels.KINDS:  # the linear calls: float32 logits, gradients in the dtype of the hidden states
+        variants.append(Variant(architecture, "divergences", kind, "fp32", weighted=True))
+        variants.append(Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16"))
+        if kind != "reverse_kl":
+            variants.append(Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16", second=True))
+    variants.append(Variant(architecture, "gradients", "visual", "fp32", out_dtype="fp16"))
+    variants.append(Variant(architecture, "gradients", "visual", "fp32", second=True))
     for kernel in ("divergences", "gradients"):
-        worst = Variant(architecture, kernel, "bayes")
+        worst = Variant(architecture, kernel, "visual")
         variants += [replace(worst, dtype=dtype, form="softcap") for dtype in ("fp32", "bf16")]
         variants += [
             replace(worst, form="scaled"),
             replace(worst, even=False),
             replace(worst, aligned=False, even=False),
+            replace(worst, dtype="fp32", guarded=True),
+            replace(worst, dtype="fp32", guarded=True, form="softcap"),
         ]
-    variants.append(Variant(architecture, "divergences", "bayes", "fp32", split=True))
-    variants.append(Variant(architecture, "gradients", "teacher_prior", "fp32", out_dtype="bf16"))
-    variants.append(Variant(architecture, "merge", "bayes", "fp32"))
+    variants.append(Variant(architecture, "divergences", "visual", "fp32", split=True))
+    variants.append(Variant(architecture, "merge", "visual", "fp32"))
     return variants
 
 
 def gated_variants() -> list[Variant]:
-    """What the test compiles cold: all of sm_90 and gfx942, of the others every kernel, decomposition and dtype."""
+    """What the test compiles cold: all of sm_90 and gfx942, of the others every kernel, kind and dtype."""
     chosen = []
     for architecture in ARCHITECTURES:
         everything = shipped_variants(architecture)
         if architecture in ("sm_90", "gfx942"):
             chosen += everything
         else:
-            chosen += [v for v in everything if v == Variant(architecture, v.kernel, v.decomposition, v.dtype)]
+            chosen += [v for v in everything if v == Variant(architecture, v.kernel, v.kind, v.dtype)]
     return chosen
 
 
@@ -137,12 +150,15 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
     device = _device(variant.architecture)
     shape = config.geometry(device, DTYPES[variant.dtype].itemsize, variant.warps, variant.aligned)
     logits, out = f"*{variant.dtype}", f"*{variant.out_dtype or variant.dtype}"
-    two_teachers = variant.decomposition == "teacher_prior"
-    constants: dict[str, Any] = {"KIND": kernels.DECOMPOSITION_CODES[variant.decomposition]}
-    pointers = dict.fromkeys(("WEIGHTS", "OUT", "STATISTICS", "WORKSPACE", "VALUES_", "COEFFICIENTS"), "*fp32")
-    pointers |= dict.fromkeys(("P", "Q", "R", "N"), logits) | dict.fromkeys(("OUT_P", "OUT_N", "OUT_SECOND"), out)
-    pointers |= dict.fromkeys(("SECOND", "GRAMIAN"), "*fp32")
+    constants: dict[str, Any] = {"KIND": kernels.KINDS[variant.kind], "GUARDED": int(variant.guarded)}
+    pointers = dict.fromkeys(("WEIGHTS", "STATISTICS", "WORKSPACE", "VALUES_", "COEFFICIENTS", "SECOND"), "*fp32")
+    pointers |= dict.fromkeys(("P", "Q", "R", "N"), logits) | {"OUT_SECOND": out}
+    pointers["OUT"] = out if variant.kernel == "gradients" else "*fp32"
     scalars = dict.fromkeys(("student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap"), "fp32")
+    scalars |= dict.fromkeys(("bound", "log_floor"), "fp32")
+    absent = {"reverse_kl": ("R", "N"), "prior": ("N",), "visual": ()}[variant.kind]
+    absent += () if variant.weighted else ("WEIGHTS",)
+    absent += () if variant.second else ("SECOND", "OUT_SECOND")
     if variant.kernel == "merge":
         function, launch_options = kernels.merge_kernel, {"num_warps": 1}
         constants["PARTS"] = 32
@@ -150,19 +166,15 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
         function = kernels.divergences_kernel if variant.kernel == "divergences" else kernels.gradients_kernel
         launch_options = {"num_warps": shape.warps}
         if variant.kernel == "divergences":
-            launch_options = config.forward_options(device, shape, variant.decomposition)
+            launch_options = config.forward_options(device, shape, kernels.KINDS[variant.kind])
         form = FORMS[variant.form]
         constants |= {
             "STUDENT_FORM": form,
             "TEACHER_FORM": form,
             **kernels._tile(shape, shape.vector if variant.even else 1),
         }
-        if two_teachers:
-            constants |= {"N": None, "OUT_N": None}
-        else:
-            constants |= {"SECOND": None, "OUT_SECOND": None}
-        if variant.kernel == "divergences" and not variant.split:
-            constants["WORKSPACE"] = None
+        absent += () if variant.split else ("WORKSPACE",)
+    constants |= dict.fromkeys(absent)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {
         name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i32")
@@ -249,8 +261,10 @@ def problems(variant: Variant, report: Report) -> list[str]:
     found = []
     if report.stack or report.local_accesses or report.spills:
         found.append(f"spills: stack {report.stack}, {report.local_accesses} local accesses, {report.spills} spills")
-    if variant.aligned and report.registers > REGISTER_LIMIT:  # unaligned is for correctness: one load per element
-        found.append(f"{report.registers} registers, more than {REGISTER_LIMIT}")
+    if (
+        variant.aligned and report.registers > REGISTER_LIMITS[variant.kind]
+    ):  # unaligned is for correctness: one load per element
+        found.append(f"{report.registers} registers, more than {REGISTER_LIMITS[variant.kind]}")
     if report.waits and variant.kernel != "merge":
         found.append(f"{report.waits} barriers or exchanges between threads inside a loop")
     if variant.kernel != "merge" and variant.aligned:
