@@ -134,7 +134,6 @@ class Finished {
   }
 
   double maximum(int s) const { return maximum_[s]; }
-  double log_sum(int s) const { return maximum_[s] + log_sum_[s]; }
   double inverse_sum(int s) const { return state_.sum[s] == 0.0 ? 0.0 : 1.0 / state_.sum[s]; }
   double mean(int column) const { return state_.moment[column] * inverse_sum(kBase[column]); }
   double entropy() const { return state_.sum[kP] == 0.0 ? 0.0 : log_sum_[kP] - mean(kEntropy); }
@@ -182,26 +181,25 @@ void finish_row(const Problem& problem, const RowState& state, int64_t row, cons
   for (int c = 0; c < kCoefficients; ++c) statistics.set(row, kMean + c, finished.mean(c));
   for (int s = kQ; s < kStreams; ++s) {
     const bool given = problem.streams.stream[s].data;
-    statistics.set(row, kAnchor + s - kQ, state.anchor[kQAtP + s - kQ]);
-    statistics.set(row, kLogSum + s - kQ, given ? finished.log_sum(s) : 0.0);
-    if (s != kP0) statistics.set(row, kTop + s - kQ, given ? state.maximum[s] : 0.0);
+    const int anchor = kQAtP + s - kQ;
+    statistics.set(row, kAnchor + s - kQ, state.anchor[anchor]);
+    statistics.set(row, kLogSum + s - kQ, given ? finished.distances(s, anchor) : 0.0);
+    if (s != kP0) statistics.set(row, kTop + s - kQ, given ? state.maximum[s] - state.anchor[anchor] : 0.0);
   }
 }
 
 // How the distance of q* is formed in a row whose statistics are known.
 Target target_of(const Problem& problem, const Operand& statistics, int64_t row) {
   Target target{};
-  const auto log_sum_of_distances = [&](int index) {
-    return statistics.get(row, kLogSum + index) - statistics.get(row, kAnchor + index);
-  };
   for (int i = 0; i < 3; ++i) target.anchor[i] = statistics.get(row, kAnchor + i);
   target.guarded = problem.guarded();
   if (!target.guarded) return target;
-  const double ratio = log_sum_of_distances(2) - log_sum_of_distances(1);
+  const double ratio = statistics.get(row, kLogSum + 2) - statistics.get(row, kLogSum + 1);
   target.log_ratio = std::isinf(ratio) ? 0.0 : ratio;  // of a stream without mass: what it has is -inf anyway
   const Settings& settings = problem.settings;
   target.bound = settings.ratio_bound == 0.0 ? kInfinity : settings.ratio_bound;
-  target.least = settings.ratio_floor == 0.0 ? -kInfinity : statistics.get(row, kTop) + std::log(settings.ratio_floor);
+  target.least = settings.ratio_floor == 0.0 ? -kInfinity
+                                             : statistics.get(row, kTop) + std::log(settings.ratio_floor);
   return target;
 }
 

@@ -64,7 +64,7 @@ struct Target {
   bool guarded;  // whether the rest applies; then the anchor is that of q alone
   double log_ratio;  // of the sums of p0 and of r, by their distances from their anchors
   double bound;  // of the ratio
-  double least;  // z_q below which the ratio is 0
+  double least;  // z_q - anchor below which the ratio is 0
 };
 
 // What a row of the gradient needs besides the logits. The weights of what is absent are 0.

@@ -111,7 +111,7 @@ struct TargetDistance {
     if constexpr (kGuarded) {
       const Vec most = Vec{} + bound;
       ratio = ratio > most ? most : ratio < -most ? -most : ratio;
-      ratio = zq >= Vec{} + least ? ratio : Vec{};
+      ratio = zq - q >= Vec{} + least ? ratio : Vec{};
     }
     return zq == nowhere ? nowhere : (zq - q) + ratio;
   }

@@ -178,7 +178,8 @@ def _third(constants: list[Tensor], statistics: Tensor, transform: LogitTransfor
         return distances[R]
     ratio = distances[P0] - distances[R]
     if transform.guarded:  # then it is log p0 - log r, and q* has the anchor of q alone
-        ratio = ratio - (_column(statistics, LOG_SUM + P0) - _column(statistics, LOG_SUM + R))
+        offset = _column(statistics, LOG_SUM + P0) - _column(statistics, LOG_SUM + R)
+        ratio = ratio - torch.where(offset.isinf(), 0.0, offset)  # a stream without mass has -inf everywhere anyway
     # No mass in p0: none in q*, whatever r has there.
     ratio = torch.where(constants[P0] == -math.inf, -math.inf, ratio)
     if transform.ratio_bound:

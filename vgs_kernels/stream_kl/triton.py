@@ -339,8 +339,9 @@ def _guard(STATISTICS, row, bound, log_floor, GUARDED: tl.constexpr):
     if GUARDED:
         line = STATISTICS + row * 13
         offset = tl.load(line + 10) - tl.load(line + 9)
+        offset = tl.where(tl.abs(offset) == INF, 0.0, offset)  # a stream without mass has -inf everywhere anyway
+        guard = (offset, bound, tl.load(line + 2) + (tl.load(line + 11) + log_floor))
         fixed = (tl.load(line + 3), tl.load(line + 4))
-        guard = (offset, bound, tl.load(line + 2) + tl.load(line + 11) + log_floor)
     return guard, fixed
 
 
