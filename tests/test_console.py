@@ -39,7 +39,12 @@ def commands(output: str, heading: str) -> list[list[str]]:
 
 
 def test_a_pipe_gets_whole_lines_and_the_next_commands_work(workspace: Workspace, tmp_path: Path) -> None:
-    where = config(workspace, tmp_path, max_steps=4, logging_steps=2, disable_tqdm=False, use_peft=True)
+    (tmp_path / "held_out.jsonl").write_text((workspace.root / "rows.jsonl").read_text())
+    (tmp_path / "pictures").symlink_to(workspace.root / "pictures")
+    where = config(
+        workspace, tmp_path, max_steps=4, logging_steps=2, disable_tqdm=False, use_peft=True,
+        eval_dataset_name=str(tmp_path / "held_out.jsonl"),
+    )  # fmt: skip
     run = start("train", "--config", where, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
@@ -57,13 +62,13 @@ def test_a_pipe_gets_whole_lines_and_the_next_commands_work(workspace: Workspace
         assert found, line
         assert found.groups()[:2] == (step, "4")
         assert bool(found[3]) == (step == "2"), "the time left, while there is some"
-    assert re.fullmatch(rf"finished 4 steps in 0:\d\d, loss .* -> .*; the model is in {tmp_path / 'run'}", finished)
+    assert re.fullmatch(rf"done     4 steps in 0:\d\d, loss .* -> .*; the model is in {tmp_path / 'run'}", finished)
     for noise in ("Warning", "it/s", "{'loss'", "%|"):
         assert noise not in output + errors, "bars, dictionaries, and what TRL is told of its own code"
     for command in commands(output, "next"):
         assert command[0] == "vgs"
         length = ["--max_completion_length", "4"] if command[1] == "eval" else []
-        result = invoke([*command[1:], *length, *(["--dataset_test_split", "train"] if length else [])])
+        result = invoke([*command[1:], *length])
         assert result.exit_code == 0, result.output
     assert {"report.html", "eval.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert (tmp_path / "run-merged" / "model.safetensors").exists()
@@ -85,7 +90,7 @@ def test_the_line_after_ctrl_c_goes_on(workspace: Workspace, tmp_path: Path) -> 
     result = invoke([*resume[1:], "--max_steps", str(int(step[1]) + 1)])
     assert result.exit_code == 0, result.output
     assert f"{step[1]} of them done" in result.stdout
-    assert "finished 1 steps" in result.stdout
+    assert "done     1 steps" in result.stdout
 
 
 def test_a_terminal_gets_a_bar_below_whole_lines(workspace: Workspace, tmp_path: Path) -> None:
@@ -112,7 +117,8 @@ def test_a_terminal_gets_a_bar_below_whole_lines(workspace: Workspace, tmp_path:
     warned = [line for line in lines if "and are left out" in line]
     assert warned
     assert not any("━" in line for line in warned)
-    assert "finished" in lines[-3]
+    assert lines[-2].startswith("done     3 steps")
+    assert lines[-1] == f"next     vgs report {tmp_path / 'run'}", "the training rows are no rows to evaluate on"
 
 
 def test_a_run_goes_on_when_nobody_reads_it(workspace: Workspace, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from transformers import (
 
 from vgs_kernels import active_backends
 
+from ..inputs.data import has_splits
 from ..resilience.checkpoints import last_checkpoint
 from ..resilience.run_folder import RUN_FILE
 from ..steering.methods import METHODS
@@ -103,7 +104,7 @@ class RunConsole(TrainerCallback):
             told = f"{steps} steps in {_clock(time.monotonic() - self._began)}{loss}"
         else:
             told = f"nothing was left to do: the run had ended at step {self._first_step}"
-        self._print(Text.assemble(("finished ", "bold green"), f"{told}; the model is in {output}"))
+        self._print(Text.assemble(("done     ", "bold green"), f"{told}; the model is in {output}"))
         self._commands("next", commands)
 
     def interrupted(self) -> None:
@@ -242,18 +243,19 @@ def describe(trainer: VGSTrainer, dataset_name: str, steps: str) -> dict[str, st
 
 
 def next_commands(trainer: VGSTrainer, values: Mapping[str, Any]) -> list[list[str]]:
-    """What a user would want to do with a finished run."""
+    """What a user would want to do with a finished run. Evaluation takes rows that it was not trained on."""
     output = str(trainer.args.output_dir)
-    told = {
-        "model_name_or_path": output,
-        "teacher_model_name_or_path": values["teacher_model_name_or_path"],
-        "dataset_name": values["eval_dataset_name"] or values["dataset_name"],
-        "output_file": str(Path(output) / "eval.json"),
-    }
-    evaluate = ["vgs", "eval", *(word for name, value in told.items() for word in (f"--{name}", str(value)))]
-    if values["use_cpu"]:
-        evaluate.append("--use_cpu")
-    commands = [["vgs", "report", output], evaluate]
+    commands = [["vgs", "report", output]]
+    rows = values["eval_dataset_name"] or values["dataset_name"]
+    if values["eval_dataset_name"] or has_splits(rows):
+        told = {
+            "model_name_or_path": output,
+            "teacher_model_name_or_path": values["teacher_model_name_or_path"],
+            "dataset_name": rows,
+            "output_file": str(Path(output) / "eval.json"),
+        }
+        flags = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+        commands.append(["vgs", "eval", *flags, *(["--use_cpu"] if values["use_cpu"] else [])])
     if values["use_peft"]:
         commands.append(["vgs", "export", output, "--merge", "--output", f"{output}-merged"])
     return commands
