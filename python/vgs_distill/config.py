@@ -195,7 +195,7 @@ class VGSConfig(DistillationConfig):
             tenths of the tokens by KL(q‖r), to the next; 0 for none. With ``"vgs"``, ``"vgs_unit"`` or ``"language"``,
             of the first micro-batch of such a step on the main process. It costs two forward passes of each model and
             30 backward passes over the micro-batch (three a tenth), and the memory of both views' activations and four
-            gradients; it changes nothing in the run (`vgs_distill.steering.dependency_angles`). Nothing is recorded
+            gradients; it changes nothing in the run (`vgs_distill.report.dependency_angles`). Nothing is recorded
             where gradients are sharded.
     """
 

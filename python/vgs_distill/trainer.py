@@ -32,6 +32,7 @@ from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
 from .models.sources import student_source, teacher_source
 from .models.teacher import place_teacher, shared_vocabulary
+from .report.dependency_angles import dependency_angles, why_not_measured
 from .report.loss_meter import LossMeter
 from .report.model_card import ModelCards
 from .report.recording import RunRecorder
@@ -43,7 +44,6 @@ from .resilience.nonfinite import SkippedUpdates, describe_step, describe_tokens
 from .resilience.output_dir import check_output_dir
 from .resilience.runaway import RunawayMonitor
 from .rollouts import Rollouts, loss_mask
-from .steering.dependency_angles import dependency_angles, why_not_measured
 from .steering.methods import METHODS
 from .steering.step import SteeringSettings, SteeringStep
 

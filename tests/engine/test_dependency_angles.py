@@ -14,9 +14,9 @@ from datasets import Dataset
 from torch import Tensor
 from vgs_distill import VGSConfig, VGSTrainer
 from vgs_distill.masking import Batch
+from vgs_distill.report.dependency_angles import GROUPS
 from vgs_distill.report.log import RunLog, read_run
 from vgs_distill.report.timing import StepTimer
-from vgs_distill.steering.dependency_angles import GROUPS
 
 from tests.engine.test_methods import flat, guarded_target, kl, log_probs, masked_log_probs, run_one_step
 from tests.engine.test_trainer import with_images_removed

@@ -50,8 +50,8 @@ from trl import DistillationConfig
 
 from ..config import VGSConfig
 from ..loss import MicroBatchLoss
-from ..steering.dependency_angles import DependencyAngles
 from ..steering.methods import METHODS
+from .dependency_angles import DependencyAngles
 from .dependency_losses import DependencyLosses
 from .log import IMAGE_FOLDER, LOG_FILE
 from .model_card import model_name

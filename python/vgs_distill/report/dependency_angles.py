@@ -23,7 +23,7 @@ from vgs_kernels import gradient_gramian, linear_decomposed_kl, linear_reverse_k
 from ..loss import DistillationLoss, RunBackbone
 from ..masking import Batch, masked_view, rows_with_evidence
 from ..models.heads import language_head
-from .gradients import Gradients
+from ..steering.gradients import Gradients
 
 GROUPS = 10
 PARTS = ("standard", "vis", "lang")
