@@ -140,8 +140,9 @@ def test_a_compiled_student_takes_the_same_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["vgs", "opd"])
 @pytest.mark.parametrize("where", ["offload", "cpu"])
 def test_a_teacher_placed_elsewhere_teaches_the_same(where: str, method: str, tmp_path: Path) -> None:
-    beside = parameters_after(make_trainer(FAMILY, str(tmp_path), method=method))
-    trainer = make_trainer(FAMILY, str(tmp_path), method=method, teacher_device=where)
+    # AdamW would blow the rounding of tiny gradients up to whole steps.
+    beside = parameters_after(make_trainer(FAMILY, str(tmp_path), method=method, optim="sgd"))
+    trainer = make_trainer(FAMILY, str(tmp_path), method=method, optim="sgd", teacher_device=where)
     devices = {parameter.device.type for parameter in backbone(trainer.teacher_model).parameters()}
     assert devices == ({"meta"} if where == "offload" else {"cpu"})
     assert trainer.teacher_model.get_output_embeddings().weight.device.type == "cpu"

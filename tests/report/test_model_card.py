@@ -46,7 +46,8 @@ def test_a_run_leaves_a_card_whose_code_runs(workspace: Workspace, tmp_path: Pat
     assert {"vgs", "distillation", "trl"} <= set(card.data.tags)
     for words in (
         "# run\n", "arxiv.org/abs/2606.00564", "| base | `student` |", "| teacher | `teacher` |",
-        "| data | `rows.jsonl` |", "γ 0.6 |", "| steps | 2, of 4 prompts each |", "| learning rate | 0.001, linear |",
+        "| data | `rows.jsonl` |", "γ 0.6, λ 0.01, η amortized |",
+        "| steps | 2, of 4 prompts each |", "| learning rate | 0.001, linear |",
     ):  # fmt: skip
         assert words in card.content, words
     assert str(workspace.root) not in card.content, "where models lay on this machine is nobody's business"
