@@ -497,3 +497,22 @@ def test_decomposition_has_no_default() -> None:
         linear_decomposed_kl(  # type: ignore[call-arg]
             problem.hidden, problem.head, problem.teacher_hidden, problem.teacher_head, problem.masked_teacher_hidden
         )
+
+
+@pytest.mark.parametrize("decomposition", [None, "vgs", "teacher_prior"])
+def test_of_no_tokens_every_input_has_a_gradient(decomposition: str | None) -> None:
+    """A process without tokens must walk the same graph as the others, or collectives in it are met by some only."""
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
+    heads, others = (LMHead(weight), LMHead(torch.randn(31, 6))), torch.randn(2, 0, 6).unbind()
+    if decomposition is None:
+        linear_reverse_kl(hidden, heads[0], others[0], heads[1]).kl.backward()
+    else:
+        masked = hidden.detach() if decomposition == "vgs" else None
+        parts = linear_decomposed_kl(
+            hidden, heads[0], others[0], heads[1], others[1], masked, decomposition=decomposition
+        )
+        parts.vis.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)
+    assert weight.grad is not None
+    assert not weight.grad.any()

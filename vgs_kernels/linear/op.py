@@ -204,7 +204,7 @@ attach_gradient.register_autograd(_backward, setup_context=_setup_context)
 
 def _scaled(scale: Tensor, gradient: Tensor) -> Tensor | None:
     """scale * gradient, out of place; None where there is no gradient."""
-    if gradient.numel() == 0:
+    if gradient.shape == (0,):  # that of no tokens has a width
         return None
     # Head-sized: a copy costs a tenth of a projection.
     return gradient if _is_one(scale) else gradient * scale.to(gradient.dtype)
