@@ -3,8 +3,6 @@
 A page is zeroed at its first touch, and huge pages are touched less often. They are for scratch that is written again
 and again, not for results: on a virtual machine whose host takes free memory back, the host has to find a whole huge
 page at its first touch.
-
-Layer: tensors in, tensors out. Called by the operators (`op.py`) only.
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ class MicroBatch:
         self._of_seeing: dict[str, Tensor] = {}  # per token
         self._of_text: dict[str, Tensor] = {}
         self._bad_language: Tensor | None = None  # (tokens with an image,)
+        self._masked_log_probs: Tensor | None = None  # (tokens with an image,), log r of what was sampled
         self._vis_weights = torch.empty(0, device=self._seeing.device)
         self._contribution = torch.zeros(self._seeing.shape, device=self._seeing.device)
 
@@ -290,6 +291,7 @@ class MicroBatch:
             index = self._index("standard")
             if rows is not None:
                 assert plain.sampled is not None
+                assert self._masked_log_probs is not None  # the language view comes first
                 self._contribute(plain.sampled.teacher - self._masked_log_probs)
             return {index: plain.kl} if self._weights is None else {0: self._weights[index].to(plain.kl) * plain.kl}
         result, parts = self._decomposed_kl(hidden, rows)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 BY_DEPENDENCY = "dependency"  # the value of token_steering that takes these factors
-LOWEST_STEERED = (
-    0.4  # quantile up to which tokens get no visual part under token_steering="dependency", as in the paper
-)
+# Quantile up to which tokens get no visual part under token_steering="dependency", as in the paper.
+LOWEST_STEERED = 0.4
 
 
 def most_dependent(scores: Tensor, quantile: float) -> Tensor:
