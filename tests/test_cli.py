@@ -44,7 +44,7 @@ def test_every_command_has_a_help_of_its_own(command: str) -> None:
         (["--verison"], "vgs: vgs has no flag '--verison'; did you mean '--version'?"),
         (["report"], "vgs: the following arguments are required: RUN_DIR"),
         (["report", "run", "--ouput", "x"], "vgs: vgs report has no flag '--ouput'; did you mean '--output'?"),
-        (["demo", "--task", "letters"], "vgs: task cannot be 'letters'; choose from digits, shapes"),
+        (["demo", "--task", "letters"], "vgs: task cannot be 'letters'; choose from digits, shapes, easyvqa"),
         (["demo", "--steps", "ten"], "vgs: steps: invalid int value: 'ten'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the study runs: regimes, methods, and the experiments that combine them over seeds.
+"""What the study runs: regimes, arms, and the experiments that combine them over seeds.
 
 Every run of one seed and regime starts from the same student and meets the same prompts in the same order, so runs are
 compared in pairs. Learning rates are chosen on the validation split with seeds of their own, by the same grid for
@@ -13,115 +13,165 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vgs_distill.demo.methods import OPD, Method, label_of
+from vgs_distill.demo.methods import OPD, Method, at_equal_time, label_of
 from vgs_distill.demo.recipes import METHOD_SETTINGS, DemoRecipe, demo_recipe
 
-TASKS = ("digits", "shapes")
+TASKS = ("digits", "shapes", "easyvqa")
 SEEDS = tuple(range(8))
 TUNING_SEEDS = (100, 101)
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-TUNED = ("opd", "matched-0.8")
-"""What has its own learning rate; every other steered method takes that of `matched-0.8`."""
-PROVOKED = ("teacher-prior-0.8-warn", "teacher-prior-0.9-warn", "vgs-unit-0.8-warn", "vgs-unit-0.9-warn")
-GUARDED = (
-    "teacher-prior-0.8-fallback",
-    "vgs-unit-0.8-fallback",
-    "teacher-prior-0.8-plausibility-warn",
-    "teacher-prior-0.8-teacher-smoothing-warn",
+HALF_WARM, COLD = "half-warm", "cold"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the study: a method, and what part of the tuned learning rate it takes."""
+
+    method: Method
+    rate: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def label(self) -> str:
+        return self.method.label
+
+    @property
+    def steered(self) -> bool:
+        return self.method.steered
+
+    def at(self, rate: float, name: str, label: str) -> Arm:
+        """The same at another part of the learning rate."""
+        method = replace(self.method, name=f"{self.name}-{name}", label=f"{self.label}, {label}")
+        return Arm(method, rate)
+
+
+def _arm(method: str, gamma: float | str, short: str = "", eta: float | str | None = None, **settings: Any) -> Arm:
+    """`short`: what its name says of its settings, which its label has in full.
+
+    Runaways are watched and left alone, unless the arm is about what to do: a guard would make two arms of one.
+    """
+    name = "-".join([method.replace("_", "-"), f"{gamma}", *([short] if short else [])])
+    words = [label_of(method), f"γ {gamma:g}" if isinstance(gamma, float) else f"γ {gamma}"]
+    words += [] if eta is None else [f"η {eta}"]
+    words += [f"{_WORDS.get(key, key.replace('_', ' '))} {value}" for key, value in settings.items()]
+    return Arm(Method(name, ", ".join(words), method, gamma, eta, {"runaway_action": "warn", **settings}))
+
+
+_WORDS = {
+    "language_preservation": "λ",
+    "ratio_floor": "floor",
+    "ratio_bound": "ratio within ±",
+    "max_weight_ratio": "ratio ≤",
+    "token_steering": "γ_t by",
+}
+
+
+def _vgs(gamma: float = 2.0, short: str = "", eta: float | str | None = None, **settings: Any) -> Arm:
+    return _arm("vgs", gamma, short, eta, **settings)
+
+
+_LEAD = METHOD_SETTINGS["vgs"]  # λ 1 with a floor under the ratio
+GAMMAS = (0.5, 1.0, 2.0, 4.0)
+LEAD = _vgs(2.0, "lead", **_LEAD)
+"""The best guess before the study, and what the demo runs: its γ and guards are what the study judges first."""
+_PRESERVED = {number: _vgs(2.0, f"lp{number:g}", language_preservation=number) for number in (0.0, 0.01, 0.1, 1.0)}
+PAPER = _PRESERVED[0.01]
+MATCHED = _arm("matched", 0.8)
+OPD_ARM = Arm(OPD)
+OPD_EQUAL_TIME = Arm(at_equal_time(LEAD.method))
+_TENTH = (0.1, "tenth", "a tenth of the learning rate")
+
+_ARMS = (
+    Arm(Method("start", "student start")),  # judged as it is
+    OPD_ARM,
+    OPD_EQUAL_TIME,
+    LEAD,
+    # Every step's gradient scaled to one norm, as those of matched and vgs_unit are.
+    Arm(replace(OPD, name="opd-unit", label="OPD, unit gradients", settings={"max_grad_norm": 1e-3})),
+    OPD_ARM.at(*_TENTH),
+    LEAD.at(*_TENTH),
+    *_PRESERVED.values(),
+    *(arm.at(*_TENTH) for arm in _PRESERVED.values()),
+    # Guards that need no λ of one's own.
+    _vgs(2.0, "lp0.01-floor", language_preservation=0.01, ratio_floor=0.1),
+    _vgs(2.0, "lp0.01-bound", language_preservation=0.01, ratio_bound=1.0),
+    _vgs(2.0, "adaptive", language_preservation="adaptive"),
+    _vgs(2.0, "adaptive-floor", language_preservation="adaptive", ratio_floor=0.1),
+    _vgs(2.0, "lp0.01-fallback", language_preservation=0.01, runaway_action="fallback"),
+    *(_vgs(gamma, "lead", **_LEAD) for gamma in GAMMAS if gamma != 2.0),
+    _vgs(2.0, "lead-graded", **_LEAD, token_steering="dependency"),
+    _vgs(2.0, "lead-measured", "measured", **_LEAD),
+    _vgs(2.0, "lead-constant", 0.41, **_LEAD),
+    *(_arm("matched", gamma) for gamma in (0.5, 0.7, 0.8, 0.9, 1.0)),
+    _arm("vgs_unit", 0.7),
+    _arm("language", 1.0),
+    _arm("teacher_prior", 0.8, "cap4", max_weight_ratio=4.0),
+    # Known to run away from a cold student.
+    *(_arm(method, gamma, "warn") for method in ("teacher_prior", "vgs_unit") for gamma in (0.8, 0.9)),
+    # The default at learning rates that nobody tuned.
+    *(
+        _vgs(gamma, "lead", **_LEAD).at(rate, name, label)
+        for gamma in (1.0, 2.0, 4.0)
+        for rate, name, label in ((1 / 3, "third", "a third of the learning rate"), (3.0, "triple", "three times it"))
+    ),
 )
-PAPER = ("vgs-2.0", "vgs-2.0-language-preservation-ratio-floor", "language-1.0")
-SAFETY_GAMMAS = (0.5, 0.7, 0.9)
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ARMS}
 
-# What "equal compute" means for OPD: a little more than a step of `matched` that measures costs in steps of OPD, by the
-# times of the study's own runs.
-STEERED_STEP_COST = 1.25
-
-
-def _steered(method: str, gamma: float | str, cap: float | None = None, **settings: Any) -> Method:
-    extra = "".join(f"-{value if isinstance(value, str) else key.replace('_', '-')}" for key, value in settings.items())
-    name = f"{method.replace('_', '-')}-{gamma}" + ("" if cap is None else f"-cap{cap:g}") + extra
-    words = [label_of(method), f"γ {gamma}"]
-    words += [] if cap is None else [f"ratio ≤ {cap:g}"]
-    words += [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
-    settings |= {} if cap is None else {"max_weight_ratio": cap}
-    return Method(name, ", ".join(words), method, gamma, "measured", settings)
-
-
-_METHODS = (
-    Method("start", "student start"),  # judged as it is
-    OPD,
-    replace(OPD, name="opd-compute", label="OPD, equal compute"),
-    # Every step's gradient scaled to one norm, as steering's is: tells the split's part of a gain from the scaling's.
-    replace(OPD, name="opd-unit", label="OPD, unit gradients", settings={"max_grad_norm": 1e-3}),
-    *(_steered("matched", gamma) for gamma in (0.5, 0.7, 0.8, 0.9)),
-    _steered("vgs_unit", 0.7),
-    _steered("teacher_prior", 0.8, 4.0),
-    _steered("vgs_unit", 0.7, token_steering=1.0),
-    _steered("matched", "adaptive"),
-    # The paper's update and its negative control, and the update as the demo has it.
-    _steered("vgs", 2.0),
-    _steered("vgs", 2.0, **METHOD_SETTINGS["vgs"]),
-    _steered("language", 1.0),
-    # Known to run away from a cold student; then what is to keep them from it.
-    *(_steered("teacher_prior", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
-    *(_steered("vgs_unit", gamma, runaway_action="warn") for gamma in (0.8, 0.9)),
-    _steered("teacher_prior", 0.8, runaway_action="fallback"),
-    _steered("vgs_unit", 0.8, runaway_action="fallback"),
-    _steered("teacher_prior", 0.8, plausibility=0.1, runaway_action="warn"),
-    _steered("teacher_prior", 0.8, teacher_smoothing=0.05, runaway_action="warn"),
+PRESERVATION = tuple(_PRESERVED.values())
+GUARDS = tuple(
+    ARMS[f"vgs-2.0-{short}"] for short in ("lp0.01-floor", "lp0.01-bound", "adaptive", "adaptive-floor",
+                                           "lp0.01-fallback")
+)  # fmt: skip
+LEADS = {gamma: ARMS[f"vgs-{gamma}-lead"] for gamma in GAMMAS}
+VARIANTS = tuple(ARMS[f"vgs-2.0-lead-{short}"] for short in ("graded", "measured", "constant"))
+RULES = tuple(
+    ARMS[name]
+    for name in ("matched-0.5", "matched-1.0", "vgs-unit-0.7", "language-1.0", "teacher-prior-0.8-cap4", "opd-unit")
 )
-METHODS = {method.name: method for method in _METHODS}
+PROVOKED = tuple(
+    ARMS[f"{name}-warn"] for name in ("teacher-prior-0.8", "teacher-prior-0.9", "vgs-unit-0.8", "vgs-unit-0.9")
+)
 
 
 def _start(**changes: Any) -> Callable[[DemoRecipe], DemoRecipe]:
     return lambda recipe: replace(recipe, student_start=replace(recipe.student_start, **changes))
 
 
-def _steps(factor: float) -> Callable[[DemoRecipe], DemoRecipe]:
-    return lambda recipe: demo_recipe(recipe.task, steps=round(recipe.distillation.steps * factor))
+def _cold(recipe: DemoRecipe) -> DemoRecipe:
+    """Speaks perfectly and sees almost nothing; shapes are weak rather than cold: with fewer steps no student tells one
+    from another, and distillation on its own guesses does not get it started."""
+    supervised, steps = {"digits": (120, 300), "shapes": (150, 250), "easyvqa": (90, 250)}[recipe.task]
+    recipe = _start(steps=supervised, questions=3_000, captions=3_000)(recipe)
+    return replace(recipe, distillation=recipe.distillation.lasting(steps))
 
 
 @dataclass(frozen=True)
 class Regime:
-    """One way to vary what the demo's recipe fixes."""
+    """Where a student stands when distillation begins."""
 
     label: str
     change: Callable[[DemoRecipe], DemoRecipe]
 
 
 REGIMES: Mapping[str, Regime] = {
-    "base": Regime("the demo's recipe: cold or weak vision", lambda recipe: recipe),
-    "warm": Regime(
-        "warm vision: the start has had 300 supervised steps on 20,000 rows",
-        _start(steps=300, questions=10_000, captions=10_000),
+    HALF_WARM: Regime("half-warm: mature language, vision at three quarters of the teacher's (the demo)", lambda r: r),
+    "blind": Regime(
+        "mature language, blind eyes: 400 supervised steps, the picture left out of 85 % of them",
+        _start(steps=400, image_dropout=0.85, captions=3_000),
     ),
-    "prior": Regime(
-        "strong prior: 90 % of the student's and the prompts' answers follow it",
-        lambda recipe: replace(_start(prior=0.9)(recipe), distillation=replace(recipe.distillation, prior=0.9)),
-    ),
-    "style": Regime("the student's style is not the teacher's: it answers without reasoning", _start(style="terse")),
+    COLD: Regime("cold: few supervised steps on 6,000 rows", _cold),
+    "style": Regime("another style: the student answers without reasoning", _start(style="terse")),
     "verbose": Regime(
-        "long reasoning: the teacher opens with 18 words that the student never says",
+        "a verbose teacher: it opens with 18 words that the student never says",
         lambda recipe: replace(
             recipe,
             teacher=replace(recipe.teacher, style="verbose"),
             distillation=replace(recipe.distillation, max_completion_length=48),
             evaluation=replace(recipe.evaluation, max_new_tokens=48),
         ),
-    ),
-    "teacher": Regime(
-        "weak teacher: 250 supervised steps",
-        lambda recipe: replace(recipe, teacher=replace(recipe.teacher, steps=250)),
-    ),
-    "short": Regime("half the steps", _steps(0.5)),
-    "long": Regime("twice the steps", _steps(2.0)),
-    "batch": Regime(
-        "batches of 16",
-        lambda recipe: replace(recipe, distillation=replace(recipe.distillation, batch_size=16)),
-    ),
-    "small": Regime(
-        "student of width 48",
-        lambda recipe: replace(recipe, student_size=replace(recipe.student_size, text_width=48)),
     ),
 }
 
@@ -132,14 +182,14 @@ class Run:
 
     task: str
     regime: str
-    method: str
+    arm: str
     learning_rate: float
     seed: int
     split: str
 
     @property
     def name(self) -> str:
-        return f"{self.task}/{self.regime}/{self.method}/{self.learning_rate:g}/seed{self.seed}/{self.split}"
+        return f"{self.task}/{self.regime}/{self.arm}/{self.learning_rate:g}/seed{self.seed}/{self.split}"
 
     @property
     def label(self) -> str:
@@ -147,8 +197,6 @@ class Run:
 
     def recipe(self) -> DemoRecipe:
         recipe = REGIMES[self.regime].change(demo_recipe(self.task))
-        if self.method == "opd-compute":
-            recipe = _steps(STEERED_STEP_COST)(recipe)
         return replace(
             recipe,
             distillation=replace(recipe.distillation, learning_rate=self.learning_rate),
@@ -157,116 +205,113 @@ class Run:
 
     def digest(self) -> str:
         """Changes when what the run does changes, so that a stale line is not taken for a finished run."""
-        parts = {"recipe": asdict(self.recipe()), "method": asdict(METHODS[self.method]), "seed": self.seed}
+        parts = {"recipe": asdict(self.recipe()), "method": _does(ARMS[self.arm].method), "seed": self.seed}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _does(method: Method) -> dict[str, Any]:
+    """What a method does, without what it is called."""
+    does = {name: getattr(method, name) for name in ("method", "gamma", "eta", "settings")}
+    return does if method.as_long_as is None else does | {"as_long_as": _does(method.as_long_as)}
 
 
 Records = Mapping[str, Mapping[str, Any]]  # by `Run.name`
 
 
-def tuning(tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The grid of learning rates on the validation split."""
-    return [
-        Run(task, "base", method, rate, seed, "validation")
-        for seed in TUNING_SEEDS
-        for rate in LEARNING_RATES
-        for task in tasks
-        for method in TUNED
-    ]
+def tuned_arms(regime: str) -> tuple[str, str]:
+    """The arms with a grid of their own: of OPD, and of the steered ones, which take the rate of that one."""
+    return OPD_ARM.name, MATCHED.name if regime == COLD else LEAD.name
 
 
-def learning_rate(records: Records, task: str, method: str) -> float | None:
-    """The rate with the best mean validation accuracy over the tuning seeds; None while the grid is unfinished."""
-    tuned = "matched-0.8" if METHODS[method].steered else "opd"
+def tuned_regime(task: str, regime: str) -> str:
+    """Whose learning rates a regime takes. The cold one has its own where it had them before the others were there."""
+    return COLD if regime == COLD and task != "easyvqa" else HALF_WARM
+
+
+def grid(task: str, regime: str, arm: str) -> list[Run]:
+    """The learning rates of an arm on the validation split."""
+    return [Run(task, regime, arm, rate, seed, "validation") for seed in TUNING_SEEDS for rate in LEARNING_RATES]
+
+
+def tuning(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
+    """Every grid, seed by seed."""
+    runs = [run for task in tasks for arm in tuned_arms(HALF_WARM) for run in grid(task, HALF_WARM, arm)]
+    return sorted(runs, key=lambda run: TUNING_SEEDS.index(run.seed))
+
+
+def learning_rate(records: Records, task: str, regime: str, arm: str) -> float | None:
+    """The rate with the best mean validation accuracy over the tuning seeds, times the arm's part of it; None while the
+    grid is unfinished."""
+    where = tuned_regime(task, regime)
+    runs = grid(task, where, tuned_arms(where)[ARMS[arm].steered])
 
     def score(rate: float) -> float:
-        own = [Run(task, "base", tuned, rate, seed, "validation").name for seed in TUNING_SEEDS]
+        own = [run.name for run in runs if run.learning_rate == rate]
         return sum(records[name]["accuracy"] for name in own) / len(own)
 
     try:
-        return max(LEARNING_RATES, key=score)
+        return ARMS[arm].rate * max(LEARNING_RATES, key=score)
     except KeyError:
         return None
 
 
 def _tests(
-    records: Records, tasks: Sequence[str], regimes: Iterable[str], methods: Iterable[str], seeds: Sequence[int]
+    records: Records, tasks: Sequence[str], regimes: Iterable[str], arms: Iterable[Arm], seeds: Sequence[int]
 ) -> list[Run]:
-    """Runs judged on the test split, a seed after the other, so that an unfinished study is still paired."""
+    """Runs judged on the test split, a seed after the other and all arms of a task together, so that an unfinished
+    study is still paired."""
     return [
-        Run(task, regime, method, rate, seed, "test")
+        Run(task, regime, arm.name, rate, seed, "test")
         for seed in seeds
         for regime in regimes
         for task in tasks
-        for method in methods
-        if (rate := learning_rate(records, task, method)) is not None
+        for arm in arms
+        if (rate := learning_rate(records, task, regime, arm.name)) is not None
     ]
 
 
+_START = ARMS["start"]
+COMPARED = (OPD_ARM, LEAD, PAPER, MATCHED, OPD_EQUAL_TIME)
+OTHER_REGIMES = tuple(name for name in REGIMES if name != HALF_WARM)
+
+
 def main_comparison(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """OPD against `matched`, at the same steps."""
-    return _tests(records, tasks, ["base"], ["opd", "matched-0.8", "start"], SEEDS)
-
-
-def equal_compute(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """OPD with as many more steps as pay for what steering costs."""
-    return _tests(records, tasks, ["base"], ["opd-compute"], SEEDS)
-
-
-def readings(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The other two rules of unit gradients, each at its recommended gamma and guard."""
-    return _tests(records, tasks, ["base"], ["vgs-unit-0.7", "teacher-prior-0.8-cap4"], SEEDS[:3])
-
-
-def paper(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The paper's update, the same with the demo's guards, and the paper's negative control."""
-    return _tests(records, tasks, ["base"], PAPER, SEEDS[:3])
-
-
-def ablations(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """What part of a gain is that of gradients of one norm."""
-    return _tests(records, tasks, ["base"], ["opd-unit"], SEEDS)
-
-
-def safety(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """`matched` at other gammas; with the main comparison's runs these must never collapse."""
-    return _tests(records, tasks, ["base"], [f"matched-{gamma}" for gamma in SAFETY_GAMMAS], SEEDS[:4])
-
-
-def provoked(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Settings that are known to collapse, with a monitor that only warns."""
-    return _tests(records, tasks, ["base"], PROVOKED, SEEDS[:2])
-
-
-def guards(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """The same with what is to keep them from it."""
-    return _tests(records, tasks, ["base"], GUARDED, SEEDS[:2])
-
-
-def variants(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """`vgs_unit` with token steering, and `matched` with adaptive gamma."""
-    return _tests(records, tasks, ["base"], ["vgs-unit-0.7-token-steering", "matched-adaptive"], SEEDS[:4])
+    """OPD, the lead, the paper's update and `matched`, and OPD for as long as the lead takes."""
+    return _tests(records, tasks, [HALF_WARM], [_START, *COMPARED], SEEDS)
 
 
 def regimes(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Where steering helps and where it does not; of the first seed, the other methods' cosines too."""
-    others = [name for name in REGIMES if name != "base"]
-    methods = ["opd", "matched-0.8", "start"]
-    first = _tests(records, tasks, others, [*methods, "vgs-unit-0.7", "teacher-prior-0.8-cap4"], SEEDS[:1])
-    return first + _tests(records, tasks, others, methods, SEEDS[1:3])
+    """Where steering helps and where it does not."""
+    return _tests(records, tasks, OTHER_REGIMES, [_START, *COMPARED], SEEDS[:4])
+
+
+def _in_half_warm(arms: Sequence[Arm], seeds: int = 4) -> Callable[[Records, Sequence[str]], list[Run]]:
+    return lambda records, tasks: _tests(records, tasks, [HALF_WARM], arms, SEEDS[:seeds])
+
+
+def safety(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
+    """The lead at γ 1 to 4 and at a third and three times its learning rate: none of these may unlearn or collapse."""
+    arms = [ARMS[f"vgs-{gamma}-lead{rate}"] for gamma in (1.0, 2.0, 4.0) for rate in ("", "-third", "-triple")]
+    return _tests(records, tasks, [HALF_WARM, "blind", COLD], arms, SEEDS[:1])
+
+
+def provoked(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
+    """What is known to collapse, with a monitor that only warns."""
+    return _tests(records, [task for task in tasks if task != "easyvqa"], [COLD], PROVOKED, SEEDS[:2])
 
 
 EXPERIMENTS: Mapping[str, Callable[[Records, Sequence[str]], list[Run]]] = {
-    "tuning": lambda records, tasks: tuning(tasks),
+    "tuning": tuning,
     "main": main_comparison,
-    "compute": equal_compute,
-    "provoked": provoked,
-    "safety": safety,
-    "readings": readings,
+    "preservation": _in_half_warm(
+        [*PRESERVATION, *(ARMS[f"{arm.name}-tenth"] for arm in (OPD_ARM, LEAD, *PRESERVATION))]
+    ),
     "regimes": regimes,
-    "ablations": ablations,
-    "variants": variants,
-    "guards": guards,
-    "paper": paper,
+    "guards": _in_half_warm(GUARDS),
+    "gammas": _in_half_warm(tuple(LEADS.values())),
+    "safety": safety,
+    "variants": _in_half_warm(VARIANTS),
+    "rules": _in_half_warm(RULES),
+    "provoked": provoked,
 }
 """In the order in which they are run."""

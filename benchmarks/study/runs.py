@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vgs_distill.demo.progress import Display
 from vgs_distill.demo.workers import (
@@ -29,7 +31,10 @@ from vgs_distill.demo.workers import (
 
 from benchmarks.harness.machine import commit
 from benchmarks.harness.records import RECORDS
-from benchmarks.study.plan import METHODS, Run
+from benchmarks.study.plan import ARMS, Run
+
+if TYPE_CHECKING:
+    from vgs_distill.demo.recipes import DemoRecipe
 
 RECORDS = RECORDS / "study.jsonl"
 SERIES = {
@@ -41,13 +46,14 @@ SERIES = {
     "norm_lang": "gradient/norm_lang",
     "norm_vis": "gradient/norm_vis",
     "cosine": "gradient/cosine",
-    "gamma": "steering/gamma",
+    "eta": "steering/eta",
+    "preservation": "steering/language_preservation",
     "weight_ratio": "steering/weight_ratio",
     "clipped": "completions/clipped_ratio",
-    "length": "completions/mean_length",
 }
 """What a line keeps of every step, three digits each. Lines of `vgs_unit` from before `vis` was KL(p ‖ q*) have instead
 `vis_less_log_z`, the same without the log of the normaliser of q*: its gradient is the same."""
+WINDOW = 10  # steps that one entry of the losses by dependency is the mean of
 
 Next = Callable[[], Run | None]
 
@@ -67,7 +73,7 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
             run = Run(**record["run"])
         except (ValueError, KeyError, TypeError):
             continue  # a line cut off by a kill: its run is run again
-        if run.method in METHODS and record["digest"] == run.digest():
+        if run.arm in ARMS and record["digest"] == run.digest():
             records[run.name] = record
     return records
 
@@ -125,7 +131,6 @@ def _take(worker: Worker[Run], keep: Callable[[dict[str, Any]], None], display: 
 def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
     """Distil and judge one student; the record of it. Runs inside a worker."""
     from vgs_distill.demo import stages
-    from vgs_distill.demo.distillation import History, distill
 
     def say(message: str) -> None:
         send(Said(run.name, message))
@@ -134,15 +139,13 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
     progress = progress_reporter(run.name, send)
     teacher, _ = stages.load(stages.supervised_model(recipe, "teacher", recipe.teacher_seed, progress, say)[0])
     student, processor = stages.load(stages.supervised_model(recipe, "student", run.seed, progress, say)[0])
-    history: History = []
+    found: dict[str, Any] = {}
     began = time.perf_counter()
-    if run.method != "start":
-        prompts = stages.distillation_prompts(recipe, run.seed)
-        with tempfile.TemporaryDirectory() as scratch:
-            history = distill(
-                student, teacher, processor, prompts, recipe.distillation, METHODS[run.method], run.seed,
-                Path(scratch), progress,
-            )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        if run.arm == "start":
+            found["diagnosis"] = asdict(stages.diagnosed(recipe, run.seed, student, teacher, processor, Path(scratch)))
+        else:
+            found |= _distilled(run, recipe, student, teacher, processor, Path(scratch), progress)
     seconds = time.perf_counter() - began
     seen, blind = (stages.judge(student, processor, recipe, with_image=flag) for flag in (True, False))
     return {
@@ -150,19 +153,61 @@ def run_job(run: Run, send: Callable[[Message], None]) -> dict[str, Any]:
         "digest": run.digest(),
         "accuracy": seen["accuracy"],
         "against_prior": seen["against_prior"],
+        "with_prior": seen["with_prior"],
         "by_question_type": seen["by_question_type"],
         "well_formed": seen["well_formed"],
         "without_image": blind["accuracy"],
-        "alarm_step": _first_step(history, "runaway/alarm"),
         "seconds": round(seconds, 1),
         "commit": commit(),
-        "series": {name: list(_series(history, key)) for name, key in SERIES.items() if history and key in history[-1]},
+        **found,
     }
+
+
+def _distilled(
+    run: Run, recipe: DemoRecipe, student: Any, teacher: Any, processor: Any, scratch: Path, progress: Any
+) -> dict[str, Any]:
+    """Distil the student and return what a line keeps of the way."""
+    from vgs_distill.demo import stages
+    from vgs_distill.demo.distillation import seconds_of_steps
+    from vgs_distill.report.log import read_run
+
+    history, ratio = stages.distilled(
+        recipe, ARMS[run.arm].method, run.seed, student, teacher, processor, scratch, progress
+    )
+    return {
+        "alarm_step": _first_step(history, "runaway/alarm"),
+        "step_seconds": _digits(statistics.median(seconds_of_steps(history))),
+        **({} if ratio is None else {"step_ratio": _digits(ratio)}),
+        "series": {
+            name: list(_series(history, key)) for name, key in SERIES.items() if any(key in row for row in history)
+        },
+        **({"thirds": thirds} if (thirds := _thirds(read_run(scratch).thirds)) else {}),
+    }
+
+
+def _thirds(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Losses by thirds of the tokens by dependency, from the least dependent to the most, means over windows."""
+    windows = [records[start : start + WINDOW] for start in range(0, len(records) - WINDOW + 1, WINDOW)]
+    return [
+        {
+            "step": window[-1]["step"],
+            **{
+                part: [_digits(statistics.fmean(r[part][third] for r in window)) for third in range(3)]
+                for part in ("standard", "lang", "vis")
+                if all(None not in r[part] for r in window)
+            },
+        }
+        for window in windows
+    ]
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def _series(history: Sequence[Mapping[str, float]], key: str) -> Iterator[float | None]:
     for row in history:
-        yield float(f"{row[key]:.3g}") if key in row else None
+        yield _digits(row[key]) if key in row else None
 
 
 def _first_step(history: Sequence[Mapping[str, float]], key: str) -> int | None:

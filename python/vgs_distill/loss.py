@@ -27,13 +27,23 @@ from vgs_kernels import (
 
 from .inputs.families import EvidenceTokens, Family
 from .masking import Batch, masked_view, rows_with_evidence, stack_views
-from .models.heads import language_head
+from .models.heads import backbone, language_head
 from .steering.dependency import BY_DEPENDENCY, graded, most_dependent
 from .steering.methods import METHODS
 from .steering.step import ViewLoss
 
 # Runs a backbone on a batch and returns the hidden states that predict the completion, (rows, completion, width).
 RunBackbone = Callable[[PreTrainedModel, Batch], Tensor]
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The states that predict the completion, (rows, completion, width), of a model that nothing is wrapped around."""
+    output = backbone(model)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.multimodal
+    )
+    states: Tensor = output.last_hidden_state[:, :-1][:, -batch.completion_ids.size(1) :]
+    return states
+
 
 # Per-token numbers of a row without an image, whose masked view is the row itself: p₀ = p and r = q.
 _OF_TEXT = {"lang": "standard"}  # 0 where a name stands neither here nor in the row's own numbers

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import OFFLOAD, VGSConfig
 from .inputs.families import check_image_mask, check_teacher_reads_the_same
-from .loss import DistillationLoss, LossSettings, MicroBatchLoss
+from .loss import DistillationLoss, LossSettings, MicroBatchLoss, hidden_states
 from .masking import Batch
 from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
@@ -158,6 +159,11 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         return RunRecorder(
             self.args, self.model, teacher, answers, trackers, angles_silent=why_not_measured(self.accelerator)
         )
+
+    def loss_of(self, method: str) -> DistillationLoss:
+        """The loss of any method over the models as they are, for what measures them outside of training."""
+        settings = replace(self._loss.settings, method=method)
+        return DistillationLoss(settings, self._evidence_tokens, self._family, hidden_states, hidden_states)
 
     # ------------------------------------------------------------------ the step
 

@@ -9,33 +9,42 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from vgs_distill.demo.recipes import demo_recipe
+from vgs_distill.diagnosis.measure import Diagnosis, from_plain
 from vgs_distill.resilience.runaway import RunawayMonitor, runaway_start
 
 from benchmarks.report import DOCS
 from benchmarks.study import __main__ as command
-from benchmarks.study import plan, report, runs
-from benchmarks.study.plan import EXPERIMENTS, LEARNING_RATES, METHODS, REGIMES, SEEDS, TASKS, TUNED, TUNING_SEEDS, Run
+from benchmarks.study import claims, plan, readings, report, runs, tables
+from benchmarks.study.plan import ARMS, COLD, EXPERIMENTS, HALF_WARM, LEAD, LEARNING_RATES, REGIMES, SEEDS, TASKS, Run
+from benchmarks.study.readings import Study
 from benchmarks.study.statistics import estimate, verdict
 from tests.small_run import small_recipe
 
-RUN = Run("digits", "base", "matched-0.8", 1e-3, 0, "test")
+RUN = Run("digits", HALF_WARM, LEAD.name, 1e-3, 0, "test")
+GRIDS = [
+    run
+    for task, regime in (*((task, HALF_WARM) for task in TASKS), ("digits", COLD), ("shapes", COLD))
+    for arm in plan.tuned_arms(regime)
+    for run in plan.grid(task, regime, arm)
+]
 
 
 def record_of(run: Run, accuracy: float = 0.5, **changes) -> dict:
-    steered = METHODS[run.method].steered
     series = {"standard": [0.5] * 30, "clipped": [0.0] * 30}
-    if steered:
-        series |= {"cosine": [0.2] * 30, "norm_lang": [2.0] * 30, "norm_standard": [4.0] * 30}
+    if ARMS[run.arm].steered:
+        series |= {"cosine": [0.2] * 30, "lang": [0.4] * 30, "vis": [0.4] * 30, "eta": [0.4] * 30}
     return {
         "run": run.__dict__,
         "digest": run.digest(),
         "accuracy": accuracy,
         "against_prior": accuracy,
+        "with_prior": accuracy,
         "by_question_type": {},
         "well_formed": 1.0,
         "without_image": 0.1,
         "alarm_step": None,
         "seconds": 1.0,
+        "step_seconds": 0.2,
         "commit": "0",
         "series": series,
         **changes,
@@ -43,68 +52,103 @@ def record_of(run: Run, accuracy: float = 0.5, **changes) -> dict:
 
 
 def tuned_records(best: float = 1e-3) -> dict:
-    return {run.name: record_of(run, 0.9 if run.learning_rate == best else 0.4) for run in plan.tuning()}
+    return {run.name: record_of(run, 0.9 if run.learning_rate == best else 0.4) for run in GRIDS}
+
+
+def page_of(records: dict) -> dict[str, str]:
+    """First cell -> line, of every table of the page."""
+    lines = report.build(records, {}).splitlines()
+    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
 
 
 # ---------------------------------------------------------------------- plan
 
 
-def test_tuning_gives_every_method_the_same_grid_and_no_seed_or_split_of_the_comparison():
-    grids = {(run.task, run.method): set() for run in plan.tuning()}
-    for run in plan.tuning():
-        grids[run.task, run.method].add((run.learning_rate, run.seed))
-        assert run.split == "validation"
-    assert set(grids) == {(task, method) for task in TASKS for method in TUNED}
-    assert len({frozenset(grid) for grid in grids.values()}) == 1
-    assert not set(TUNING_SEEDS) & set(SEEDS)
+def test_tuning_gives_opd_and_steering_the_same_grid_and_no_seed_or_split_of_the_comparison():
+    found: dict[tuple[str, str], set] = {}
+    for run in plan.tuning({}):
+        found.setdefault((run.task, run.arm), set()).add((run.learning_rate, run.seed))
+        assert (run.split, run.regime) == ("validation", HALF_WARM)
+    assert set(found) == {(task, arm) for task in TASKS for arm in plan.tuned_arms(HALF_WARM)}
+    assert len({frozenset(each) for each in found.values()}) == 1
+    assert not set(plan.TUNING_SEEDS) & set(SEEDS)
 
 
 def test_nothing_is_tested_before_its_learning_rate_is_known():
-    assert plan.learning_rate({}, "digits", "opd") is None
+    assert plan.learning_rate({}, "digits", HALF_WARM, "opd") is None
     assert all(EXPERIMENTS[name]({}, TASKS) == [] for name in EXPERIMENTS if name != "tuning")
     unfinished = tuned_records()
-    del unfinished[plan.tuning()[-1].name]
+    del unfinished[Run("shapes", HALF_WARM, LEAD.name, 2e-3, 101, "validation").name]
     assert plan.main_comparison(unfinished, ["digits"])
-    assert [run.method for run in plan.main_comparison(unfinished, ["shapes"])].count("matched-0.8") == 0
+    arms = {run.arm for run in plan.main_comparison(unfinished, ["shapes"])}
+    assert arms == {"start", "opd", plan.OPD_EQUAL_TIME.name}
 
 
 @pytest.mark.parametrize("best", LEARNING_RATES)
-def test_each_method_is_tested_at_its_best_validated_learning_rate(best):
+def test_each_arm_is_tested_at_its_part_of_the_best_validated_learning_rate(best):
     records = tuned_records(best)
-    for name in EXPERIMENTS:
-        for run in EXPERIMENTS[name](records, TASKS):
-            assert run.split == "validation" or run.learning_rate == best
+    rates = {run.arm: run.learning_rate for name in EXPERIMENTS for run in EXPERIMENTS[name](records, TASKS)
+             if run.split == "test"}  # fmt: skip
+    assert rates["opd"] == rates[LEAD.name] == rates["matched-0.5"] == best
+    assert rates["opd-tenth"] == rates["vgs-2.0-lp0.01-tenth"] == pytest.approx(best / 10)
+    assert rates["vgs-4.0-lead-triple"] == pytest.approx(3 * best)
+
+
+def test_the_cold_regime_keeps_the_learning_rates_that_it_was_tuned_with():
+    records = tuned_records(1e-3)
+    for run in plan.grid("digits", COLD, "opd"):
+        records[run.name] = record_of(run, 0.9 if run.learning_rate == 2e-3 else 0.4)
+    assert plan.learning_rate(records, "digits", COLD, "opd") == 2e-3
+    assert plan.learning_rate(records, "digits", "blind", "opd") == 1e-3
+    assert plan.learning_rate(records, "easyvqa", COLD, "opd") == 1e-3
 
 
 def test_runs_of_one_seed_differ_in_their_method_alone():
-    for run in plan.main_comparison(tuned_records()):
-        other = replace(run, method="opd").recipe()
-        recipe = run.recipe()
-        assert recipe.student_start == other.student_start
-        assert recipe.teacher == other.teacher
-        same = run.method != "opd-compute"
-        assert (recipe.distillation.steps == other.distillation.steps) == same
-    assert len([run for run in plan.main_comparison(tuned_records()) if run.method == "opd"]) == 8 * len(TASKS)
+    runs_ = plan.main_comparison(tuned_records())
+    for run in runs_:
+        assert run.recipe() == replace(run, arm="opd").recipe()
+    assert len([run for run in runs_ if run.arm == "opd"]) == 8 * len(TASKS)
 
 
-def test_equal_compute_gives_opd_more_steps():
-    steps = {m: replace(RUN, method=m).recipe().distillation.steps for m in ("opd", "opd-compute", "matched-0.8")}
-    assert steps["opd"] == steps["matched-0.8"]
-    assert steps["opd-compute"] == round(plan.STEERED_STEP_COST * steps["opd"])
+def test_an_unfinished_study_has_whole_pairs():
+    """Between two arms of one seed and task no other seed or task comes."""
+    for name in ("main", "regimes", "preservation"):
+        places = [(run.seed, run.regime, run.task) for run in EXPERIMENTS[name](tuned_records(), TASKS)]
+        changes = [place for at, place in enumerate(places) if at == 0 or places[at - 1] != place]
+        assert len(changes) == len(set(places))
+        assert [seed for seed, *_ in places] == sorted(seed for seed, *_ in places)
 
 
-@pytest.mark.parametrize("name", [name for name in REGIMES if name != "base"])
+def test_opd_at_equal_time_is_opd_for_as_long_as_the_lead():
+    method = plan.OPD_EQUAL_TIME.method
+    assert (method.method, method.as_long_as) == ("opd", LEAD.method)
+    assert replace(RUN, arm=method.name).digest() != replace(RUN, arm="opd").digest()
+
+
+@pytest.mark.parametrize("name", [name for name in REGIMES if name != HALF_WARM])
 def test_every_regime_changes_the_recipe_and_only_there(name):
     for task in TASKS:
         assert replace(RUN, task=task, regime=name).recipe() != replace(RUN, task=task).recipe()
-        assert Run(task, "base", "opd", 1e-3, 0, "test").recipe() == demo_recipe(task)
+        assert Run(task, HALF_WARM, "opd", 1e-3, 0, "test").recipe() == demo_recipe(task)
 
 
-def test_every_method_and_experiment_is_known_by_name():
-    for name in EXPERIMENTS:
-        for run in EXPERIMENTS[name](tuned_records(), TASKS):
-            assert METHODS[run.method].name == run.method
-            assert run.regime in REGIMES
+def test_the_digest_follows_what_a_run_does_and_not_what_it_is_called(monkeypatch):
+    before = RUN.digest()
+    renamed = replace(LEAD, method=replace(LEAD.method, label="another", note="words"))
+    monkeypatch.setattr(plan, "ARMS", {**ARMS, LEAD.name: renamed})
+    assert RUN.digest() == before
+    changed = replace(LEAD, method=replace(LEAD.method, gamma=3.0))
+    monkeypatch.setattr(plan, "ARMS", {**ARMS, LEAD.name: changed})
+    assert RUN.digest() != before
+
+
+def test_the_safety_runs_are_sixty_at_least_over_gammas_rates_and_regimes():
+    found = plan.safety(tuned_records())
+    assert len({run.name for run in found}) >= 60
+    assert {run.task for run in found} == set(TASKS)
+    assert len({run.regime for run in found}) == 3
+    assert {ARMS[run.arm].method.gamma for run in found} == {1.0, 2.0, 4.0}
+    assert {round(run.learning_rate / 1e-3, 3) for run in found} == {0.333, 1.0, 3.0}
 
 
 # ---------------------------------------------------------------------- records
@@ -126,18 +170,22 @@ def test_records_survive_a_line_cut_off_by_a_kill(tmp_path):
 def test_a_record_of_another_definition_is_not_taken(tmp_path):
     path = tmp_path / "study.jsonl"
     runs.append_record(path, record_of(RUN, digest="another"))
-    runs.append_record(path, {**record_of(RUN), "run": {**RUN.__dict__, "method": "forgotten"}})
+    runs.append_record(path, {**record_of(RUN), "run": {**RUN.__dict__, "arm": "forgotten"}})
     assert runs.read_records(path) == {}
+
+
+def test_every_line_on_record_is_of_a_run_as_it_is_defined_today():
+    assert len(runs.read_records(runs.RECORDS)) == len(runs.RECORDS.read_text().splitlines())
 
 
 def test_the_command_lists_what_is_left_and_refuses_what_it_does_not_know(tmp_path, capsys):
     path = tmp_path / "study.jsonl"
-    done = plan.tuning(["digits"])[0]
+    done = plan.tuning({}, ["digits"])[0]
     runs.append_record(path, record_of(done))
     assert command.main(["tuning", "--tasks=digits", "--list", f"--records={path}"]) == 0
     listed = capsys.readouterr().out.split()
     assert done.name not in listed
-    assert len(listed) == len(plan.tuning(["digits"])) - 1
+    assert len(listed) == len(plan.tuning({}, ["digits"])) - 1
     for wrong in (["tunning"], ["--tasks=letters"], ["--jobs=0"]):
         with pytest.raises(SystemExit) as stopped:
             command.main(wrong)
@@ -175,66 +223,140 @@ def test_verdicts():
     ]
 
 
+# ---------------------------------------------------------------------- readings
+
+
+def test_unlearning_and_its_beginning_are_read_off_the_language_loss():
+    def lang(values):
+        return {"series": {"lang": values}}
+
+    healthy = lang([0.4] * 20 + [0.1] * 40)
+    rising = lang([0.1] * 20 + [0.1 * 1.1**step for step in range(40)])
+    hump = lang([0.1] * 20 + [0.5] * 12 + [0.05] * 40)
+    assert not readings.unlearned(healthy)
+    assert readings.unlearned(rising)
+    assert not readings.unlearned(hump)
+    assert readings.doubling(healthy) is readings.doubling(hump) is None
+    begun = readings.doubling(rising)
+    assert sum(rising["series"]["lang"][begun - 10 : begun]) / 10 >= 0.2
+    assert sum(rising["series"]["lang"][begun - 11 : begun - 1]) / 10 < 0.2
+    assert readings.language_growth(lang([])) is None
+    assert math.exp(readings.language_growth(healthy)) == pytest.approx(0.25)
+
+
 # ---------------------------------------------------------------------- page
+
+
+def diagnosis(angle: float = 80.0) -> dict:
+    price = {"seconds": 1.0, "kept_bytes": 1, "peak_bytes": None}
+    groups = [60.0 + (angle - 60.0) * at / 9 for at in range(10)]
+    return {
+        "rows": 96, "tokens": 900, "standard": 0.46, "lang": 0.3, "vis": 0.4, "entropy": 0.5, "dependency": 0.2,
+        "dependency_quantiles": [0.0] * 11, "lang_of_dependent": 0.7, "needs_image": 0.14, "cut_off": 0.0,
+        "cosine": 0.9, "norms": {"standard": 1.0, "vis": 1.0}, "eta": {"1": 0.5, "2": 0.33, "4": 0.2},
+        "angles": {"tokens": [90] * 10, "dependency": [0.1] * 10, "norms": {},
+                   "angles": {"lang_vis": groups, "standard_vis": groups, "standard_lang": groups}},
+        "prices": {"opd": price, "vgs": {**price, "seconds": 1.4}},
+    }  # fmt: skip
+
+
+def test_a_diagnosis_on_record_reads_back_as_it_was():
+    found = from_plain(json.loads(json.dumps(diagnosis())))
+    assert isinstance(found, Diagnosis)
+    assert found.step_ratio == pytest.approx(1.4)
+    assert isinstance(found.dependency_quantiles, tuple)
 
 
 def test_the_page_of_no_records_holds_no_figure(tmp_path):
     report.write({}, tmp_path)
     page = (tmp_path / "study.md").read_text()
-    assert report.NOT_MEASURED in page
+    assert page.count(f"|  | {claims.NOT_RUN} |") == len(claims.claims())
     assert "| holds |" not in page
-    assert not (tmp_path / report.PLOT).exists()
+    assert not list(tmp_path.glob("*.svg"))
+
+
+def judged_records(gains: dict[str, float], **changes) -> dict:
+    records = tuned_records()
+    for run in plan.main_comparison(records, ["digits"]):
+        gain = gains.get(run.arm, -0.3) + (0.002 * run.seed if run.arm == LEAD.name else 0.0)
+        records[run.name] = record_of(run, 0.6 + gain, **changes.get(run.arm, {}))
+    return records
 
 
 def test_the_page_says_what_the_records_hold(tmp_path):
-    records = tuned_records()
-    for run in plan.main_comparison(records, ["digits"]):
-        gain = {"opd": 0.0, "matched-0.8": 0.05 + 0.002 * run.seed, "opd-compute": 0.02}.get(run.method, -0.3)
-        records[run.name] = record_of(run, 0.6 + gain)
-    wrong_rate = Run("digits", "base", "opd", 2e-3, 0, "test")
+    equal, paper = plan.OPD_EQUAL_TIME.name, plan.PAPER.name
+    gains = {"opd": 0.0, LEAD.name: 0.05, equal: 0.02, plan.MATCHED.name: 0.0, paper: -0.2}
+    rising = {"series": {"lang": [0.1] * 20 + [0.5] * 80, "standard": [0.5] * 100}, "alarm_step": 40}
+    thirds = {"thirds": [{"step": step, "vis": [0.1, 0.2, 0.3], "lang": [0.1, 0.2, 0.3]} for step in (10, 20)]}
+    starts = {"diagnosis": diagnosis(92.0), "series": {}}
+    records = judged_records(gains, **{paper: rising, equal: {"step_ratio": 1.4}, LEAD.name: thirds, "start": starts})
+    wrong_rate = Run("digits", HALF_WARM, "opd", 2e-3, 0, "test")
     records[wrong_rate.name] = record_of(wrong_rate, 0.0)  # not at the chosen rate: left out
+    lines = page_of(records)
+    lead = lines["VGS with λ 1 and a floor is above OPD, digits"]
+    assert "+5.7 [" in lead
+    assert "8 of 8 up" in lead
+    assert lead.endswith("| holds |")
+    assert lines["VGS with λ 1 and a floor is above OPD at equal time, digits"].endswith("| holds |")
+    assert lines["VGS as published (γ 2, λ 0.01) is above OPD, digits"].endswith("| does not hold |")
+    assert lines["VGS with λ 1 and a floor is above OPD, shapes"].endswith(f"| {claims.NOT_RUN} |")
+    assert lines["matched, γ 0.8, is above OPD, all tasks"].endswith("| undecided |")
+    assert lines["with λ 0.01 it does not (Figure 4)"].endswith("| does not hold |")
+    assert lines["a step costs 1.375 times OPD's (Figure 9)"].endswith("| holds |")
+    angle = next(line for text, line in lines.items() if text.startswith("lang and vis stand at 90°"))
+    assert "+92.0 [+92.0, +92.0]" in angle
+    assert angle.endswith("| holds |")
+    page = report.build(records, {})
+    assert "| OPD | 8 | 60.0 ± 0.0 |" in page
+    assert "doubled and stayed there in 8 runs; the monitor raised its alarm within 30 steps of that in 8" in page
+    assert "one in 0 of 16 healthy runs" in page
+    assert "Of 8 runs of VGS with λ 1 and a floor" in page
     report.write(records, tmp_path)
-    page = (tmp_path / "study.md").read_text()
-    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
-    claim = lines["steering beats OPD: matched, γ 0.8, digits"]
-    assert "+5.7 [" in claim
-    assert "8 of 8 up" in claim
-    assert "| holds |" in claim
-    assert "not measured" in lines["steering beats OPD: matched, γ 0.8, shapes"]
-    assert "does not hold" in lines["the language gradient outweighs the other: matched, γ 0.8, digits"]
-    assert "norm ratio 0.50" in lines["the language gradient outweighs the other: matched, γ 0.8, digits"]
-    assert "60.0 ± 0.0" in lines["OPD"]
-    assert "0 of 8 runs" in page
-    assert "<svg" in (tmp_path / report.PLOT).read_text()
+    assert {path.name for path in tmp_path.glob("*.svg")} == {report.ANGLES, report.LOSSES}
     again = tmp_path / "again"
     report.write(records, again)
-    assert (again / report.PLOT).read_bytes() == (tmp_path / report.PLOT).read_bytes()
+    assert (again / report.LOSSES).read_bytes() == (tmp_path / report.LOSSES).read_bytes()
 
 
-def test_the_page_judges_the_monitor_by_the_histories(tmp_path):
+def test_a_late_alarm_is_told():
+    late = {"series": {"lang": [0.1] * 20 + [0.5] * 80, "standard": [0.5] * 100}}
+    for alarm, caught in ((50, 8), (60, 0), (None, 0)):
+        records = judged_records({}, **{plan.PAPER.name: {**late, "alarm_step": alarm}})
+        assert f"within 30 steps of that in {caught} of them" in tables.monitor(Study(records))
+
+
+def test_the_page_judges_the_monitor_by_the_histories():
     records = tuned_records()
     runaway = [0.2] * 100 + [0.2 * 1.1**step for step in range(50)]
     begin = runaway_start(runaway)
     cases = [(runaway, begin + 20, 0.0), (runaway, begin + 21, 0.0), (runaway, None, 1.0), ([0.2] * 150, None, 1.0)]
     for seed, (full, alarm, well_formed) in enumerate(cases):
-        run = Run("digits", "base", "vgs-unit-0.9-warn", 1e-3, seed, "test")
+        run = Run("digits", COLD, "vgs-unit-0.9-warn", 1e-3, seed, "test")
         series = {"standard": full, "cosine": [0.0] * 150}
         records[run.name] = record_of(run, alarm_step=alarm, well_formed=well_formed, series=series)
-    for task, alarm in (("shapes", 7), ("digits", None)):
-        healthy = Run(task, "base", "matched-0.8", 1e-3, 0, "test")
-        records[healthy.name] = record_of(healthy, alarm_step=alarm)
-    page = report.build(records, None)
-    assert "in 1 of 2 runs that collapsed, and in 1 of 3 that ran away" in page
-    assert "an alarm in 1 of 2 healthy runs" in page
+    assert "in 1 of 3 runs that ran away or collapsed" in tables.monitor(Study(records))
+
+
+def test_a_default_that_unlearns_or_collapses_is_counted_and_named():
+    records = tuned_records()
+    for run in plan.safety(records, ["digits"]):
+        rising = {"series": {"lang": [0.1] * 20 + [0.2] * 20}} if run.arm == "vgs-4.0-lead-triple" else {}
+        form = {"well_formed": 0.5} if (run.arm, run.regime) == ("vgs-1.0-lead", COLD) else {}
+        records[run.name] = record_of(run, **rising, **form)
+    text = tables.safety(Study(records))
+    assert "Of 27 runs" in text
+    assert "3 ended with KL(p₀‖r) above its start" in text
+    assert "1 with fewer than nine in ten" in text
+    assert text.count("\n| VGS, γ 4, ") == 3
 
 
 def test_the_monitor_as_it_is_meets_every_provoked_collapse_and_no_healthy_run_on_record():
     """Replayed on what the lines hold: three digits of every step, the weight ratio one step late, as in training."""
     collapses = healthy = 0
     for record in runs.read_records(runs.RECORDS).values():
-        run, series = Run(**record["run"]), record["series"]
-        provoked = run.method in plan.PROVOKED and report.collapsed(record)
-        if not provoked and METHODS[run.method].method != "matched":
+        run, series = Run(**record["run"]), record.get("series", {})
+        provoked = ARMS[run.arm] in plan.PROVOKED and readings.collapsed(record)
+        if not provoked and ARMS[run.arm].method.method != "matched":
             continue
         monitor = RunawayMonitor("warn")
         ratios = [math.nan, *series["weight_ratio"]]
@@ -242,12 +364,12 @@ def test_the_monitor_as_it_is_meets_every_provoked_collapse_and_no_healthy_run_o
         told = {name for name in ("standard", "lang", "vis") if name in series}
         told = {"standard"} if "vis_less_log_z" in series else told
         losses = [{f"loss/{name}": series[name][step] for name in told} for step in range(len(series["standard"]))]
-        for step, readings in enumerate(zip(losses, ratios, series["clipped"], strict=False), 1):
-            monitor.observe(step, *readings)
+        for step, seen in enumerate(zip(losses, ratios, series["clipped"], strict=False), 1):
+            monitor.observe(step, *seen)
         if provoked:
             collapses += 1
             assert monitor.alarm_step is not None, run.name
-            assert monitor.alarm_step <= runaway_start(series["standard"]) + report.IN_TIME, run.name
+            assert monitor.alarm_step <= runaway_start(series["standard"]) + tables.IN_TIME, run.name
         else:
             healthy += 1
             assert monitor.alarm_step is None, run.name
@@ -255,18 +377,10 @@ def test_the_monitor_as_it_is_meets_every_provoked_collapse_and_no_healthy_run_o
     assert healthy >= 20
 
 
-def test_gammas_are_compared_over_the_seeds_that_all_have():
-    records = tuned_records()
-    for run in [*plan.main_comparison(records, TASKS), *plan.safety(records, TASKS)]:
-        records[run.name] = record_of(run, 0.5 if run.seed < 4 else 0.9)
-    page = report.build(records, None)
-    assert "Accuracy over the 4 seeds that every γ has" in page
-    assert "| 0.8 | 50.0 ± 0.0 | +0.0 [+0.0, +0.0] | 50.0 ± 0.0 | +0.0 [+0.0, +0.0] |" in page
-
-
 def test_the_page_in_docs_is_that_of_the_records():
     records = runs.read_records(runs.RECORDS)
-    assert (DOCS / "study.md").read_text() == report.build(records, report.PLOT)
+    plots = {name: (DOCS / name).exists() for name in (report.ANGLES, report.LOSSES)}
+    assert (DOCS / "study.md").read_text() == report.build(records, plots)
 
 
 # ---------------------------------------------------------------------- a real run
@@ -278,17 +392,18 @@ def tiny_study(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("VGS_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("method", ["start", "opd", "matched-0.8"])
-def test_a_run_gives_a_line_that_reads_back(tiny_study, tmp_path, method):
-    run = replace(RUN, method=method, split="validation")
+@pytest.mark.parametrize("arm", ["start", "opd", LEAD.name, plan.OPD_EQUAL_TIME.name])
+def test_a_run_gives_a_line_that_reads_back(tiny_study, tmp_path, arm):
+    run = replace(RUN, arm=arm, split="validation", task="easyvqa")
     record = runs.run_job(run, lambda message: None)
     path = tmp_path / "study.jsonl"
     runs.append_record(path, record)
     assert runs.read_records(path)[run.name] == json.loads(json.dumps(record))
     assert 0 <= record["accuracy"] <= 1
-    steps = 0 if method == "start" else 2
-    assert all(len(series) == steps for series in record["series"].values())
-    assert ("cosine" in record["series"]) == METHODS[method].steered
-    if method == "matched-0.8":
-        assert report.norm_ratio(record) > 0
-        assert math.isfinite(report.mean_cosine(record))
+    if arm == "start":
+        assert 0 < from_plain(record["diagnosis"]).lang < math.inf
+        return
+    steps = 2 if arm != plan.OPD_EQUAL_TIME.name else round(2 * record["step_ratio"])
+    assert abs(len(record["series"]["standard"]) - steps) <= (arm == plan.OPD_EQUAL_TIME.name)
+    assert ("cosine" in record["series"]) == ARMS[arm].steered
+    assert record["step_seconds"] > 0

@@ -42,6 +42,10 @@ def test_the_summary_is_the_arithmetic_of_the_runs(results):
     assert steered["gain_over_opd"]["values"] == pytest.approx([0.05, 0.03])
     assert steered["cosine"] == pytest.approx(0.1)
     assert steered["absolute_cosine"] == pytest.approx(0.2)
+    longer = results["summary"]["opd-as-long-as-vgs"]
+    assert longer["gain_over_opd"]["values"] == pytest.approx([0.02, 0.0])
+    assert "cosine" not in longer
+    assert (opd["steps"], longer["steps"]) == (30, 40)
     assert steered["step_seconds"]["total"] == pytest.approx(0.2)
     assert steered["step_seconds"]["steering"] == pytest.approx(0.02)
 
@@ -129,7 +133,7 @@ def test_the_report_shows_methods_figures_and_answers(html):
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == 12
     assert all(attributes["alt"] for attributes in pictures)
-    assert page.text.count("✓") + page.text.count("✗") == 12 * 4
+    assert page.text.count("✓") + page.text.count("✗") == 12 * 5
 
 
 def test_every_figure_has_an_explanation_and_a_description(html):

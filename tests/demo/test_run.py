@@ -22,7 +22,7 @@ from vgs_distill.steering.methods import METHODS
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"task": "letters"}, "no task called 'letters'; choose one of: digits, shapes"),
+        ({"task": "letters"}, "no task called 'letters'; choose one of: digits, shapes, easyvqa"),
         ({"methods": ["matched"], "gamma": 1.5}, "gamma must lie between 0 and 1 for the method 'matched'"),
         ({"gamma": -0.1}, "gamma must be a number of at least 0"),
         ({"gamma": float("inf")}, "gamma must be a number of at least 0"),
@@ -71,7 +71,7 @@ def test_each_method_takes_its_recommended_settings(tmp_path):
         "opd": None, "vgs": 2.0, "vgs_unit": 0.7, "matched": 0.8, "teacher_prior": 0.8, "language": 1.0,
     }  # fmt: skip
     chosen = check_request("shapes", methods=["vgs_unit"], gamma=0.9, output_dir=tmp_path)
-    assert [method.gamma for method in chosen.methods] == [None, 0.9]
+    assert [method.gamma for method in chosen.methods] == [None, 0.9, None]
     settings = {method.name: method.settings for method in request.methods}
     assert settings["teacher_prior"] == {"max_weight_ratio": 4.0}
     assert settings["vgs"] == {"language_preservation": 1.0, "ratio_floor": 0.1}
@@ -82,8 +82,9 @@ def test_the_baseline_runs_once_whatever_is_asked(tmp_path):
         request = check_request("digits", methods=methods, output_dir=tmp_path)
         assert [method.name for method in request.methods] == ["opd"]
     compared = check_request("digits", methods=["vgs"], etas=["measured", 0.4], output_dir=tmp_path).methods
-    assert [method.name for method in compared] == ["opd", "vgs-measured", "vgs-0.4"]
-    assert [method.eta for method in compared] == [None, "measured", 0.4]
+    assert [method.name for method in compared] == ["opd", "vgs-measured", "vgs-0.4", "opd-as-long-as-vgs-measured"]
+    assert [method.eta for method in compared] == [None, "measured", 0.4, None]
+    assert compared[3].as_long_as == compared[1]
 
 
 @pytest.mark.parametrize("method", methods_for(list(METHODS), None), ids=lambda method: method.name)
@@ -173,8 +174,10 @@ def test_every_seed_and_method_runs_once(fake_workers, tmp_path):
     assert [record["name"] for record in results["runs"]] == [
         "seed0-opd",
         "seed0-vgs",
+        "seed0-opd-as-long-as-vgs",
         "seed1-opd",
         "seed1-vgs",
+        "seed1-opd-as-long-as-vgs",
     ]
     assert json.loads((tmp_path / "results.json").read_text())["status"] == "complete"
     assert (tmp_path / "report.html").exists()

@@ -10,6 +10,7 @@ import pytest
 from vgs_distill.demo.evaluate import read_answer
 from vgs_distill.demo.worlds import CAPTION, IMAGE_SIZE, make_world, to_prompt_dataset
 from vgs_distill.demo.worlds.digits import CORNERS, PREFERRED_DIGIT, handwriting
+from vgs_distill.demo.worlds.easyvqa import COLORS, SHAPES
 from vgs_distill.demo.worlds.shapes import PREFERRED_COLOR
 from vgs_distill.demo.worlds.world import NUMBER_WORDS, cell_slice
 
@@ -37,7 +38,17 @@ def answer_of_shapes(example) -> str:
     return getattr(matching[0], example.question_type)
 
 
-ANSWERS = {"digits": answer_of_digits, "shapes": answer_of_shapes}
+def answer_of_easyvqa(example) -> str:
+    """From the picture's colour and shape alone, which other questions about it told."""
+    (shown,) = example.scene
+    if example.question_type != "contains":
+        return getattr(shown, example.question_type)
+    words = set(example.question.split())
+    (asked,) = words & {*COLORS, *SHAPES}
+    return "yes" if (asked in (shown.color, shown.shape)) != bool({"no", "not"} & words) else "no"
+
+
+ANSWERS = {"digits": answer_of_digits, "shapes": answer_of_shapes, "easyvqa": answer_of_easyvqa}
 
 
 def test_answers_follow_from_the_scene(world):
@@ -155,6 +166,35 @@ def test_against_the_prior_marks_unusual_answers(digits):
             assert example.against_prior == (example.answer != NUMBER_WORDS[PREFERRED_DIGIT[cell]])
 
 
+def test_pictures_of_easyvqa_are_of_one_split_each_and_look_as_told():
+    world = make_world("easyvqa")
+    pictures = {
+        split: {one.scene[0].picture for one in world.balanced(split, 600, 1)} for split in ("test", "validation")
+    }
+    trained = {one.scene[0].picture for one in world.training_questions(3000, 1, prior=0.0) + world.captions(500, 1)}
+    assert min(pictures["validation"]) >= 3500 > max(trained)
+    assert len(trained) > 1000
+    grey = {"black": 30, "gray": 160}
+    for example in world.balanced("test", 48, 1):
+        pixels = np.asarray(example.image, np.float32).reshape(-1, 3)
+        background = np.median(pixels, axis=0)
+        red, green, blue = pixels[np.abs(pixels - background).sum(axis=1).argmax()]
+        color = example.scene[0].color
+        if color in grey:
+            assert max(red, green, blue) - min(red, green, blue) < 40
+        elif color in ("red", "green", "blue"):
+            assert max(zip((red, green, blue), ("red", "green", "blue"), strict=True))[1] == color
+
+
+def test_questions_of_easyvqa_come_as_often_as_in_the_data_set_without_a_prior():
+    def share(prior: float) -> float:
+        found = [one.answer for one in make_world("easyvqa").training_questions(2000, 0, prior=prior)]
+        return found.count("yes") / (found.count("yes") + found.count("no"))
+
+    assert share(0.0) == pytest.approx(0.5, abs=0.05)
+    assert max(share(1.0), 1 - share(1.0)) == 1.0
+
+
 def test_drawing_repeats_by_seed_and_differs_between_seeds_and_streams(world):
     def pixels(examples):
         return np.stack([np.asarray(example.image) for example in examples])
@@ -170,7 +210,7 @@ def test_captions_describe_every_object(world):
         assert example.question_type == CAPTION
         assert example.answer == ""
         words = example.completion.split()
-        named = sum(word in {*NUMBER_WORDS, "circle", "square", "triangle", "cross"} for word in words)
+        named = sum(word in {*NUMBER_WORDS, "circle", "square", "triangle", "cross", "rectangle"} for word in words)
         assert named == len(example.scene)
 
 
@@ -190,5 +230,5 @@ def test_the_prompt_dataset_has_the_columns_that_distillation_reads(digits):
 
 
 def test_an_unknown_world_names_the_known_ones():
-    with pytest.raises(ValueError, match="digits, shapes"):
+    with pytest.raises(ValueError, match="digits, shapes, easyvqa"):
         make_world("letters")

@@ -71,22 +71,25 @@ def demo_parser() -> Parser:
         prog="vgs demo",
         description="Train a small Qwen3-VL student from a teacher, on this machine, without a GPU. The teacher is "
         "trained first and kept for the next time. From one start the student then goes through plain on-policy "
-        "distillation (OPD) and through visual gradient steering (VGS), and answers questions about pictures it has "
-        "never seen. Leaves results.json, report.html and the students, which transformers loads.",
+        "distillation (OPD), through visual gradient steering (VGS), and through OPD for as long as VGS takes, and "
+        "answers questions about pictures it has never seen. Leaves results.json, report.html and the students, which "
+        "transformers loads.",
     )
     add = parser.add_argument
     add(
         "--task",
-        choices=("digits", "shapes"),
+        choices=("digits", "shapes", "easyvqa"),
         default="digits",
-        help="Handwritten digits, or coloured shapes, in a grid. (default: digits)",
+        help="Handwritten digits in a grid, coloured shapes in a grid, or the public data set easy-VQA. "
+        "(default: digits)",
     )
     add("--seeds", type=int, default=1, help="Number of student starts; every method runs from each. (default: 1)")
     add(
         "--method",
         choices=tuple(METHODS),
         action="append",
-        help="What is compared; repeat for several. OPD, the baseline, runs in any case. (default: vgs)",
+        help="What is compared; repeat for several. OPD, the baseline, runs in any case, and a "
+        "second time for as long as the first steered method takes. (default: vgs)",
     )
     add(
         "--eta",

@@ -35,9 +35,8 @@ from ..inputs.dataset_checks import RowCheck
 from ..inputs.families import EvidenceTokens, Family, check_modality, family_of
 from ..inputs.formats import canonical_rows
 from ..inputs.modalities import MODALITIES, Modality
-from ..loss import DistillationLoss, LossSettings
+from ..loss import DistillationLoss, LossSettings, hidden_states
 from ..masking import Batch, with_evidence, without_evidence
-from ..models.heads import backbone
 from ..models.sources import check_installed, check_tokenizers, student_source, teacher_source
 from ..resilience.output_dir import check_output_dir
 from ..resilience.run_folder import settings_of
@@ -222,8 +221,8 @@ class _Evaluator:
             loss_config.select(LossSettings),
             evidence_tokens,
             family,
-            run_student=_hidden_states,
-            run_teacher=_hidden_states,
+            run_student=hidden_states,
+            run_teacher=hidden_states,
         )
         self.pattern = pattern
         self.processor: Any = processor
@@ -301,14 +300,6 @@ class _Evaluator:
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-
-
-def _hidden_states(model: Any, batch: Batch) -> Tensor:
-    """The states that predict the completion, (rows, completion, width)."""
-    output = backbone(model)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.multimodal
-    )
-    return output.last_hidden_state[:, :-1][:, -batch.completion_ids.size(1) :]
 
 
 def _table(measured: dict[str, Measured], rows: str) -> Table:

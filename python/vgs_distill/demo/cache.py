@@ -20,7 +20,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _FORMAT = 1  # raise when code that no recipe describes (world drawing, model layout) changes what is built
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "pillow")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "pillow", "easy-vqa")
 
 
 def cache_root() -> Path:

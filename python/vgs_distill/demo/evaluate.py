@@ -37,6 +37,8 @@ class Evaluation:
     by_question_type: dict[str, float]
     against_prior: float
     """Accuracy on the examples that the training prior gets wrong."""
+    with_prior: float
+    """Accuracy on those that it gets right."""
     well_formed: float
     judgements: tuple[Judgement, ...]
 
@@ -117,6 +119,7 @@ def evaluate(
             for kind in types
         },
         against_prior=share([judged.correct for example, judged in pairs if example.against_prior]),
+        with_prior=share([judged.correct for example, judged in pairs if not example.against_prior]),
         well_formed=share([judged.answer is not None for judged in judgements]),
         judgements=tuple(judgements),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vgs_distill.demo.recipes import METHOD_GAMMA, METHOD_NOTES, METHOD_SETTINGS
@@ -27,6 +27,8 @@ class Method:
     """Further settings of `VGSConfig`."""
     note: str = ""
     """What a reader of its results has to know, in plain words."""
+    as_long_as: Method | None = None
+    """Gets as many steps as fit into the time that this method's take: `distillation.step_ratio`."""
 
     @property
     def steered(self) -> bool:
@@ -36,14 +38,19 @@ class Method:
 OPD = Method("opd", LABELS["opd"])
 
 
+def at_equal_time(method: Method) -> Method:
+    """The baseline for as long as the steps of `method` take."""
+    return replace(OPD, name=f"opd-as-long-as-{method.name}", label=f"OPD, time of {method.label}", as_long_as=method)
+
+
 def methods_for(
     names: Sequence[str], gamma: float | None, etas: Sequence[float | str | None] = (None,)
 ) -> tuple[Method, ...]:
-    """The baseline, and one steered run for each further method and eta.
+    """The baseline, one steered run for each further method and eta, and the baseline at the time of the first of them.
 
     `gamma=None` takes each method's recommended value, an eta of None each method's own.
     """
-    steered = (
+    steered = tuple(
         Method(
             name=name if eta is None else f"{name}-{eta}",
             label=label_of(name) + ("" if eta is None else f" ({eta if isinstance(eta, str) else f'η {eta:g}'})"),
@@ -57,7 +64,7 @@ def methods_for(
         for eta in dict.fromkeys(etas)
         if name != OPD.method
     )
-    return (OPD, *steered)
+    return (OPD, *steered, *map(at_equal_time, steered[:1]))
 
 
 def label_of(name: str) -> str:

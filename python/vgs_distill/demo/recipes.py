@@ -94,6 +94,15 @@ class DistillationRecipe:
     weight_decay: float = 0.0
     temperature: float = 1.0
 
+    def lasting(self, steps: int) -> DistillationRecipe:
+        """The same for so many steps, with prompts for all of them."""
+        return replace(
+            self,
+            steps=steps,
+            warmup_steps=min(self.warmup_steps, max(1, steps // 5)),
+            prompts=max(self.prompts, steps * self.batch_size),
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
@@ -131,12 +140,12 @@ _DIGITS = DemoRecipe(
     teacher=SupervisedRecipe(
         steps=600, questions=10_000, captions=10_000, prior=0.5, image_dropout=0.15, data_seed=100
     ),
-    # 120 steps: speaks perfectly, sees almost nothing. That is the student whose vision steering is meant to help.
+    # Half-warm, as the paper's students are: 180 steps speak well and see at three quarters of the teacher (seed 0:
+    # 77.2 %, shapes 72.8 %, easyvqa 70.7 %). There η at γ 2 is 0.34 (0.32, 0.36); the paper's is 0.36 and 0.41.
     student_start=SupervisedRecipe(
-        steps=120, questions=3_000, captions=3_000, prior=0.5, image_dropout=0.15, data_seed=300
+        steps=180, questions=10_000, captions=10_000, prior=0.5, image_dropout=0.15, data_seed=300
     ),
-    # 300 steps: at 250 one start in three was still below 0.75 with the baseline.
-    distillation=DistillationRecipe(steps=300, prompts=9_600, prior=0.5, max_completion_length=26),
+    distillation=DistillationRecipe(steps=120, prompts=3_840, prior=0.5, max_completion_length=26),
 )
 
 _SHAPES = DemoRecipe(
@@ -146,15 +155,27 @@ _SHAPES = DemoRecipe(
     teacher=SupervisedRecipe(
         steps=600, questions=10_000, captions=10_000, prior=0.5, image_dropout=0.15, data_seed=100
     ),
-    # 150 steps, weak rather than cold: at 120 no student tells one shape from another, and 250 steps of distillation
-    # on its own guesses do not get it started.
     student_start=SupervisedRecipe(
-        steps=150, questions=3_000, captions=3_000, prior=0.5, image_dropout=0.15, data_seed=300
+        steps=180, questions=10_000, captions=10_000, prior=0.5, image_dropout=0.15, data_seed=300
     ),
-    distillation=DistillationRecipe(steps=250, prompts=8_000, prior=0.5, max_completion_length=24),
+    distillation=DistillationRecipe(steps=120, prompts=3_840, prior=0.5, max_completion_length=24),
 )
 
-_RECIPES = {recipe.task: recipe for recipe in (_DIGITS, _SHAPES)}
+_EASYVQA = DemoRecipe(
+    task="easyvqa",
+    teacher_size=ModelSize(text_width=96),
+    student_size=ModelSize(text_width=64),
+    # prior 0: answers as often as the data set has them.
+    teacher=SupervisedRecipe(
+        steps=600, questions=10_000, captions=10_000, prior=0.0, image_dropout=0.15, data_seed=100
+    ),
+    student_start=SupervisedRecipe(
+        steps=180, questions=10_000, captions=10_000, prior=0.0, image_dropout=0.15, data_seed=300
+    ),
+    distillation=DistillationRecipe(steps=120, prompts=3_840, prior=0.0, max_completion_length=14),
+)
+
+_RECIPES = {recipe.task: recipe for recipe in (_DIGITS, _SHAPES, _EASYVQA)}
 
 
 def demo_recipe(task: str, *, quick: bool = False, steps: int | None = None) -> DemoRecipe:
@@ -167,14 +188,7 @@ def demo_recipe(task: str, *, quick: bool = False, steps: int | None = None) -> 
     if quick:
         recipe = replace(
             recipe,
-            distillation=replace(recipe.distillation, steps=80, warmup_steps=10, prompts=2_560),
+            distillation=replace(recipe.distillation, steps=60, warmup_steps=10, prompts=1_920),
             evaluation=replace(recipe.evaluation, examples=240),
         )
-    if steps is not None:
-        warmup = min(recipe.distillation.warmup_steps, max(1, steps // 5))
-        prompts = max(recipe.distillation.prompts, steps * recipe.distillation.batch_size)
-        recipe = replace(
-            recipe,
-            distillation=replace(recipe.distillation, steps=steps, warmup_steps=warmup, prompts=prompts),
-        )
-    return recipe
+    return recipe if steps is None else replace(recipe, distillation=recipe.distillation.lasting(steps))

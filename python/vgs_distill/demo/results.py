@@ -4,12 +4,12 @@ Schema (version 2); accuracies are in 0..1, times in seconds:
 
     schema          2
     status          "complete", or "incomplete" with `error`, one sentence
-    task            "digits" or "shapes"
+    task            "digits", "shapes" or "easyvqa"
     quick           whether the short variant ran
     seeds           list of seeds
     recipe          every number of the demo (`recipes.DemoRecipe`), nested
     methods         per name of a run's method: label, method (of `VGSConfig`), gamma, eta (null: the method's own),
-                    settings, note
+                    settings, note, as_long_as (the method whose time it takes, or null)
     versions        per distribution name, and "python"
     machine         platform, processor count, worker processes
     teacher         with_image, without_image (accuracies), by_question_type, well_formed, cached
@@ -20,10 +20,11 @@ Schema (version 2); accuracies are in 0..1, times in seconds:
                       by_question_type   question type -> mean over seeds
                       against_prior      mean over seeds
                       well_formed        mean over seeds
+                      steps              mean over seeds
                       gain_over_opd      a spread of paired differences over seeds; absent for the baseline
                       cosine             mean of gradient/cosine over the steps that measured it, and seeds; absent for
-                                         the baseline, null where eta is a number
-                      absolute_cosine    mean of its absolute value; absent for the baseline
+                                         what is not steered, null where eta is a number
+                      absolute_cosine    mean of its absolute value; absent for what is not steered
                       step_seconds       mean of a step's four measured parts, and their sum as "total"
     runs            list of {name, seed, method, accuracy, by_question_type, against_prior, well_formed,
                     without_image, folder (relative to the results file), seconds}
@@ -214,14 +215,15 @@ def _method_summary(method: Method, seeds: Sequence[int], runs: Sequence[dict[st
         "by_question_type": _mean_by_type(evaluations),
         "against_prior": statistics.fmean(evaluation["against_prior"] for evaluation in evaluations),
         "well_formed": statistics.fmean(evaluation["well_formed"] for evaluation in evaluations),
+        "steps": len(rows) / len(ordered),
         "step_seconds": _step_seconds(rows, ordered),
     }
+    pairs = [seed for seed in seeds if seed in own and seed in baseline]
+    if method != OPD and pairs:
+        summary["gain_over_opd"] = spread(
+            [own[seed]["evaluation"]["accuracy"] - baseline[seed]["evaluation"]["accuracy"] for seed in pairs]
+        )
     if method.steered:
-        pairs = [seed for seed in seeds if seed in own and seed in baseline]
-        if pairs:
-            summary["gain_over_opd"] = spread(
-                [own[seed]["evaluation"]["accuracy"] - baseline[seed]["evaluation"]["accuracy"] for seed in pairs]
-            )
         cosines = [row["gradient/cosine"] for row in rows if "gradient/cosine" in row]
         summary["cosine"] = _mean(cosines)
         summary["absolute_cosine"] = _mean(map(abs, cosines))

@@ -95,9 +95,10 @@ def run_demo(
     """Run the demo and return its results dictionary (schema in `results.py`).
 
     Args:
-        task: "digits" or "shapes".
+        task: "digits", "shapes" or "easyvqa".
         seeds: one student start, and one run of each method, per seed.
-        methods: what is compared, of the methods of `VGSConfig`; "opd" runs in any case.
+        methods: what is compared, of the methods of `VGSConfig`; "opd" runs in any case, and a second time for as long
+            as the first of the others takes.
         gamma: gamma of every steered method; None takes each one's recommended value.
         etas: how the steered methods find their weights, "measured", "amortized" or a number; one run for each.
             None: the method's own.

@@ -1,21 +1,34 @@
-"""The three things a worker does with models: train one under supervision, load one, judge one."""
+"""What a worker does with models: train one under supervision, load one, distil one, judge one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from vgs_distill.demo.cache import cached_folder, entry_key
+from vgs_distill.demo.distillation import History, distill, make_trainer, step_ratio
 from vgs_distill.demo.evaluate import evaluate
+from vgs_distill.demo.methods import Method, methods_for
 from vgs_distill.demo.models import build_processor
 from vgs_distill.demo.recipes import DemoRecipe
 from vgs_distill.demo.supervised import Progress, train_supervised
 from vgs_distill.demo.worlds import make_world, to_prompt_dataset
+from vgs_distill.diagnosis.measure import Diagnosis, diagnose
+
+DIAGNOSED_ROWS = 96
+
+
+class Distilled(NamedTuple):
+    """What a run of distillation leaves beside the student."""
+
+    history: History
+    step_ratio: float | None  # seconds of a step of `Method.as_long_as` over those of a step of OPD
 
 
 def supervised_model(
@@ -57,6 +70,46 @@ def distillation_prompts(recipe: DemoRecipe, seed: int) -> Dataset:
     return to_prompt_dataset(
         world.training_questions(distillation.prompts, seed, distillation.prior, stream="distillation")
     )
+
+
+def distilled(
+    recipe: DemoRecipe,
+    method: Method,
+    seed: int,
+    student: Qwen3VLForConditionalGeneration,
+    teacher: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    scratch: Path,
+    progress: Progress,
+) -> Distilled:
+    """Train `student` in place; what the engine records of the run goes to `scratch`."""
+    ratio = None
+    if method.as_long_as is not None:
+        prompts = distillation_prompts(recipe, seed)
+        ratio = step_ratio(student, teacher, processor, prompts, recipe.distillation, method.as_long_as, seed)
+        steps = round(ratio * recipe.distillation.steps)
+        recipe = replace(recipe, distillation=recipe.distillation.lasting(steps))
+    prompts = distillation_prompts(recipe, seed)
+    history = distill(
+        student, teacher, processor, prompts, recipe.distillation, method, seed, scratch, progress
+    )  # fmt: skip
+    return Distilled(history, ratio)
+
+
+def diagnosed(
+    recipe: DemoRecipe,
+    seed: int,
+    student: Qwen3VLForConditionalGeneration,
+    teacher: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    scratch: Path,
+) -> Diagnosis:
+    """What `vgs diagnose` measures of a start, on the first prompts of its distillation."""
+    (vgs,) = (method for method in methods_for(["vgs"], None) if method.steered)
+    prompts = distillation_prompts(recipe, seed)
+    trainer = make_trainer(student, teacher, processor, prompts, recipe.distillation, vgs, seed, scratch)
+    torch.manual_seed(seed)
+    return diagnose(trainer, DIAGNOSED_ROWS)
 
 
 def judge(

@@ -54,7 +54,7 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
         else "One seed: a few points of difference can be chance.",
     )
     table.add_column("model", no_wrap=True)
-    for header in ("accuracy", "vs OPD", "no image", "cosine", "s/step"):
+    for header in ("accuracy", "vs OPD", "no image", "steps", "s/step"):
         table.add_column(header, justify="right", no_wrap=True)
     teacher, start = results["teacher"], results["student_start"]
     if teacher:
@@ -62,13 +62,13 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
     if start:
         table.add_row("student start", spread_text(start["accuracy"]))
     for name, summary in results["summary"].items():
-        gain, cosine = summary.get("gain_over_opd"), summary.get("cosine")
+        gain = summary.get("gain_over_opd")
         table.add_row(
             results["methods"][name]["label"],
             spread_text(summary["accuracy"]),
             spread_text(gain, signed=True) if gain else "",
             percent(summary["without_image"]["mean"]),
-            "" if cosine is None else f"{cosine:+.2f}",
+            f"{summary['steps']:.0f}",
             f"{summary['step_seconds']['total']:.2f}",
         )
     return table

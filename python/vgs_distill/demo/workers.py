@@ -301,22 +301,19 @@ def _supervised_model(
 
 def _run_distillation(job: DistillJob, send: Callable[[Message], None]) -> dict[str, Any]:
     from vgs_distill.demo import stages
-    from vgs_distill.demo.distillation import distill
 
     recipe = job.recipe
-    prompts = stages.distillation_prompts(recipe, job.seed)
     student, processor = stages.load(job.start)
     teacher, _ = stages.load(job.teacher)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        history = distill(
+        history, ratio = stages.distilled(
+            recipe,
+            job.method,
+            job.seed,
             student,
             teacher,
             processor,
-            prompts,
-            recipe.distillation,
-            job.method,
-            job.seed,
             Path(scratch),
             progress_reporter(job.name, send),
         )
@@ -336,5 +333,6 @@ def _run_distillation(job: DistillJob, send: Callable[[Message], None]) -> dict[
         "evaluation": evaluation,
         "without_image": without_image,
         "history": history,
+        "step_ratio": ratio,
         "seconds": {"training": trained - began, "evaluation": evaluated - trained},
     }

@@ -31,12 +31,12 @@ __all__ = [
 
 def world_names() -> tuple[str, ...]:
     """The tasks `make_world` knows."""
-    return ("digits", "shapes")
+    return ("digits", "shapes", "easyvqa")
 
 
 def make_world(name: str) -> World:
     """The world called `name`; raises `ValueError` naming the known ones."""
-    # Imported here because each world pulls in its own library (scikit-learn for the handwriting).
+    # Imported here because each world pulls in its own library (scikit-learn for the handwriting, easy-vqa).
     if name == "digits":
         from .digits import DigitsWorld
 
@@ -45,4 +45,8 @@ def make_world(name: str) -> World:
         from .shapes import ShapesWorld
 
         return ShapesWorld()
+    if name == "easyvqa":
+        from .easyvqa import EasyVqaWorld
+
+        return EasyVqaWorld()
     raise ValueError(f"There is no task called {name!r}; choose one of: {', '.join(world_names())}.")

@@ -20,6 +20,7 @@ from .world import (
     GRID,
     IMAGE_SIZE,
     NUMBER_WORDS,
+    TRAINING,
     Example,
     World,
     cell_slice,
@@ -89,12 +90,12 @@ class DigitsWorld(World):
         question_type: str,
         *,
         prior: float,
-        held_out: bool = False,
+        split: str = TRAINING,
         answer: str | None = None,
     ) -> Example:
         digits = self._draw_digits(generator, question_type, prior, answer)
         asked = next(iter(digits))  # drawn first; the cells come in random order
-        pools = handwriting().held_out if held_out else handwriting().training
+        pools = handwriting().held_out if split == "test" else handwriting().training
         scene = tuple(
             PlacedDigit(cell, digits[cell], int(generator.choice(pools[digits[cell]]))) for cell in sorted(digits)
         )

@@ -19,6 +19,7 @@ from .world import (
     GRID,
     IMAGE_SIZE,
     NUMBER_WORDS,
+    TRAINING,
     Example,
     World,
     cell_slice,
@@ -115,11 +116,11 @@ class ShapesWorld(World):
         question_type: str,
         *,
         prior: float,
-        held_out: bool = False,
+        split: str = TRAINING,
         answer: str | None = None,
     ) -> Example:
         # Nothing to hold out: every picture is rendered afresh, with its own pigments and noise.
-        del held_out
+        del split
         objects = self._draw_objects(generator, question_type, prior, answer)
         asked = objects[0]
         question, sentence, found, against_prior = self._ask(question_type, objects, asked)

@@ -35,6 +35,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 # The streams keep training, distillation and test drawings apart even when they share a seed.
 _STREAMS = {"questions": 1, "captions": 2, "distillation": 3, "test": 4, "validation": 5}
 
+TRAINING = "training"
 SPLITS = ("validation", "test")
 STYLES = ("plain", "terse", "verbose")
 
@@ -79,7 +80,7 @@ class World(ABC):
         question_type: str,
         *,
         prior: float,
-        held_out: bool = False,
+        split: str = TRAINING,
         answer: str | None = None,
     ) -> Example:
         """Draw one example. `prior` in [0, 1] is how often the preferred answer is drawn; `answer` forces one."""
@@ -99,9 +100,9 @@ class World(ABC):
     def balanced(self, split: str, count: int, seed: int) -> list[Example]:
         """Examples without a prior: question types take turns, and within a type so do the answers.
 
-        `split` "test" is drawn from what is held out; "validation" is drawn anew from what training is drawn from, so
-        that choosing a setting by it leaves the test set unread. Any leading part of the list is balanced too, so a
-        shorter evaluation is the head of a longer one.
+        `split` "test" is drawn from what is held out; "validation" from nothing of it, so that choosing a setting
+        leaves the test set unread. Any leading part of the list is balanced too, so a shorter evaluation is the head of
+        a longer one.
         """
         if split not in SPLITS:
             raise ValueError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -112,8 +113,7 @@ class World(ABC):
             question_type = self.question_types[kind]
             answers = self.answers(question_type)
             answer = answers[round_number % len(answers)]
-            held_out = split == "test"
-            examples.append(self.draw(generator, question_type, prior=0.0, held_out=held_out, answer=answer))
+            examples.append(self.draw(generator, question_type, prior=0.0, split=split, answer=answer))
         return examples
 
     def in_style(self, example: Example, style: str) -> Example:
