@@ -156,6 +156,13 @@ class DistillationLoss:
             "teacher_prior": ("standard", "vis", "lang", "entropy"),
         }.get(self.settings.method, ("standard", "vis", "lang", "entropy", "dependency"))
 
+    def rows_with_image(self, batch: Batch) -> Tensor:
+        """(rows,) bool."""
+        return rows_with_evidence(batch, self.tokens)
+
+    def masked_view(self, batch: Batch, student: PreTrainedModel) -> Batch:
+        return masked_view(self.settings.image_mask, batch, self.tokens, self.family, student)
+
     def micro_batch(
         self,
         student: PreTrainedModel,
@@ -188,7 +195,7 @@ class MicroBatch:
         self._loss, self._settings, self._method = loss, loss.settings, loss.method
         self._student, self._teacher, self._batch = student, teacher, batch
         self._items, self._weights, self._preserves = items_in_step, weights, preserves
-        has_image = rows_with_evidence(batch, loss.tokens)
+        has_image = loss.rows_with_image(batch)
         self._seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
         self._text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
         self._any_seeing, self._any_text = bool(self._seeing.any()), bool(self._text.any())
@@ -203,9 +210,7 @@ class MicroBatch:
         method, masked = self._method, self._any_seeing
         view = None
         if masked and method.masks_teacher:
-            view = masked_view(
-                self._settings.image_mask, self._batch, self._loss.tokens, self._loss.family, self._student
-            )
+            view = self._loss.masked_view(self._batch, self._student)
         teacher, masked_teacher = self._run_teacher(view)
         rows = None
         if view is not None:

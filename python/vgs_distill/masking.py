@@ -112,12 +112,15 @@ def drop_evidence(batch: Batch) -> Batch:
 def blank_pixels(batch: Batch, tokens: EvidenceTokens, family: Family) -> Batch:
     """Every pixel takes the mean colour: 0 after the processor's normalisation."""
     features = tokens.modality.features
-    pixels = batch.multimodal[features]
+    return batch._replace(multimodal={**batch.multimodal, features: blank_like(batch.multimodal[features], family)})
+
+
+def blank_like(pixels: Tensor, family: Family) -> Tensor:
     blank = torch.zeros_like(pixels)
     if family.pads_images:
         real = (pixels != 0).flatten(2).any(2)[..., None, None, None]  # (rows, images, 1, 1, 1)
         blank = blank.masked_fill(real, _NOT_ZERO)
-    return batch._replace(multimodal={**batch.multimodal, features: blank})
+    return blank
 
 
 def hide_evidence(batch: Batch, tokens: EvidenceTokens, family: Family, model: PreTrainedModel) -> Batch:

@@ -51,6 +51,7 @@ _CONFIG = (
     _Source("transformers", "training_args.py", "TrainingArguments", _TRANSFORMERS),
     _Source("trl", "trainer/base_config.py", "_BaseConfig", _TRL),
     _Source("trl", "trainer/distillation_config.py", "DistillationConfig", _TRL),
+    _Source("vgs_distill", "settings.py", "MethodSettings", _STEERING),
     _Source("vgs_distill", "config.py", "VGSConfig", _STEERING),
 )
 _ROWS = _Source("vgs_distill", "commands/arguments.py", "DatasetArguments", _DATA)

@@ -2,22 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch._functorch.config
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vgs_kernels import LMHead
 
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The model up to its last hidden state; adapters live inside it, `PeftModel` only wraps it."""
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return whole.base_model
+    return without_adapters(model).base_model
+
+
+def is_adapted(model: Any) -> TypeGuard[PeftModel]:
+    """Whether it is a `PeftModel`: that alone has `get_base_model`, and peft may be missing where there is none."""
+    return hasattr(model, "get_base_model")
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model, inside a `PeftModel` or not."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model, adapters included, without the wrappers of DDP, DeepSpeed and torch.compile."""
+    inside: Any = model
+    while not hasattr(inside, "get_output_embeddings"):
+        inside = getattr(inside, "_orig_mod", None) or inside.module
+    return inside
+
+
+@contextmanager
+def head_passes_through(model: nn.Module) -> Iterator[None]:
+    """Inside, forward passes of the model return its last hidden states, (..., width), in the place of logits.
+
+    The states leave by the output of the forward pass, wrapped or not: FSDP2 gathers weights for the backward pass in
+    hooks on that output, and states caught by a hook on the head meet freed storage there. Their logits come from
+    `linear_reverse_kl` and its kin, chunk by chunk.
+
+    Args:
+        model: A transformers model with a language-model head, in the wrapper of its launcher or not.
+
+    Raises:
+        InputError: The model scales or caps its logits behind the head, which would meet the hidden states.
+    """
+    whole = unwrapped(model)
+    config = whole.config.get_text_config()
+    if logit_scale(config) != 1.0 or getattr(config, "final_logit_softcapping", None) is not None:
+        raise InputError(
+            f"model type {whole.config.model_type!r} scales or caps its logits behind the head, so its hidden states "
+            "cannot leave in their place; run its base model and take last_hidden_state"
+        )
+    head = whole.get_output_embeddings()
+    before = head.__dict__.get("forward")  # accelerate puts one there where weights travel
+    head.forward = lambda hidden, *_, **__: hidden
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def without_compile_wrapper(model: nn.Module) -> nn.Module:

@@ -11,7 +11,6 @@ from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from trl.models import prepare_deepspeed
 
 from ..config import OFFLOAD
 from ..errors import InputError
@@ -38,6 +37,8 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, where: str
     """Put the teacher on its device, and wrap it as the launcher asks where it stays with the student."""
     if where is None:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from trl.models import prepare_deepspeed
+
             return prepare_deepspeed(teacher, accelerator)
         return without_compile_wrapper(accelerator.prepare_model(teacher, evaluation_mode=True))
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):

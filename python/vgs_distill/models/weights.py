@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 from ..errors import InputError, one_sentence
+from .heads import is_adapted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
@@ -26,7 +29,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         InputError: a weight is missing, is none of the model's or has another shape, or the files cannot be read.
     """
     try:
-        wrong = _load_adapters(model, folder) if isinstance(model, PeftModel) else _load_model(model, folder)
+        wrong = _load_adapters(model, folder) if is_adapted(model) else _load_model(model, folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load the weights in {str(folder)!r}: {one_sentence(error)}") from error
     for what, names in wrong.items():
@@ -43,6 +46,8 @@ def with_adapter(model: PreTrainedModel, name: str, revision: str | None = None)
     Raises:
         InputError: as `load_weights`, or it is no adapter that peft knows.
     """
+    from peft import PeftConfig, get_peft_model
+
     try:
         file: Any = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=revision)  # peft takes pickled ones
         config = PeftConfig.from_pretrained(name, revision=revision)
@@ -53,7 +58,7 @@ def with_adapter(model: PreTrainedModel, name: str, revision: str | None = None)
     return wrapped
 
 
-def _load_model(model: PreTrainedModel, folder: Path) -> dict[str, set[str]]:
+def _load_model(model: Any, folder: Path) -> dict[str, set[str]]:
     """Names of weights by what is wrong with them. Takes the memory of a second model, on the CPU."""
     kind: Any = type(model)
     read, found = kind.from_pretrained(

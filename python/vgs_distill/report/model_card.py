@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 from trl import DistillationTrainer
 
 from ..config import VGSConfig
+from ..models.heads import is_adapted, without_adapters
 from ..steering.methods import METHODS
 from .page import TEMPLATES
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _TASKS = {"image": "image-text-to-text", "video": "video-text-to-text", "audio": "audio-text-to-text"}
 _STEERED = {  # by method, as the end of "on its own answers ..."
@@ -93,8 +96,8 @@ def model_card(
         tags: of the hub.
         paper: `title` and `id` (of arXiv) of the method.
     """
-    adapter = isinstance(student, PeftModel)
-    model: Any = student.get_base_model() if isinstance(student, PeftModel) else student
+    adapter = is_adapted(student)
+    model = without_adapters(student)
     folder = Path(args.output_dir or ".").resolve().name
     base, taught_by = model_name(model), model_name(teacher)
     class_name = type(model).__name__

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Sampler
-from trl.trainer.utils import RepeatSampler
+
+if TYPE_CHECKING:
+    from trl.trainer.utils import RepeatSampler
 
 
 class EpochOrder(Sampler[int]):
