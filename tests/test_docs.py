@@ -162,6 +162,8 @@ def understand(command: list[str]) -> None:
         case ["vgs", ("train" | "eval") as name, *arguments]:
             fields = cli.look_parser().parse_known_args(arguments)[1] if name == "train" else arguments
             (train_parser if name == "train" else eval_parser)().parse([*fields, "--use_cpu"])
+        case ["vgs", "diagnose", *arguments]:
+            train_parser().parse([*cli.diagnose_parser().parse_known_args(arguments)[1], "--use_cpu"])
         case ["vgs", ("demo" | "export" | "report" | "doctor") as name, *arguments]:
             getattr(cli, f"{name}_parser")().parse_args(arguments)
         case ["vgs", name, *_]:
@@ -191,6 +193,7 @@ def test_the_quick_start_runs(desk: Path, workspace: Workspace) -> None:
     sizes = {name: value for name, value in changes.items() if not re.search("_path$|^dataset", name)}
     small = {
         "train": [f"--{name}={value}" for name, value in sizes.items()],
+        "diagnose": ["--rows=4", *(f"--{name}={value}" for name, value in sizes.items())],
         "eval": ["--use_cpu", "--max_completion_length", "4", "--max_rows", "4"],
         "report": [],
     }

@@ -57,6 +57,32 @@ def _train(arguments: Sequence[str]) -> int:
     return 0
 
 
+def diagnose_parser() -> Parser:
+    """The flags of `vgs diagnose` that are none of `vgs train`."""
+    parser = Parser(
+        prog="vgs diagnose",
+        description="Measure a student, its teacher and a few dozen prompts before any training: how far the student "
+        "is from its teacher with the image and without, how many tokens need the image, the angles between the parts "
+        "of the loss, what steering costs. Writes a page with a recommendation and its reason. Takes the YAML file and "
+        "the flags of vgs train besides these, and trains nothing.",
+        usage="vgs diagnose [--rows N] [--output PAGE] [--config FILE] [FLAG OF vgs train]...",
+    )
+    add = parser.add_argument
+    add("--rows", type=int, default=48, metavar="N", help="Rows to sample a completion for. (default: 48)")
+    add("--output", type=Path, default=Path("diagnosis.html"), metavar="PAGE", help="The page to write; its numbers "
+        "go into a .json file beside it. (default: diagnosis.html)")  # fmt: skip
+    return parser
+
+
+def _diagnose(arguments: Sequence[str]) -> int:
+    asked, others = diagnose_parser().parse_known_args(arguments)
+    fields.check("train", ["--output_dir=none", *others])  # of a run, and there is none
+    from .diagnose import run_diagnosis
+
+    run_diagnosis(others, asked.rows, asked.output)
+    return 0
+
+
 def _eval(arguments: Sequence[str]) -> int:
     if fields.answer("eval", arguments):
         return 0
@@ -228,6 +254,7 @@ def _bench(arguments: Sequence[str]) -> int:
 
 COMMANDS = {
     "train": Command(_train, "distil a teacher into a student of your own, from a YAML file and flags", "train"),
+    "diagnose": Command(_diagnose, "say before any training whether steering is worth it, and why", "train"),
     "eval": Command(_eval, "measure a model with and without its images: accuracy, divergence from a teacher", "train"),
     "export": Command(_export, "write the model of a run into a folder of its own; merge its adapter", "train"),
     "report": Command(_report, "write one HTML page about runs: losses, gradients, what the student wrote", "train"),

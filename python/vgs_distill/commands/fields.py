@@ -232,6 +232,11 @@ def answer(command: str, arguments: Sequence[str]) -> bool:
     return False
 
 
+def check(command: str, arguments: Sequence[str]) -> None:
+    """InputError where a flag or a key of the YAML file is none of the command's, or a needed one is missing."""
+    _check(command, arguments, fields_of(command))
+
+
 def hint(name: str, known: Mapping[str, object]) -> str:
     """What was probably meant by the name of a field that does not exist, as the end of a sentence."""
     name = name.lower().replace("-", "_")
