@@ -440,6 +440,7 @@ def test_opcheck(kind: str | None, objectives: int, chosen: str) -> None:
         True,
         True,
         3 * 4 * 9 * 4,
+        0,
         0.0,
         2.0,
         0.1,
@@ -466,6 +467,7 @@ def test_wrong_arguments_say_what_is_wrong() -> None:
         linear_reverse_kl(problem.hidden[None], problem.head, problem.teacher_hidden, problem.teacher_head)
     for options, message in (
         ({"max_chunk_bytes": 0}, "max_chunk_bytes must be positive"),
+        ({"chunk_tokens": -1}, "chunk_tokens must be positive, got -1"),
         ({"vocab_size": 9.0}, r"vocab_size must be a whole number, got 9\.0"),
         ({"vocab_size": VOCAB + 1}, "vocab_size must be between 1 and the smallest vocabulary"),
         ({"temperature": math.nan}, "temperature must be a positive finite number"),

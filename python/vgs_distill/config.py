@@ -32,6 +32,7 @@ _RANGES: tuple[Range, ...] = (
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "max_completion_length", "max_prompt_length", "max_skipped_steps",
+            "chunk_tokens", "max_chunk_bytes",
         ),
         lambda value: value >= 1,
         "1 or more",
@@ -95,6 +96,11 @@ class VGSConfig(MethodSettings, DistillationConfig):
         check_dataset_rows: How many rows of a map-style dataset have their images decoded before training starts (all
             have their prompt checked); None for all, 0 for no check at all. A JPEG of a million pixels takes 8 ms, a
             PNG 30 ms.
+        chunk_tokens: Tokens of a chunk of the loss, whose logit gradients are multiplied back into the head at once;
+            None for 1,024 on a GPU, as many as `max_chunk_bytes` holds on a CPU. Every chunk reads and writes the
+            gradient of the whole head (`vgs_kernels.linear_decomposed_kl`).
+        max_chunk_bytes: Upper bound on the logits and logit gradients that the loss holds at a time, in bytes; None for
+            149 MiB on a CPU and half of the free memory on a GPU.
         record_completions_every: Steps from one record of sampled completions to the next, for the report: a few rows
             with their images and log q - log r of every token, from passes that the step runs anyway; 0 for none.
         record_teacher_answers: Record beside a completion what the teacher itself answers, greedily. It costs as many
@@ -118,6 +124,8 @@ class VGSConfig(MethodSettings, DistillationConfig):
     pack_teacher: bool | None = None
     max_prompt_length: int | None = None
     check_dataset_rows: int | None = 10_000
+    chunk_tokens: int | None = None
+    max_chunk_bytes: int | None = None
     record_completions_every: int = 100
     record_teacher_answers: bool = True
     record_modules_every: int = 0

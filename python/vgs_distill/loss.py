@@ -63,6 +63,8 @@ class LossSettings:
     ratio_floor: float
     teacher_smoothing: float
     temperature: float
+    chunk_tokens: int | None = None
+    max_chunk_bytes: int | None = None
     vocab_size: int | None = None  # entries that both vocabularies share, where they are padded differently
 
     @property
@@ -81,6 +83,8 @@ class LossSettings:
             "teacher_smoothing": self.teacher_smoothing,
             "temperature": self.temperature,
             "vocab_size": self.vocab_size,
+            "chunk_tokens": self.chunk_tokens,
+            "max_chunk_bytes": self.max_chunk_bytes,
         }
 
 

@@ -37,6 +37,7 @@ def linear_reverse_kl(
     accumulate_head_grad: bool = False,
     gradient_filter: float | None = None,
     max_chunk_bytes: int | None = None,
+    chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> LinearReverseKL:
@@ -48,8 +49,8 @@ def linear_reverse_kl(
     with $p$ and $q$ of `reverse_kl` on the logits ``softcap(scale * (hidden @ weight.T + bias))`` of each stream. It is
     a sum: for a mean over tokens pass ``token_weights=mask / mask.sum()``.
 
-    The gradients are formed in the forward pass, run by run of tokens, and only scaled in ``backward``, which may run
-    more than once and gives the same answer each time. The teacher is a constant.
+    The gradients are formed in the forward pass, chunk by chunk, and only scaled in ``backward``, which may run more
+    than once and gives the same answer each time. The teacher is a constant.
 
     Args:
         student_hidden: Last hidden states of the student at the positions that predict the tokens, in the head's dtype
@@ -72,18 +73,22 @@ def linear_reverse_kl(
             (loss scaling, division by accumulation steps) does not reach it and belongs into the token weights; it is
             added at every forward pass that records gradients, also where ``backward`` is never called or the forward
             is recomputed (checkpointing); gradient hooks, DDP and FSDP do not see it.
-        gradient_filter: If given, a tolerance ε in (0, 1/6). In every run the smallest columns of the logit gradient
-            G (tokens of the run × vocab) are left out of the product with the head, as many as keep ‖dropped‖ ≤ ε ‖G‖
+        gradient_filter: If given, a tolerance ε in (0, 1/6). In every chunk the smallest columns of the logit gradient
+            G (tokens of the chunk × vocab) are left out of the product with the head, as many as keep ‖dropped‖ ≤ ε ‖G‖
             in the Frobenius norm, and of the product with the hidden states, as many as keep ‖dropped‖ ≤ 6 ε ‖G‖. So
-            the hidden gradients of the run change by at most ε ‖G‖ ‖weight‖₂, its head gradient by at most
+            the hidden gradients of the chunk change by at most ε ‖G‖ ‖weight‖₂, its head gradient by at most
             6 ε ‖G‖ ‖hidden‖₂ (spectral norms) and its bias gradient by at most 6 ε ‖G‖ √rows. The head gets more
             because each column is one row of its gradient, while hidden gradients add up columns that cancel (rows of G
             sum to 0) and change by more than ε of their own size. Values are not changed. Pays where the student is
             peaked, because nearly all columns then vanish; costs one more look at the logit gradient where it is not.
-            On a GPU the number of columns has to reach the host, so every run waits for the device, and CUDA graphs
+            On a GPU the number of columns has to reach the host, so every chunk waits for the device, and CUDA graphs
             cannot capture the call.
         max_chunk_bytes: Upper bound on the logits and logit gradients held at a time, in bytes (at least one token's
-            are held). Default 148 MiB on a CPU, 512 MiB on a GPU.
+            are held). Default 149 MiB on a CPU; on a GPU half of the free memory, which bounds them in any case.
+        chunk_tokens: Tokens that a chunk has at least, where memory allows: those whose logit gradients are multiplied
+            back into the head at once, which reads and writes the whole head gradient. Default 1,024 on a GPU, in
+            multiples of 256 (`vgs_kernels.linear.rule` has the reasons); on a CPU as many as `max_chunk_bytes` holds.
+            Where memory is short, logits of fewer tokens are held, and the gradients of a chunk collected in 16 bits.
         logits_dtype: The dtype of projected logits, float32 for 16-bit hidden states and that of the hidden states
             otherwise. A divergence lives on differences of logits: bf16 logits of size 30 are multiples of 1/8, which
             puts bf16 gradients off by tens of percent of their largest entry where float32 logits keep them within 1 %.
@@ -94,9 +99,11 @@ def linear_reverse_kl(
         LinearReverseKL: the sum ``kl`` in nats, differentiable; ``per_token`` (unweighted, detached, 0 where the token
         weight is 0); ``sampled``; ``hidden_gradient``, formed in this call where ``student_hidden`` requires one.
 
-    Numerics: as in `reverse_kl`. Deterministic. No host synchronisation on a GPU without ``gradient_filter``. On a CPU
-    the head gradient is summed over runs in its own dtype. Under autocast, hidden states and heads are cast to
-    autocast's dtype, as for a linear layer. No second derivative: asking for one raises.
+    Numerics: as in `reverse_kl`. Deterministic. No host synchronisation on a GPU without ``gradient_filter``. On a GPU
+    gradients of 16-bit heads and hidden states are summed in float32 and rounded once, in ``backward``;
+    ``hidden_gradient`` is float32 there, and where memory is short the lengths of chunks, so the last digits, follow
+    it. On a CPU the head gradient is summed over chunks in its own dtype. Under autocast, hidden states and heads are
+    cast to autocast's dtype, as for a linear layer. No second derivative: asking for one raises.
 
     Raises:
         ValueError: Shapes, dtypes, devices or options do not fit; the message says which and what to do.
@@ -122,7 +129,7 @@ def linear_reverse_kl(
     coefficients[0, :, STANDARD] = weights
     options = Options(
         temperature, vocab_size, teacher_smoothing, accumulate_head_grad, gradient_filter, max_chunk_bytes,
-        logits_dtype, backend,
+        chunk_tokens, logits_dtype, backend,
     )  # fmt: skip
     results = run(inputs, weights, coefficients, nothing, sampled_tokens, options)
     per_token = ReverseKL(results.values[:, STANDARD], results.values[:, ENTROPY])
@@ -152,6 +159,7 @@ def linear_decomposed_kl(
     accumulate_head_grad: bool = False,
     gradient_filter: float | None = None,
     max_chunk_bytes: int | None = None,
+    chunk_tokens: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> LinearDecomposedKL:
@@ -175,8 +183,8 @@ def linear_decomposed_kl(
     **Only the student that sees the image gets a gradient.** ``lang`` of ``vgs`` compares constants; its gradient,
     wherever language is to be trained or preserved, is that of `linear_reverse_kl` on the masked hidden states.
 
-    The gradients are formed in the forward pass, run by run of tokens, and only scaled in ``backward``, which may run
-    more than once and gives the same answer each time.
+    The gradients are formed in the forward pass, chunk by chunk, and only scaled in ``backward``, which may run more
+    than once and gives the same answer each time.
 
     Args:
         student_hidden: Last hidden states of the student, in the head's dtype and on its device.
@@ -198,8 +206,8 @@ def linear_decomposed_kl(
             log-probability under student and both teachers, at no further pass over the vocabulary. What the teacher
             sees in it is ``sampled.teacher - sampled.masked_teacher``.
         token_steering: A further factor in $v_t$ from the sampled tokens; see `TokenSteering`. Needs
-            ``sampled_tokens``. Nothing is normalised here, because a mean over tokens is known only after the last run:
-            divide vis by the mean of the ``applied_vis_weights`` returned.
+            ``sampled_tokens``. Nothing is normalised here, because a mean over tokens is known after the last chunk
+            only: divide vis by the mean of the ``applied_vis_weights`` returned.
         ratio_guard: As in `decomposed_kl`.
         teacher_smoothing: ε in [0, 1), as in `decomposed_kl`; what is said of the sampled tokens is then of the
             smoothed teachers.
@@ -208,6 +216,7 @@ def linear_decomposed_kl(
         accumulate_head_grad: As in `linear_reverse_kl`, for ``objective``, which it needs.
         gradient_filter: As in `linear_reverse_kl`; of every objective by itself.
         max_chunk_bytes: As in `linear_reverse_kl`.
+        chunk_tokens: As in `linear_reverse_kl`.
         logits_dtype: As in `linear_reverse_kl`.
         backend: As in `decomposed_kl`.
 
@@ -262,7 +271,7 @@ def linear_decomposed_kl(
             target[index] += named.coefficients(part, of_tokens)
     options = Options(
         temperature, vocab_size, teacher_smoothing, accumulate_head_grad, gradient_filter, max_chunk_bytes,
-        logits_dtype, backend, token_steering, ratio_guard,
+        chunk_tokens, logits_dtype, backend, token_steering, ratio_guard,
     )  # fmt: skip
     results = run(inputs, weights, coefficients, vis_coefficients, sampled_tokens, options)
     return _result(named, results, own, mixed, vis_weights)

@@ -21,7 +21,6 @@ from ..checks import (
 from ..stream_kl.reference import COEFFICIENTS
 from ..types import LMHead, RatioGuard, TokenSteering, accumulation_dtype
 from . import op
-from .chunks import DEFAULT_MAX_CHUNK_BYTES
 from .column_filter import HEAD_MULTIPLE
 from .products import HALF_DTYPES
 
@@ -35,6 +34,7 @@ class Options(NamedTuple):
     accumulate_head_grad: bool
     gradient_filter: float | None
     max_chunk_bytes: int | None
+    chunk_tokens: int | None
     logits_dtype: torch.dtype | None
     backend: str | None
     token_steering: TokenSteering | None = None
@@ -159,7 +159,8 @@ def run(
         needs_hidden,
         needs_weight,
         needs_bias,
-        _chunk_bytes(options.max_chunk_bytes, hidden),
+        _or_zero("max_chunk_bytes", options.max_chunk_bytes),
+        _or_zero("chunk_tokens", options.chunk_tokens),
         _tolerance(options.gradient_filter),
         steering.strength,
         steering.plausibility,
@@ -213,11 +214,11 @@ def _check_steering(steering: TokenSteering, sampled_tokens: Tensor | None, hidd
     check_fraction("the plausibility of token_steering", steering.plausibility)
 
 
-def _chunk_bytes(given: int | None, hidden: Tensor) -> int:
+def _or_zero(name: str, given: int | None) -> int:
     if given is None:
-        return DEFAULT_MAX_CHUNK_BYTES.get(hidden.device.type, DEFAULT_MAX_CHUNK_BYTES["cpu"])
+        return 0
     if given <= 0:
-        raise ValueError(f"max_chunk_bytes must be positive, got {given}")
+        raise ValueError(f"{name} must be positive, got {given}")
     return given
 
 

@@ -1,14 +1,12 @@
-"""How a linear call walks its tokens: how many rows have their logits in memory at a time, and where those lie.
+"""How a linear call walks its tokens, and where logits and logit gradients lie; `rule.py` says how many at a time.
 
-Two lengths. The logits of a short run of rows are projected, looked at twice and turned into logit gradients. Where
-gradients are of another dtype than logits, those of several short runs gather in a buffer of their own before they are
-multiplied back: every product reads and writes the whole head gradient once, whatever its number of rows. Where the
-dtypes agree, gradients lie over the logits, and both lengths are one.
+The logits of a slice of rows are projected, looked at twice and turned into logit gradients. Where gradients are of
+another dtype than logits, those of all slices of a chunk gather in a buffer of their own before they are multiplied
+back. Where the dtypes agree, gradients lie over the logits, and a chunk is one slice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,66 +15,45 @@ from torch import Tensor
 
 from ..pages import use_huge_pages
 from ..stream_kl.reference import Streams
+from .rule import DeviceFacts, Plan
 
 Rows = slice | Tensor  # of the tokens: a slice, or indices
 
-# Bytes of logits and logit gradients at a time. CPU: the benchmark's peak stays below 160 MiB; at a vocabulary of
-# 151,936 these are 64 rows of two streams beside the 16-bit gradients of 256. GPU: every product of a run reads the
-# head, so few rows would leave the processors waiting for memory; this value is reasoned, not measured.
-DEFAULT_MAX_CHUNK_BYTES = {"cpu": 149 * 2**20, "cuda": 512 * 2**20}
-# Part of them that gradients of another dtype get on a CPU.
-_GRADIENT_SHARE = 0.5
+# Rows of matrices on a GPU begin at whole cache lines: unaligned ones are loaded an entry at a time, by our kernels and
+# by those of matrix products. Real vocabularies are multiples of 64 as they are.
+_GPU_ALIGNMENT = 128  # bytes
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Rows of a short run, and of a long one, which is a whole number of short ones."""
-
-    logits: int
-    gradients: int
-
-
-def lengths(device_type: str, logit_bytes: int, gradient_bytes: int, max_bytes: int) -> Lengths:
-    """The rows that fit `max_bytes`, at least one, of the bytes a row that all logits take, and that those gradients
-    take which do not lie over logits."""
-    if gradient_bytes == 0 or device_type != "cpu":
-        rows = max(1, max_bytes // (logit_bytes + gradient_bytes))
-        return Lengths(rows, rows)
-    short = max(1, int(max_bytes * (1 - _GRADIENT_SHARE)) // logit_bytes)
-    runs = max(1, int(max_bytes * _GRADIENT_SHARE) // (gradient_bytes * short))
-    return Lengths(short, short * runs)
-
-
-def runs(token_weights: Tensor, most: int) -> Iterator[Rows]:
-    """Rows of every run, of nearly equal length: a product of few rows costs as much as the head's way through memory.
+def chunks(token_weights: Tensor, plan: Plan, facts: DeviceFacts) -> Iterator[tuple[Rows, int]]:
+    """Rows of every chunk, and how many they are.
 
     On a CPU tokens of weight 0 are left out; on a GPU counting them would wait for it.
     """
     tokens = token_weights.shape[0]
-    if not token_weights.is_cuda:
+    if not facts.is_gpu:
         active = token_weights.nonzero().squeeze(1)
         if active.shape[0] < tokens:
-            yield from active.split(_equal(active.shape[0], most)) if active.numel() else ()
+            for rows in active.split(plan.chunks(active.shape[0])):
+                yield rows, rows.shape[0]
             return
-    length = _equal(tokens, most)
-    for start in range(0, tokens, length):
-        yield slice(start, min(start + length, tokens))
+    for rows in _places(plan.chunks(tokens)):
+        yield rows, rows.stop - rows.start
 
 
-def _equal(count: int, most: int) -> int:
-    """The length of as few parts of a count as may be, at most `most` each."""
-    return math.ceil(count / max(1, math.ceil(count / most))) or 1
-
-
-def short_runs(rows: Rows, count: int, most: int) -> Iterator[tuple[Rows, slice]]:
-    """Cut a run of `count` rows: the rows of every short one, and where they lie in the run."""
-    length = _equal(count, most)
-    for start in range(0, count, length):
-        place = slice(start, min(start + length, count))
+def slices(rows: Rows, count: int, plan: Plan) -> Iterator[tuple[Rows, slice]]:
+    """Cut a chunk of `count` rows: the rows of every slice, and where they lie in the chunk."""
+    for place in _places(plan.slices(count)):
         if isinstance(rows, slice):
             yield slice(rows.start + place.start, rows.start + place.stop), place
         else:
             yield rows[place], place
+
+
+def _places(lengths: list[int]) -> Iterator[slice]:
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length
 
 
 def gather(hidden: Tensor, rows: Rows, weights: Tensor) -> Tensor:
@@ -100,56 +77,75 @@ class Logits:
         )
 
 
-class LogitBuffer:
-    """The logits of one call, reused by every run: fresh memory costs as much as the pass that fills it."""
+@dataclass(frozen=True)
+class Layout:
+    """The shape of one model's matrices: entries of its vocabulary, and from one row to the next."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, vocabs: tuple[int, int], streams: tuple[int, int]) -> None:
-        """Vocabulary and number of streams, of (student, teacher)."""
-        self._like, self._dtype = like, dtype
-        self._vocabs, self._streams = vocabs, streams
-        self._buffer: Tensor | None = None
+    vocab: int
+    stride: int
+
+    @classmethod
+    def of(cls, vocab: int, dtype: torch.dtype, facts: DeviceFacts) -> Layout:
+        entries = _GPU_ALIGNMENT // dtype.itemsize if facts.is_gpu else 1
+        return cls(vocab, -(-vocab // entries) * entries)
+
+    def matrix(self, buffer: Tensor, rows: int) -> Tensor:
+        """(rows, vocab), from the start of a flat buffer."""
+        return buffer[: rows * self.stride].view(rows, self.stride)[:, : self.vocab]
+
+
+class LogitBuffer:
+    """The logits of one call, reused by every slice: fresh memory costs as much as the pass that fills it."""
+
+    def __init__(
+        self, like: Tensor, dtype: torch.dtype, layouts: tuple[Layout, Layout], streams: tuple[int, int], rows: int
+    ) -> None:
+        """Layout and number of streams, of (student, teacher). `rows`: of the longest slice."""
+        self._layouts, self._streams = layouts, streams
+        self._buffer = like.new_empty(rows * bytes_of_row(layouts, streams, 1), dtype=dtype)
+        use_huge_pages(self._buffer)
 
     def of(self, n: int) -> Logits:
-        (student_vocab, teacher_vocab), (students, teachers) = self._vocabs, self._streams
-        split = n * teachers * teacher_vocab
-        size = split + n * students * student_vocab
-        if self._buffer is None:
-            self._buffer = self._like.new_empty(size, dtype=self._dtype)
-            use_huge_pages(self._buffer)
-        return Logits(
-            self._buffer[:split].view(n * teachers, teacher_vocab),
-            self._buffer[split:size].view(n * students, student_vocab),
-            n,
-        )
+        (student, teacher), (students, teachers) = self._layouts, self._streams
+        split = n * teachers * teacher.stride
+        return Logits(teacher.matrix(self._buffer, n * teachers), student.matrix(self._buffer[split:], n * students), n)
 
     def overwritten(self, n: int, objectives: int) -> Tensor:
         """(objectives * n, vocab): the memory of the student's logits, and for two objectives that of the teacher's
         that lie before them; one matrix, so that one product takes both."""
-        (vocab, teacher_vocab), (_, teachers) = self._vocabs, self._streams
-        assert self._buffer is not None
-        first = n * teachers * teacher_vocab
-        return self._buffer[first - (objectives - 1) * n * vocab : first + n * vocab].view(objectives * n, vocab)
+        (student, teacher), (_, teachers) = self._layouts, self._streams
+        first = n * teachers * teacher.stride - (objectives - 1) * n * student.stride
+        return student.matrix(self._buffer[first:], objectives * n)
 
 
 class GradientBuffer:
-    """Where the logit gradients of a run lie: over the logits, or apart. Those of the objectives are stacked."""
+    """Where the logit gradients of a chunk lie: over the logits, or apart. Those of the objectives are stacked."""
 
-    def __init__(self, logits: LogitBuffer, like: Tensor, dtype: torch.dtype, vocab: int, objectives: int, over: bool):
-        self._logits, self._over = logits, over
-        self._like, self._dtype = like, dtype
-        self._vocab, self._objectives = vocab, objectives
-        self._buffer: Tensor | None = None
+    def __init__(
+        self, logits: LogitBuffer, like: Tensor, dtype: torch.dtype, layout: Layout, objectives: int, rows: int
+    ) -> None:
+        """`rows`: of the longest chunk whose gradients lie apart; 0 for over the logits."""
+        self._logits, self._layout, self._objectives = logits, layout, objectives
+        self._buffer = like.new_empty(objectives * rows * layout.stride, dtype=dtype) if rows else None
+        if self._buffer is not None:
+            use_huge_pages(self._buffer)
 
     def of(self, n: int) -> Tensor:
         """(objectives * n, vocab)."""
-        if self._over:
-            return self._logits.overwritten(n, self._objectives)
         if self._buffer is None:
-            self._buffer = self._like.new_empty(self._objectives * n * self._vocab, dtype=self._dtype)
-            use_huge_pages(self._buffer)
-        return self._buffer[: self._objectives * n * self._vocab].view(-1, self._vocab)
+            return self._logits.overwritten(n, self._objectives)
+        return self._layout.matrix(self._buffer, self._objectives * n)
+
+
+def bytes_of_row(layouts: tuple[Layout, Layout], streams: tuple[int, int], itemsize: int) -> int:
+    """Of the logits of all streams of (student, teacher)."""
+    return sum(layout.stride * count for layout, count in zip(layouts, streams, strict=True)) * itemsize
 
 
 def can_overwrite(logits: torch.dtype, gradients: torch.dtype, vocabs: tuple[int, int], objectives: int) -> bool:
-    """Whether logit gradients may lie over logits that are not needed after them."""
+    """Whether logit gradients may lie over logits that are not needed after them.
+
+    Not 16-bit ones over float32: a program would write where its neighbours have not read yet, and a GPU's rows are
+    split over programs wherever the rows of a chunk do not fill it.
+    """
     return logits == gradients and (objectives == 1 or vocabs[0] == vocabs[1])

@@ -1,7 +1,10 @@
-"""The gradients of one linear call: hidden states, head weight and head bias, filled run by run.
+"""The gradients of one linear call: hidden states, head weight and head bias, filled chunk by chunk.
 
 One or two objectives of the same rows. Logit gradients of both are stacked, (objectives * n, vocab), so that one
 product makes the hidden gradients of both; the head gradients take one product each.
+
+On a GPU everything adds up in float32 and leaves in it: what a gradient is scaled by is known in `backward` only, and
+there it is rounded, once. On a CPU, where a head-sized matrix more costs time, the head gradient has the head's dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from ..pages import zeros_like
 from ..types import accumulation_dtype
 from .chunks import Rows
 from .column_filter import ColumnFilter
-from .products import Products, head_gradient_dtype
+from .gpu_products import GpuProducts
+from .products import Products
 
 # Gathering rows of the head costs more than multiplying all of them where a larger part of the columns is kept.
 _WORTH_GATHERING = 0.2
@@ -48,42 +52,52 @@ class Gradients:
         hidden: Tensor,  # (tokens, width)
         weight: Tensor,  # (>= vocab, width)
         bias: Tensor | None,  # (>= vocab,)
-        products: Products,
+        products: Products | GpuProducts,
         tolerance: float,  # of the column filter, 0 for none
+        unit: Tensor | None,  # (): what the logit gradients are given in; None for 1
+        chunks: int,
     ) -> None:
         self.wanted, self.products = wanted, products
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias, self._unit = weight, bias, unit
         self._filter = ColumnFilter(tolerance, products.native) if tolerance else None
-        self._accumulates = wanted.weight_grad is not None or self._filter is not None
-        self.hidden = [
-            torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else weight.new_empty(0)
-            for _ in range(wanted.objectives)
-        ]
+        self._wide = isinstance(products, GpuProducts)
+        self._added_to = self._is_added_to(chunks)
+        self._accumulates = self._added_to or self._filter is not None
+        dtype = gradient_dtype(hidden.dtype, self._wide)
+        shape = hidden.shape if wanted.hidden else (0,)
+        self.hidden = [hidden.new_zeros(shape, dtype=dtype) for _ in range(wanted.objectives)]
         self.weight = [self._of_weight() for _ in range(wanted.objectives)]
         self._products = 0  # that each of them has taken
         self._remainders: list[Tensor | None] = [None] * wanted.objectives
         self.bias = [self._of_bias() for _ in range(wanted.objectives)]
 
+    def _is_added_to(self, chunks: int) -> bool:
+        """Whether products add to the gradient that was given. Not where it would be rounded in every one of several
+        chunks, or is of another unit: then it is added to once, at the end."""
+        given = self.wanted.weight_grad
+        if given is None or not self._wide:
+            return given is not None
+        once = chunks == 1 and given.dtype == self._weight.dtype
+        return self._unit is None and (once or given.dtype == gradient_dtype(self._weight.dtype, True))
+
     def _of_weight(self) -> Tensor:
         if not self.wanted.weight:
             return self._weight.new_empty(0)
-        if self.wanted.weight_grad is not None:
+        if self._added_to and self.wanted.weight_grad is not None:
             return self.wanted.weight_grad
-        dtype = head_gradient_dtype(self._weight)
+        dtype = gradient_dtype(self._weight.dtype, self._wide)
         if self._filter is not None:  # few of its rows are written
             return zeros_like(self._weight, dtype)
-        # The first run writes into it; zeros would cost a pass of their own.
+        # The first chunk writes into it; zeros would cost a pass of their own.
         return torch.empty_like(self._weight, dtype=dtype, memory_format=torch.contiguous_format)
 
     def _of_bias(self) -> Tensor:
         if not self.wanted.bias or self._bias is None:
             return self._weight.new_empty(0)
-        if self.wanted.bias_grad is not None:
-            return self.wanted.bias_grad
         return torch.zeros_like(self._bias, dtype=accumulation_dtype(self._bias.dtype))
 
     def squares(self, vocab: int) -> Tensor | None:
-        """Zeros, (objectives, vocab), for the squares of the columns of a run; None where no filter asks for them."""
+        """Zeros, (objectives, vocab), for the squares of the columns of a chunk; None where no filter asks for them."""
         if self._filter is None:
             return None
         return self._weight.new_zeros((self.wanted.objectives, vocab), dtype=torch.float32)
@@ -95,7 +109,7 @@ class Gradients:
         hidden: Tensor,  # (n, width)
         squares: Tensor | None,  # (objectives, vocab)
     ) -> None:
-        """Add what a run gives."""
+        """Add what a chunk gives."""
         if self.wanted.weight and self._products == _ROUNDED:
             self._remainders = [self.products.remainder(weight) for weight in self.weight]
         of_objectives = logit_gradients.split(hidden.shape[0])
@@ -111,19 +125,23 @@ class Gradients:
         self._accumulates = True
         self._products += 1
 
-    def finish(self) -> None:
-        """Without a run (no tokens, or all of weight 0) nothing was written yet."""
-        if not self._accumulates:
-            for weight in self.weight:
-                weight.zero_()
-
-    def outputs(self) -> list[Tensor]:
-        """Hidden, weight, bias of two objectives, in the dtypes of what they are gradients of; empty where absent."""
+    def finish(self) -> list[Tensor]:
+        """Hidden, weight, bias of two objectives; empty where absent, or where they were added to a given gradient."""
         found: list[Tensor] = []
         for hidden, weight, bias in zip(self.hidden, self.weight, self.bias, strict=True):
-            weight = weight.new_empty(0) if weight is self.wanted.weight_grad else weight.to(self._weight.dtype)
-            bias = bias.new_empty(0) if bias is self.wanted.bias_grad else bias
-            found += [hidden, weight, bias if self._bias is None else bias.to(self._bias.dtype)]
+            if not self._accumulates:  # no chunk (no tokens, or all of weight 0): nothing was written yet
+                weight.zero_()
+            if self._unit is not None:
+                for gradient in (hidden, weight, bias):
+                    gradient.mul_(self._unit)
+            if self.wanted.weight_grad is not None:
+                if not self._added_to:
+                    self.wanted.weight_grad.add_(weight)
+                weight = weight.new_empty(0)
+            if self.wanted.bias_grad is not None:
+                self.wanted.bias_grad.add_(bias)
+                bias = bias.new_empty(0)
+            found += [hidden, weight, bias]
         return found + [self._weight.new_empty(0) for _ in range(6 - len(found))]
 
     def _add_filtered(
@@ -139,7 +157,7 @@ class Gradients:
         else:
             kept = self.products.gather(gradient, for_hidden)
             self._add_head_columns(objective, self.products.gather(kept, among_them), hidden, for_head)
-            out = kept.new_empty(kept.shape[0], self._weight.shape[1])
+            out = self._hidden_rows(kept)
             self.products.gathered_hidden_gradient(kept, self._weight, for_hidden, out)
             self.hidden[objective][rows] = out
             return
@@ -147,9 +165,13 @@ class Gradients:
             self.hidden[objective][rows] = self._hidden_product(gradient)
 
     def _hidden_product(self, logit_gradients: Tensor) -> Tensor:
-        out = logit_gradients.new_empty(logit_gradients.shape[0], self._weight.shape[1])
+        out = self._hidden_rows(logit_gradients)
         self.products.hidden_gradient(logit_gradients, self._weight, out)
         return out
+
+    def _hidden_rows(self, logit_gradients: Tensor) -> Tensor:
+        dtype = self.hidden[0].dtype if self._wide else logit_gradients.dtype
+        return logit_gradients.new_empty((logit_gradients.shape[0], self._weight.shape[1]), dtype=dtype)
 
     def _add_head(self, objective: int, gradient: Tensor, hidden: Tensor) -> None:
         if self.wanted.weight:
@@ -166,3 +188,8 @@ class Gradients:
         bias = self.bias[objective]
         if bias.numel():
             bias.index_add_(0, columns, kept.sum(0, dtype=bias.dtype))
+
+
+def gradient_dtype(dtype: torch.dtype, wide: bool) -> torch.dtype:
+    """In which gradients of hidden states and heads of a dtype add up over chunks, and leave."""
+    return accumulation_dtype(dtype) if wide else dtype

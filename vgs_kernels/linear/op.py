@@ -1,18 +1,17 @@
-"""The registered operators of the linear calls: projection, numbers and gradients, a run of tokens at a time.
+"""The registered operators of the linear calls: projection, numbers and gradients, a chunk of tokens at a time.
 
-`(tokens, vocab)` logits never exist as a whole. A run of tokens is projected (`products.py`), `stream_kl` forms its
-numbers and its logit gradients while it is hot (`chunks.py` says where), and these are multiplied back into hidden and
-head gradients at once (`gradients.py`). Cost in units of one tokens x width x vocab product: one projection a stream,
-then a hidden and a head gradient for each objective.
+`(tokens, vocab)` logits never exist as a whole. A slice of tokens is projected (`products.py`, `gpu_products.py`),
+`stream_kl` forms its numbers and its logit gradients (`chunks.py` says where, `rule.py` of how many tokens), and those
+of a chunk are multiplied back into hidden and head gradients at once (`gradients.py`). Cost in units of one tokens x
+width x vocab product: one projection a stream, then a hidden and a head gradient for each objective.
 
 Two operators: `vgs_kernels::linear_kl` computes numbers and gradients and knows nothing of autograd;
-`vgs_kernels::attach_gradient` ties a scalar to the gradients that belong to it, which `backward` only scales (out of
-place, so that it can run twice).
+`vgs_kernels::attach_gradient` ties a scalar to the gradients that belong to it, which `backward` only scales and rounds
+(out of place, so that it can run twice).
 """
 
 from __future__ import annotations
 
-from operator import mul
 from types import ModuleType
 
 import torch
@@ -23,9 +22,22 @@ from .. import backend as backends
 from ..stream_kl.reference import VALUES
 from ..stream_kl.transform import LogitTransform, smooth_, smoothed
 from ..types import accumulation_dtype
+from . import rule
 from . import sampled as of_samples
-from .chunks import GradientBuffer, LogitBuffer, Logits, Rows, can_overwrite, gather, lengths, runs, short_runs
-from .gradients import Gradients, Wanted
+from .chunks import (
+    GradientBuffer,
+    Layout,
+    LogitBuffer,
+    Logits,
+    Rows,
+    bytes_of_row,
+    can_overwrite,
+    chunks,
+    gather,
+    slices,
+)  # fmt: skip
+from .gpu_products import GpuProducts
+from .gradients import Gradients, Wanted, gradient_dtype
 from .products import Products
 
 
@@ -48,7 +60,8 @@ def linear_kl(
     needs_hidden_grad: bool,
     needs_weight_grad: bool,
     needs_bias_grad: bool,
-    max_chunk_bytes: int,
+    max_chunk_bytes: int,  # 0: the rule's
+    chunk_tokens: int,  # 0: the rule's
     gradient_filter: float,
     token_steering: float,
     plausibility: float,
@@ -66,7 +79,7 @@ def linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the numbers (tokens, 5), the factor of every token's visual part (tokens,), log p, log q and log r of the
     sampled tokens (tokens, 3), and the gradients with respect to hidden states, head weight and head bias, of the first
-    objective and then of the second. What does not apply is an empty tensor."""
+    objective and then of the second, as `gradients.py` sums them up. What does not apply is an empty tensor."""
     raw = LogitTransform(
         vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
         ratio_floor,
@@ -78,20 +91,35 @@ def linear_kl(
     values = student_hidden.new_zeros((tokens, VALUES), dtype=dtype)
     factors = values.new_ones(tokens)
     sampled = values.new_zeros((0 if sampled_tokens is None else tokens, 3))
-    products = Products(student_hidden.device, student_hidden.dtype, backend == "native")
+    facts = rule.facts_of(student_hidden.device)
+    products = (
+        GpuProducts(student_hidden.dtype)
+        if facts.is_gpu
+        else Products(student_hidden.device, student_hidden.dtype, backend == "native")
+    )
     wanted = Wanted(objectives, needs_hidden_grad, needs_weight_grad, needs_bias_grad, weight_grad, bias_grad)
-    gradients = Gradients(wanted, student_hidden, student_weight, student_bias, products, gradient_filter)
     vocabs = student_weight.shape[0], teacher_weight.shape[0]
     streams = 1 + (masked_student_hidden is not None), 1 + (masked_teacher_hidden is not None)
-    logits = LogitBuffer(student_hidden, logits_dtype, vocabs, streams)
-    over = can_overwrite(logits_dtype, products.gradient_dtype, vocabs, objectives)
-    rows_at_a_time = lengths(
-        student_hidden.device.type,
-        sum(map(mul, vocabs, streams)) * logits_dtype.itemsize,
-        0 if over or not wanted.any() else objectives * vocabs[0] * products.gradient_dtype.itemsize,
-        max_chunk_bytes,
+    layouts = Layout.of(vocabs[0], logits_dtype, facts), Layout.of(vocabs[1], logits_dtype, facts)
+    of_gradients = Layout.of(vocabs[0], products.gradient_dtype, facts)
+    apart = wanted.any() and not can_overwrite(logits_dtype, products.gradient_dtype, vocabs, objectives)
+    a_row = rule.Bytes(
+        bytes_of_row(layouts, streams, logits_dtype.itemsize),
+        objectives * of_gradients.stride * products.gradient_dtype.itemsize if apart else 0,
     )
-    memory = GradientBuffer(logits, student_hidden, products.gradient_dtype, vocabs[0], objectives, over)
+    plan = rule.rule_of(facts).plan(facts, a_row, max_chunk_bytes or None, chunk_tokens or None)
+    walk = list(chunks(token_weights, plan, facts))
+    longest = max((n for _, n in walk), default=0)
+    logits = LogitBuffer(
+        student_hidden, logits_dtype, layouts, streams, max((max(plan.slices(n)) for _, n in walk), default=0)
+    )
+    memory = GradientBuffer(
+        logits, student_hidden, products.gradient_dtype, of_gradients, objectives, longest if apart else 0
+    )
+    unit = _unit(coefficients, vis_coefficients, token_steering) if products.gradient_dtype == torch.float16 else None
+    gradients = Gradients(
+        wanted, student_hidden, student_weight, student_bias, products, gradient_filter, unit, len(walk)
+    )
 
     def project(rows: Rows, weights: Tensor, hidden: Tensor) -> Logits:
         chunk = logits.of(weights.shape[0])
@@ -104,35 +132,44 @@ def linear_kl(
             smooth_(chunk.teachers, teacher_smoothing, raw)
         return chunk
 
-    for run in runs(token_weights, rows_at_a_time.gradients):
-        run_weights = token_weights[run].to(dtype)
-        run_hidden = gather(student_hidden, run, run_weights)
-        n = run_weights.shape[0]
+    for chunk, n in walk:
+        chunk_weights = token_weights[chunk].to(dtype)
+        chunk_hidden = gather(student_hidden, chunk, chunk_weights)
         squares = gradients.squares(vocab_size)
-        for rows, place in short_runs(run, n, rows_at_a_time.logits):
-            weights = run_weights[place]
-            chunk = project(rows, weights, run_hidden[place])
-            numbers, statistics = kernels.divergences(chunk.streams, transform, weights)
+        for rows, place in slices(chunk, n, plan):
+            weights = chunk_weights[place]
+            part = project(rows, weights, chunk_hidden[place])
+            numbers, statistics = kernels.divergences(part.streams, transform, weights)
             values[rows] = numbers
             mixture = coefficients[:, rows].to(dtype)  # (objectives, rows, 3)
             if sampled_tokens is not None:
-                found = of_samples.log_probs(sampled_tokens[rows], chunk.streams, statistics, transform)
+                found = of_samples.log_probs(sampled_tokens[rows], part.streams, statistics, transform)
                 sampled[rows] = torch.where(weights[:, None] == 0, 0.0, found)
                 if vis_coefficients is not None:
                     factors[rows] = of_samples.vis_weights(found, statistics, token_steering, plausibility)
                     mixture = mixture + factors[rows][:, None] * vis_coefficients[:, rows].to(dtype)
             if wanted.any():
-                outs = [part[place] for part in memory.of(n).split(n)]
-                _write_gradients(kernels, chunk, numbers, statistics, mixture, transform, outs, squares)
+                outs = [gradient[place] for gradient in memory.of(n).split(n)]
+                mixture = mixture if unit is None else mixture / unit
+                _write_gradients(kernels, part, numbers, statistics, mixture, transform, outs, squares)
         if wanted.any():
-            gradients.add(run, memory.of(n), run_hidden, squares)
-    gradients.finish()
-    return values, factors, sampled, *gradients.outputs()  # type: ignore[return-value]
+            gradients.add(chunk, memory.of(n), chunk_hidden, squares)
+    return values, factors, sampled, *gradients.finish()  # type: ignore[return-value]
+
+
+def _unit(coefficients: Tensor, vis_coefficients: Tensor | None, strength: float) -> Tensor:
+    """A power of two, (), near the largest coefficient: float16 has no entries below 6e-8, and token weights are one
+    over the tokens of a batch. On the device: nothing waits for it."""
+    largest = coefficients.abs().amax() if coefficients.numel() else coefficients.new_ones(())
+    if vis_coefficients is not None and vis_coefficients.numel():
+        largest = largest + (1.0 + strength) * vis_coefficients.abs().amax()
+    usable = largest.isfinite() & (largest > 0)
+    return torch.exp2(torch.where(usable, largest, 1.0).log2().round())
 
 
 def _write_gradients(
     kernels: ModuleType,
-    chunk: Logits,
+    logits: Logits,
     values: Tensor,  # (n, 5)
     statistics: Tensor,  # (n, 13)
     mixture: Tensor,  # (objectives, n, 3)
@@ -143,7 +180,7 @@ def _write_gradients(
     second = {"second_coefficients": mixture[1], "out_second": outs[1]} if len(outs) == 2 else {}
     own = None if squares is None else torch.empty_like(squares)
     kernels.logit_gradients(
-        chunk.streams, values, statistics, mixture[0], transform, out=outs[0], **second, column_squares=own
+        logits.streams, values, statistics, mixture[0], transform, out=outs[0], **second, column_squares=own
     )
     if squares is not None and own is not None:
         squares += own
@@ -158,13 +195,14 @@ def _(  # type: ignore[no-untyped-def]
     tokens, dtype = student_hidden.shape[0], accumulation_dtype(student_hidden.dtype)
     values = student_hidden.new_empty((tokens, VALUES), dtype=dtype)
     sampled = values.new_empty((0 if sampled_tokens is None else tokens, 3))
-    shapes = (
-        student_hidden.shape if needs_hidden else 0,
-        student_weight.shape if needs_weight and weight_grad is None else 0,
-        student_weight.shape[:1] if needs_bias and bias_grad is None else 0,
+    wide = gradient_dtype(student_hidden.dtype, rule.is_gpu(student_hidden.device))
+    forms = (
+        (student_hidden.shape, wide) if needs_hidden else (0, wide),
+        (student_weight.shape, wide) if needs_weight and weight_grad is None else (0, student_weight.dtype),
+        (student_weight.shape[:1], dtype) if needs_bias and bias_grad is None else (0, student_weight.dtype),
     )
-    absent = (0,) * (6 - 3 * coefficients.shape[0])
-    gradients = [student_weight.new_empty(shape) for shape in shapes * coefficients.shape[0] + absent]
+    absent = ((0, student_weight.dtype),) * (6 - 3 * coefficients.shape[0])
+    gradients = [student_weight.new_empty(shape, dtype=of) for shape, of in forms * coefficients.shape[0] + absent]
     return values, values.new_empty(tokens), sampled, *gradients
 
 
@@ -189,11 +227,12 @@ def _(value, *_others):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[4:], inputs[1])
+    ctx.dtypes = [inputs[1].dtype, *([inputs[2].dtype] * 2)]
 
 
 def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
     *gradients, source = ctx.saved_tensors
-    scaled = [_scaled(upstream, gradient) for gradient in gradients]
+    scaled = [_scaled(upstream, gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
     if torch.is_grad_enabled():  # create_graph=True
         scaled = [None if g is None else first_order_only(g, source) for g in scaled]
     return None, *scaled, None, None, None
@@ -201,13 +240,26 @@ def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
 
 attach_gradient.register_autograd(_backward, setup_context=_setup_context)
 
+_ROWS_AT_A_TIME = 4096  # of a product on a CPU, which makes float32 copies of 16-bit operands
 
-def _scaled(scale: Tensor, gradient: Tensor) -> Tensor | None:
-    """scale * gradient, out of place; None where there is no gradient."""
+
+def _scaled(scale: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """scale * gradient, multiplied in the accumulation dtype and rounded once; None where there is no gradient."""
     if gradient.shape == (0,):  # that of no tokens has a width
         return None
     # Head-sized: a copy costs a tenth of a projection.
-    return gradient if _is_one(scale) else gradient * scale.to(gradient.dtype)
+    if _is_one(scale):
+        return gradient.to(dtype)
+    scale = scale.to(accumulation_dtype(dtype))
+    if gradient.dtype == scale.dtype == dtype:
+        return gradient * scale
+    if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(scale):  # neither may write into a tensor
+        return (gradient * scale.reshape((1,) * gradient.dim())).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    rows = _ROWS_AT_A_TIME if gradient.device.type == "cpu" else max(1, gradient.shape[0])
+    for part, result in zip(gradient.split(rows), out.split(rows), strict=True):
+        torch.mul(part, scale.reshape(1), out=result)
+    return out
 
 
 def _is_one(scale: Tensor) -> bool:

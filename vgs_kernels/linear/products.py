@@ -1,10 +1,10 @@
-"""The three matrix products of a run of tokens: logits, hidden gradient, head gradient.
+"""The three matrix products of a chunk of tokens on a CPU: logits, hidden gradient, head gradient.
 
-Axes: n rows (tokens of the run, of one or two streams), v vocabulary, w width.
+Axes: n rows (tokens of the chunk, of one or two streams), v vocabulary, w width.
 
 All sums are float32, and what is 16-bit is rounded once. The rows are few, for which a general matrix product packs or
-waits for the large matrix; and on a CPU torch has no product of 16-bit matrices into float32. There the products are
-compiled kernels that walk the head once (`csrc/cpu/products_kernels.h`): on pairs of bfloat16 where the CPU has
+waits for the large matrix; and torch has no product of 16-bit matrices into float32 here. So the products are compiled
+kernels that walk the head once (`csrc/cpu/products_kernels.h`): on pairs of bfloat16 where the CPU has
 AVX512-BF16, in float32 elsewhere. Where it has a matrix unit (AMX), logits in bfloat16 come from it
 (`csrc/cpu/products_amx.cpp`), and so do gradients of few columns: rows of the head are gathered on the way into the
 unit, and added to on the way out. The other gradients are torch's there: it multiplies fastest when the large matrix is
@@ -22,18 +22,6 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 AVX512, AVX512_BF16, AMX = 2, 3, 4  # levels of csrc/cpu/kernels.h
 
 
-def projection_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of projected logits of the call that `linear` replaces."""
-    return head_gradient_dtype(hidden)
-
-
-def head_gradient_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a head gradient adds up over runs: GPUs multiply bf16 and fp16 into fp32 at no extra cost."""
-    if weight.is_cuda and weight.dtype in HALF_DTYPES:
-        return torch.float32
-    return weight.dtype
-
-
 class Products:
     """The products, with the scratch memory that they share over the runs of one call."""
 
@@ -45,7 +33,7 @@ class Products:
         # Float32 was tried with AVX-512 only; below it the library's products stay.
         self._compiled = self.native and (is_half or (dtype == torch.float32 and level >= AVX512))
         self._scratch: Tensor | None = None
-        multiplies_halves = device.type != "cpu" or (level >= AVX512_BF16 and dtype == torch.bfloat16)
+        multiplies_halves = level >= AVX512_BF16 and dtype == torch.bfloat16
         # Of the logit gradients that the products take. Where the arithmetic is float32 nothing is gained by rounding.
         self.gradient_dtype = torch.float32 if is_half and not multiplies_halves else dtype
 
@@ -61,11 +49,8 @@ class Products:
             else:
                 torch.addmm(bias, hidden, weight.t(), out=out)
             return
-        if out.is_cuda:
-            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-        else:
-            for part in _slices(weight.shape[0]):
-                out[:, part] = hidden.to(out.dtype) @ weight[part].to(out.dtype).t()
+        for part in _slices(weight.shape[0]):
+            out[:, part] = hidden.to(out.dtype) @ weight[part].to(out.dtype).t()
         if bias is not None:
             out.add_(bias)
 
@@ -83,7 +68,7 @@ class Products:
 
     def remainder(self, out: Tensor) -> Tensor | None:
         """Zeros for what rounding leaves of the sums in a head gradient; None where nothing keeps it."""
-        if out.dtype not in HALF_DTYPES or out.is_cuda or self._on_matrix_unit:
+        if out.dtype not in HALF_DTYPES or self._on_matrix_unit:
             return None
         found = torch.zeros_like(out)
         return found if found.stride() == out.stride() else None
@@ -94,11 +79,6 @@ class Products:
         """out (v, w) = or += logit_gradient (n, v).T @ hidden (n, w), with the remainder of what is there, if any."""
         if self._compiles_head_gradient(out):
             torch.ops.vgs_kernels_native.head_gradient(logit_gradient, hidden, accumulate, out, remainder)
-        elif out.is_cuda and out.dtype != hidden.dtype:
-            if accumulate:
-                torch.addmm(out, logit_gradient.t(), hidden, out_dtype=out.dtype, out=out)
-            else:
-                torch.mm(logit_gradient.t(), hidden, out_dtype=out.dtype, out=out)
         else:
             for part in _slices(out.shape[0]):
                 rest = None if remainder is None else remainder[part]
@@ -153,8 +133,6 @@ class Products:
             torch.ops.vgs_kernels_native.matrix_unit_head_gradient(kept, hidden, columns, out)
         elif kept.dtype == hidden.dtype == out.dtype:
             out.index_copy_(0, columns, out.index_select(0, columns).addmm_(kept.t(), hidden))
-        elif out.is_cuda:
-            out.index_add_(0, columns, torch.mm(kept.t(), hidden, out_dtype=out.dtype))
         else:
             dtype = torch.promote_types(kept.dtype, out.dtype)
             sums = out.index_select(0, columns).to(dtype).addmm_(kept.t().to(dtype), hidden.to(dtype))
