@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import inputs, linear_gate, methods, peers, products
+from benchmarks import inputs, linear_gate, methods, peers, products, roofline
 from benchmarks.harness.cases import DTYPES, case_of, drive, linear_arguments
 from benchmarks.harness.gates import relative_error
 from benchmarks.harness.lineup import Lineup
@@ -28,7 +28,7 @@ from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.memory import MEMORY_METHOD, MIB
 from benchmarks.harness.records import Record, Target
 from benchmarks.inputs import Streams, peaked_streams, random_heads, random_streams
-from benchmarks.linear_gate import GATE_TOKENS, run_gate
+from benchmarks.linear_gate import run_gate
 from benchmarks.methods import METHODS, OBJECTIVES
 from benchmarks.products import floor_name, floor_rows, product_calls
 from vgs_kernels import backend
@@ -39,7 +39,7 @@ NAME = "linear_decomposed_kl"
 GRADIENT_FILTER = 1.1e-4
 FILTERED = "vgs"
 COMPILE_LIMIT_S = 300.0
-SOURCES = (Path(__file__), Path(products.__file__), *linear_gate.SOURCES)
+SOURCES = (Path(__file__), Path(products.__file__), Path(roofline.__file__), *linear_gate.SOURCES)
 
 
 LABELS = {
@@ -75,6 +75,7 @@ def line_up(streams: Streams, peaked: Streams, plain: Mapping[str, peers.Way], d
         "filtered", f"ours, {METHODS[FILTERED].label}, gradient_filter={GRADIENT_FILTER:g}, peaked inputs",
         lambda: METHODS[FILTERED].ours(peaked, gradient_filter=GRADIENT_FILTER), floor="floor_projections",
     )  # fmt: skip
+    lineup.add_copy(min(roofline.COPY_BYTES, 4 * streams.tokens * streams.student_head.shape[0]))
     return lineup
 
 
@@ -122,7 +123,7 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     )
     plain = plain_ways(dtype, compile_peers=not args.no_compile)
     ways = {name: ("vgs", way) for name, way in plain.items()} | {"trl": ("standard", peers.trl_reverse_kl)}
-    gate, worst = run_gate(heads, list(METHODS), ways, min(GATE_TOKENS, shape["tokens"]))
+    gate, worst = run_gate(heads, list(METHODS), ways)
     print(gate.describe(), flush=True)
     record = Record(
         NAME, case_of(shape, dtype, threads), gate, [], environment(device), sources=source_digest(*SOURCES),
@@ -139,13 +140,18 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     lineup = line_up(streams, peaked, plain, device)
     for name in plain:
         record.facts[f"{name}_first_call_seconds"] = lineup.call_first(name, COMPILE_LIMIT_S)
+    counts = roofline.count_head_products({name: lineup.calls[name] for name in METHODS})
+    record.facts["head_products"] = counts
     timings = lineup.take_turns(
         args.rounds, 3 * args.rounds, args.budget, context=plain,
         warm_up=[name for name in lineup.calls if device == "cuda" or name not in plain],
     )  # fmt: skip
     for name, row in lineup.rows.items():
         row.errors = worst.get(name, {})
-    record.rows = [*floor_rows(timings), *lineup.rows.values()]
+    floors = floor_rows(timings)
+    if device == "cuda" or args.roofline:
+        floors += roofline.add_rooflines(lineup.rows, floors, shape, DTYPES[dtype].itemsize, counts)
+    record.rows = [*floors, *lineup.rows.values()]
     lineup.calls.clear()
     record.facts |= filter_facts(peaked)
     if shape == inputs.TARGET_SHAPE and device == "cpu" and dtype in ("bf16", "fp32"):

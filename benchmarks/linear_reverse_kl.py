@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import inputs, linear_gate, peers, products
+from benchmarks import inputs, linear_gate, methods, peers, products, roofline
 from benchmarks.harness.cases import DTYPES, case_of, drive, linear_arguments
 from benchmarks.harness.lineup import Lineup
 from benchmarks.harness.machine import environment, source_digest
 from benchmarks.harness.memory import MEMORY_METHOD, MIB
 from benchmarks.harness.records import Record, Row, Target
 from benchmarks.inputs import Streams, random_heads, random_streams
-from benchmarks.linear_gate import GATE_TOKENS, run_gate
+from benchmarks.linear_gate import run_gate
 from benchmarks.methods import METHODS, OBJECTIVES
 from benchmarks.peers import Way
 from benchmarks.products import floor_name, floor_rows, product_calls
@@ -43,7 +43,8 @@ LABELS = {
     "liger": "Liger chunked JSD",
     "liger_fused": "Liger fused JSD",
 }
-SOURCES = (Path(__file__), Path(products.__file__), *linear_gate.SOURCES)
+CROSS_ENTROPY = methods.Cost(1, 0, 1)  # three of our four products, and no teacher
+SOURCES = (Path(__file__), Path(products.__file__), Path(roofline.__file__), *linear_gate.SOURCES)
 
 
 def configurations(dtype: str, device: str, compile_peers: bool) -> dict[str, dict[str, Way]]:
@@ -106,7 +107,11 @@ def line_up(streams: Streams, best: Mapping[str, tuple[str, Way]], trials: Mappi
             lineup.drop(name, f"not run: {'; '.join(map(str, trials[name].values()))}")
     if "liger_fused" not in trials:
         lineup.rows["liger_fused"] = Row("liger_fused", LABELS["liger_fused"], note="not run: its kernel needs a GPU")
+    if device == "cuda":
+        for name, (label, call) in peers.cross_entropies(streams).items():
+            lineup.add(name, label, call, floor=floor_name(CROSS_ENTROPY))
     lineup.add("opd", "ours", lambda: METHODS["opd"].ours(streams), floor=floor_name("opd"))
+    lineup.add_copy(min(roofline.COPY_BYTES, 4 * streams.tokens * streams.student_head.shape[0]))
     return lineup
 
 
@@ -138,7 +143,7 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     streams = random_streams(shape["tokens"], heads)
     best, trials = best_of(configurations(dtype, device, not args.no_compile), streams, device)
     ways = {name: ("standard", way) for name, (_, way) in best.items()}
-    gate, worst = run_gate(heads, ["opd"], ways, min(GATE_TOKENS, shape["tokens"]))
+    gate, worst = run_gate(heads, ["opd"], ways)
     print(gate.describe(), flush=True)
     record = Record(
         NAME, case_of(shape, dtype, threads), gate, [], environment(device), sources=source_digest(*SOURCES),
@@ -152,13 +157,18 @@ def measure(shape: dict[str, int], dtype: str, threads: int, args: argparse.Name
     if not gate.passed:
         return record
     lineup = line_up(streams, best, trials, device)
+    counts = roofline.count_head_products({"opd": lineup.calls["opd"]})
+    record.facts["head_products"] = counts
     timings = lineup.take_turns(
         args.rounds, 3 * args.rounds, args.budget, context=("plain_fp32", "plain_16_bit"),
         warm_up=[name for name in lineup.calls if device == "cuda" or name not in LABELS],
     )  # fmt: skip
     for name, errors in worst.items():
         lineup.rows[name].errors = errors
-    record.rows = [*floor_rows(timings, ("opd",)), *lineup.rows.values()]
+    floors = floor_rows(timings, ("opd",), (CROSS_ENTROPY,) if device == "cuda" else ())
+    if device == "cuda" or args.roofline:
+        floors += roofline.add_rooflines(lineup.rows, floors, shape, DTYPES[dtype].itemsize, counts)
+    record.rows = [*floors, *lineup.rows.values()]
     if shape == inputs.TARGET_SHAPE and device == "cpu" and dtype in ("bf16", "fp32"):
         record.targets = targets(record, dtype)
     record.facts["case_seconds"] = time.perf_counter() - start

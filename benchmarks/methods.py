@@ -118,14 +118,14 @@ def our_standard_and_vis(streams: Streams, **options: object) -> list[Result]:
     return [_result(*part, [streams.student], streams, keep=True) for part in parts]
 
 
-def our_vgs_preserving(streams: Streams) -> list[Result]:
+def our_vgs_preserving(streams: Streams, **options: object) -> list[Result]:
     """Language preservation is a reverse KL on the rows of highest KL(q || r), which the first call returns.
 
     The head's gradients of both calls are added to one tensor.
     """
     student, teacher = streams.lm_heads
     streams.student_head.grad = None
-    steered = _decomposed(streams, "vgs", objective=(1.0, GAMMA, 0.0), accumulate_head_grad=True)
+    steered = _decomposed(streams, "vgs", objective=(1.0, GAMMA, 0.0), accumulate_head_grad=True, **options)
     assert steered.objective is not None
     assert steered.per_token.dependency is not None
     rows = dependent_rows(steered.per_token.dependency)
@@ -136,6 +136,7 @@ def our_vgs_preserving(streams: Streams) -> list[Result]:
         teacher,
         token_weights=torch.full((rows.shape[0],), PRESERVATION, device=rows.device),
         accumulate_head_grad=True,
+        **options,  # type: ignore[arg-type]
     )
     loss = steered.objective + language.kl
     hidden = torch.autograd.grad(loss, [streams.student, streams.masked_student])

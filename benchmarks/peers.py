@@ -1,6 +1,12 @@
-"""What the kernels are compared with: plain torch, compiled or not, TRL and Liger.
+"""What the kernels are compared with: plain torch, compiled or not, TRL and Liger, each as its authors publish it.
 
 Every way takes the same streams and returns loss and gradients, so that one way of timing and one gate serve all.
+TRL: `trl.kernels`, chunks of 4096 tokens and 32768 entries, fp32 tiles. Liger, chunked: compiled, chunks of 1024
+tokens; Liger, fused: its Triton kernel. Both with beta 1, which is the reverse KL.
+
+Cross entropy from hidden states is another loss, without a teacher: three of our four products. Its best kernels show
+how near to their products others come, so they stand beside ours on a GPU where they are installed: CCE as its README
+calls it, quack's with the chunks that it chooses, torch's own with its options left at "auto".
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.harness.gates import accumulation_dtype
 from benchmarks.inputs import Streams
@@ -99,3 +106,42 @@ def liger_fused_reverse_kl(streams: Streams) -> Result:
 
 def _of_two(streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return streams.student, streams.student_head, streams.teacher, streams.teacher_head
+
+
+def cross_entropies(streams: Streams) -> dict[str, tuple[str, Callable[[], list[Tensor]]]]:
+    """Label and call of each: gradients of hidden states and head of the cross entropy with tokens drawn at random."""
+    generator = torch.Generator(streams.student.device).manual_seed(2)
+    vocab = streams.student_head.shape[0]
+    tokens = torch.randint(vocab, (streams.tokens,), generator=generator, device=streams.student.device)
+
+    def gradients(loss: Callable[[Streams, Tensor], Tensor]) -> Callable[[], list[Tensor]]:
+        leaves = [streams.student, streams.student_head]
+        return lambda: list(torch.autograd.grad(loss(streams, tokens), leaves))
+
+    return {name: (label, gradients(loss)) for name, (label, loss) in CROSS_ENTROPIES.items()}
+
+
+def _cce(streams: Streams, tokens: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(streams.student, streams.student_head, tokens, reduction="sum")
+
+
+def _quack(streams: Streams, tokens: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(streams.student, streams.student_head, tokens, reduction="sum")
+
+
+def _torch_cross_entropy(streams: Streams, tokens: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()  # torch 2.13 and newer
+    return functional.linear_cross_entropy(
+        streams.student, streams.student_head, tokens, reduction="sum", options=options
+    )
+
+
+CROSS_ENTROPIES: dict[str, tuple[str, Callable[[Streams, Tensor], Tensor]]] = {
+    "cross_entropy_cce": ("another loss: cross entropy of the student, CCE", _cce),
+    "cross_entropy_quack": ("another loss: cross entropy of the student, quack", _quack),
+    "cross_entropy_torch": ("another loss: cross entropy of the student, torch", _torch_cross_entropy),
+}

@@ -12,7 +12,7 @@ from benchmarks.harness.machine import has_matrix_unit
 from benchmarks.harness.records import Row
 from benchmarks.harness.timing import Timing
 from benchmarks.inputs import Streams
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Cost
 from vgs_kernels import backend
 from vgs_kernels.linear.products import Products
 
@@ -92,16 +92,19 @@ def limits(dtype: str) -> dict[str, float]:
     return {"opd": 1.15, "vgs": 1.2, "vgs_preserving": 1.2, "matched": 1.2, "prior_parts": 1.25}
 
 
-def floor_name(method: str) -> str:
-    return f"floor_{METHODS[method].cost.products:g}"
+def floor_name(method: str | Cost) -> str:
+    cost = METHODS[method].cost if isinstance(method, str) else method
+    return f"floor_{cost.products:g}"
 
 
-def floor_rows(timings: Mapping[str, Timing], methods: tuple[str, ...] = tuple(METHODS)) -> list[Row]:
+def floor_rows(
+    timings: Mapping[str, Timing], methods: tuple[str, ...] = tuple(METHODS), further: tuple[Cost, ...] = ()
+) -> list[Row]:
     """The products of every method alone, each by the faster of its ways, from the turns of each."""
     student, teacher, hidden, head = (_fastest(name, timings) for name in PRODUCTS)
     turns = list(zip(student, teacher, hidden, head, strict=False))
     rows = [Row("floor_projections", "floor: 4 projections", [2 * s + 2 * t for s, t, _, _ in turns])]
-    for cost in sorted({METHODS[method].cost for method in methods}, key=lambda cost: cost.products):
+    for cost in sorted({*(METHODS[method].cost for method in methods), *further}, key=lambda cost: cost.products):
         seconds = [
             cost.student_projections * s + cost.teacher_projections * t + cost.gradients * (h + w)
             for s, t, h, w in turns

@@ -88,7 +88,7 @@ def measure(axis: str, base: dict[str, int], values: Sequence[int], dtype: str, 
         shape = base | {axis: value}
         heads = random_heads(shape["width"], shape["width"], shape["vocab"], DTYPES[dtype], args.device)
         if value in (values[0], values[-1]):
-            gate, _ = run_gate(heads, ["opd", "vgs"], {}, min(4, shape["tokens"]))
+            gate, _ = run_gate(heads, ["opd", "vgs"], {})
             print(gate.describe(), flush=True)
             gates.append(gate)
             if not gate.passed:

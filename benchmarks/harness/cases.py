@@ -40,6 +40,7 @@ def case_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every call; fast calls take up to three times")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds below which a call takes further turns")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--roofline", action="store_true", help="a row of the least a call can take; always on a GPU")
     parser.add_argument("--quick", action="store_true", help="small shapes, no compile")
     parser.add_argument("--force", action="store_true", help="measure again what is on record")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
@@ -81,7 +82,8 @@ def drive(
         return 0 if record.gate.passed else 1
     passed_on = [f"--{key.replace('_', '-')}={value}" for key, value in shape.items()]
     passed_on += [f"--{key}={getattr(args, key)}" for key in ("device", "rounds", "budget")]
-    passed_on += [f"--records={args.records.resolve()}", "--here", *(["--no-compile"] if args.no_compile else [])]
+    flags = [f"--{name.replace('_', '-')}" for name in ("no_compile", "roofline") if getattr(args, name)]
+    passed_on += [f"--records={args.records.resolve()}", "--here", *flags]
     benchmark = module.rsplit(".", 1)[-1]
     return run_cases(
         module,

@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from benchmarks.harness.records import Row
 from benchmarks.harness.tables import seconds_text
-from benchmarks.harness.timing import Timing, interleaved, synchronize, time_limit
+from benchmarks.harness.timing import Timing, copy_call, interleaved, synchronize, time_limit
 
 
 @dataclass
@@ -25,6 +27,10 @@ class Lineup:
         self.calls[name] = call
         self.rows[name] = Row(name, label, **row)
 
+    def add_copy(self, nbytes: int) -> None:
+        """A copy, whose speed is that of all that only moves."""
+        self.add("copy", "a copy", copy_call(nbytes, self.device), bytes_moved=2 * nbytes)
+
     def drop(self, name: str, why: str) -> None:
         self.calls.pop(name, None)
         self.rows[name].note = why
@@ -38,6 +44,8 @@ class Lineup:
                 synchronize(self.device)
         except Exception as error:
             self.drop(name, f"skipped: {type(error).__name__}: {error}".splitlines()[0])
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
         return time.perf_counter() - start
 
     def take_turns(

@@ -45,6 +45,29 @@ def test_calls_take_turns_and_slow_ones_fewer() -> None:
     assert timings["broken"].problem == "ValueError: no such kernel"
 
 
+def test_a_turn_in_which_the_allocator_retried_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    retries = {"count": 0}
+    monkeypatch.setattr(timing, "allocator_retries", lambda device: retries["count"])
+
+    def short_of_memory() -> None:
+        retries["count"] += 1
+
+    calls = {"fits": lambda: None, "short": short_of_memory}
+    found = interleaved(calls, min_rounds=3, max_rounds=3, budget_s=0)
+    assert len(found["fits"].seconds) == 3
+    assert (found["short"].seconds, found["short"].discarded) == ([], 3)
+    assert "allocator retried in every turn" in str(found["short"].problem)
+
+
+def test_a_peer_that_runs_out_of_memory_is_a_row_and_not_the_end() -> None:
+    def too_large() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 19.9 GiB.\nMore.")
+
+    found = interleaved({"large": too_large, "fits": lambda: None}, min_rounds=2, max_rounds=2, budget_s=0)
+    assert found["large"].problem == "OutOfMemoryError: CUDA out of memory. Tried to allocate 19.9 GiB."
+    assert len(found["fits"].seconds) == 2
+
+
 def test_slow_context_stops_after_two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "CONTEXT_SECONDS", 0.01)
     calls = {"slow": lambda: time.sleep(0.02), "slow context": lambda: time.sleep(0.02), "context": lambda: None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from benchmarks import (
     linear_gate,
     methods,
     peers,
+    roofline,
     truth,
 )
 from benchmarks.harness.cases import DTYPES
@@ -39,23 +40,25 @@ from vgs_kernels.linear.reference import reverse_kl
 def test_gate_of_the_methods_is_green_and_peers_compute_what_they_are_compared_as(dtype: str) -> None:
     eager = {"trl": peers.trl_reverse_kl, "liger": lambda streams: peers.liger_reverse_kl(streams, compiled=False)}
     ways = {name: ("standard", way) for name, way in eager.items()}
-    gate, worst = linear_gate.run_gate(tiny_heads(dtype), list(METHODS), ways, tokens=5)
+    gate, worst = linear_gate.run_gate(tiny_heads(dtype), list(METHODS), ways)
     assert gate.passed, gate.describe()
     assert set(worst) == {*METHODS, "trl", "liger"}
     if dtype == "fp32":
         assert all(error < 1e-2 for found in worst.values() for error in found.values()), worst
 
 
-def _changed(method: str, streams: Streams, change: Callable[[Result], Result]) -> list[Result]:
-    *before, last = METHODS[method].ours(streams)
+def _changed(
+    method: str, streams: Streams, change: Callable[[Result], Result], options: dict[str, Any]
+) -> list[Result]:
+    *before, last = METHODS[method].ours(streams, **options)
     return [*before, change(last)]
 
 
-def _scaled_head_gradient(method: str, streams: Streams) -> list[Result]:
-    return _changed(method, streams, lambda result: result._replace(head=result.head * 1.001))
+def _scaled_head_gradient(method: str, streams: Streams, **options: Any) -> list[Result]:
+    return _changed(method, streams, lambda result: result._replace(head=result.head * 1.001), options)
 
 
-def _one_wrong_entry(method: str, streams: Streams) -> list[Result]:
+def _one_wrong_entry(method: str, streams: Streams, **options: Any) -> list[Result]:
     """As a missing mask does: the last vocabulary entry's gradient is off."""
 
     def change(result: Result) -> Result:
@@ -63,36 +66,57 @@ def _one_wrong_entry(method: str, streams: Streams) -> list[Result]:
         head[-1, 0] += 0.01 * head.abs().max()
         return result._replace(head=head)
 
-    return _changed(method, streams, change)
+    return _changed(method, streams, change, options)
 
 
-def _wrong_loss_of_one_token(method: str, streams: Streams) -> list[Result]:
+def _wrong_loss_of_one_token(method: str, streams: Streams, **options: Any) -> list[Result]:
     def change(result: Result) -> Result:
         assert result.losses is not None
         losses = result.losses.clone()
         losses[0] *= 1.01
         return result._replace(losses=losses)
 
-    return _changed(method, streams, change)
+    return _changed(method, streams, change, options)
 
 
-def _swapped_parts(method: str, streams: Streams) -> list[Result]:
-    return METHODS[method].ours(streams)[::-1]
+def _swapped_parts(method: str, streams: Streams, **options: Any) -> list[Result]:
+    return METHODS[method].ours(streams, **options)[::-1]
 
 
 @pytest.mark.parametrize("planted", [_scaled_head_gradient, _one_wrong_entry, _wrong_loss_of_one_token, _swapped_parts])
 def test_gate_of_the_methods_refuses_a_planted_error(planted: Any) -> None:
-    gate, _ = linear_gate.run_gate(tiny_heads(), ["vgs_parts"], {}, tokens=5, ours=planted)
-    assert not gate.passed
+    gate, _ = linear_gate.run_gate(tiny_heads(), ["vgs_parts"], {}, ours=planted)
     assert "RED" in gate.describe()
+    assert any(not check.passed and "runs" not in check.name for check in gate.checks)
 
 
 def test_gate_refuses_16_bit_logits() -> None:
-    def rounded(method: str, streams: Streams) -> list[Result]:
+    def rounded(method: str, streams: Streams, **options: Any) -> list[Result]:
         return [peers.plain(OBJECTIVES[METHODS[method].objectives[0]], streams)]
 
-    gate, _ = linear_gate.run_gate(tiny_heads("bf16"), ["opd"], {}, tokens=5, ours=rounded)
-    assert not gate.passed
+    gate, _ = linear_gate.run_gate(tiny_heads("bf16"), ["opd"], {}, ours=rounded)
+    assert any(not check.passed and "runs" not in check.name for check in gate.checks)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_gate_goes_through_several_runs_of_unequal_length(dtype: str) -> None:
+    for method in METHODS:
+        _, products = linear_gate.in_runs(method, random_streams(linear_gate.GATE_TOKENS, tiny_heads(dtype)))
+        lengths = products[:: len(METHODS[method].objectives)]
+        assert len(lengths) >= 3, (method, products)
+        assert len(set(lengths)) > 1, (method, products)
+
+
+def test_a_gate_of_one_run_is_red() -> None:
+    """A test of the gate: right results of a call that saw all tokens at once must not pass."""
+
+    def at_once(method: str, streams: Streams, **options: Any) -> Sequence[Result]:
+        return METHODS[method].ours(streams)
+
+    gate, _ = linear_gate.run_gate(tiny_heads(), ["opd"], {}, ours=at_once)
+    assert [check.name.partition(" opd ")[2] for check in gate.checks if not check.passed] == ["in 1 runs"] * 4
+    equal, _ = linear_gate.run_gate(tiny_heads(), ["opd"], {}, rows=(1,))
+    assert not equal.passed
 
 
 def test_gate_of_decomposed_kl() -> None:
@@ -158,3 +182,38 @@ def test_floors_count_the_products() -> None:
         "floor_projections": 22, "floor_4": 1111, "floor_6": 1122, "floor_7.2": 1455.3, "floor_8": 2222,
         "floor_5": 1121, "floor_7": 2221,
     })  # fmt: skip
+
+
+def test_the_cross_entropy_of_torch_is_what_it_is_called() -> None:
+    streams = random_streams(6, tiny_heads())
+    label, call = peers.cross_entropies(streams)["cross_entropy_torch"]
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(301, (6,), generator=generator)
+    loss = torch.nn.functional.cross_entropy(streams.student @ streams.student_head.t(), tokens, reduction="sum")
+    torch.testing.assert_close(call(), list(torch.autograd.grad(loss, [streams.student, streams.student_head])))
+    assert "another loss" in label
+
+
+def test_a_roofline_counts_what_moves_beside_the_products() -> None:
+    shape = {"tokens": 10, "width": 3, "teacher_width": 5, "vocab": 7}
+    cost = METHODS["opd"].cost
+    one = roofline.traffic(shape, cost, itemsize=2, head_products=1, objectives=1)
+    # two looks at two fp32 streams and a bf16 gradient; the head gradient, rounded once
+    assert one.beyond_products == 2 * 2 * 70 * 4 + 70 * 2 + 21 * (4 + 2)
+    # logits written, heads read, the gradient read twice, the head read and its gradient written
+    assert one.total == one.beyond_products + 2 * 70 * 4 + (21 + 35) * 2 + 2 * 70 * 2 + 21 * 2 + 21 * 4
+    three = roofline.traffic(shape, cost, itemsize=2, head_products=3, objectives=1)
+    assert three.beyond_products - one.beyond_products == 2 * 2 * 21 * 4
+    wide = roofline.traffic(shape, cost, itemsize=4, head_products=1, objectives=1)
+    assert wide.beyond_products == 2 * 2 * 70 * 4 + 70 * 4  # nothing to round
+
+
+def test_the_runs_of_a_roofline_are_counted_while_the_call_runs() -> None:
+    streams = random_streams(9, tiny_heads())
+    limit = 2 * 4 * 2 * 301  # fp32 logits of two rows of two streams
+
+    def absent() -> None:
+        raise ImportError
+
+    calls = {"opd": lambda: METHODS["opd"].ours(streams, max_chunk_bytes=limit), "vgs": absent, "prior": lambda: None}
+    assert roofline.count_head_products(calls) == {"opd": 5}

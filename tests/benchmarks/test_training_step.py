@@ -47,10 +47,9 @@ def test_the_training_step_has_as_many_image_tokens_as_it_says(name: str, tokens
     assert (training_step.SCALES[name].pixels // 16) ** 2 == tokens
 
 
-def test_a_training_step_is_measured_of_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_is_measured_of_every_variant() -> None:
     scale = replace(training_step.SCALES["demo"], batch_size=4, completion=4, steps=1)
-    monkeypatch.setattr(training_step, "SCALES", {"demo": scale})
-    record = training_step.measure("demo", turns=1, refresh_every=4)
+    record = training_step.measure("demo", scale, turns=1, refresh_every=4)
     assert record.gate.passed, record.gate.describe()
     assert {row.name for row in record.rows} == set(training_step.VARIANTS)
     assert {target.limit for target in record.targets} == {1.05, 1.15, 1.25}
