@@ -5,7 +5,7 @@
 #   make bench       measure the kernels against plain torch, TRL and Liger; write docs/benchmarks.md
 #   make study       compare splits, gammas and guards over seeds; hours, resumable; write docs/study.md
 #   make docs        build the documentation into site/; a warning is an error
-#   make gpu-check   on a machine with a GPU: all tests on it, all benchmarks, and records of both
+#   make gpu-check   on a machine with a GPU, under 30 minutes: is it right, and how near to its roofline
 #   make lint        what pre-commit runs
 #   make format      rewrite the sources in the house format
 #   make clean       remove builds and caches, keep .venv

@@ -159,7 +159,8 @@ GPU_ROWS = {
 def _gpu_section(records: Sequence[Record]) -> str:
     parts = [
         "## GPU: the peers' own shapes",
-        "The shapes that Liger and TRL publish figures for. `make gpu-check` on a machine with a GPU fills this in.",
+        "The shapes that Liger and TRL publish figures for. The records of `make gpu-check` on a machine with a GPU, "
+        "copied into `benchmarks/records`, fill this in.",
     ]
     for benchmark, names in GPU_ROWS.items():
         rows = []

@@ -163,9 +163,9 @@ def _holders(gradients: Gradients) -> list[nn.Parameter]:
 
 
 def other_backends(device: str) -> list[str]:
-    """Those that stand in where the first of the device's list is not to be had, all that run here."""
+    """Those that run here and stand in where the first of the device's list is not to be had."""
     found = backend.available("combine_gradients", device)
-    return [name for name in found if name in backend.available("gradient_gramian", device)][1:]
+    return [name for name in found[1:] if name in backend.available("gradient_gramian", device) and name != "reference"]
 
 
 def line_up(lang: Gradients, vis: Gradients, size: int, device: str) -> Lineup:

@@ -96,8 +96,9 @@ def test_end_to_end(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_report_marks_gpu_shapes_not_measured_until_a_gpu_record_exists() -> None:
     protocol = protocols.GPU_PROTOCOLS[0]
+    start = f"| {protocol.source}: {protocol.dtype}, {protocol.shape['tokens']}"
     on_cpu = record_of(case={**protocol.shape, "dtype": protocol.dtype})
-    lines = [line for line in report.build([on_cpu], None).splitlines() if line.startswith("| Liger: bf16, 1024")]
+    lines = [line for line in report.build([on_cpu], None).splitlines() if line.startswith(start)]
     assert len(lines) == len(report.GPU_ROWS)
     assert all(set(line.split(" | ")[1:-1]) == {"not measured"} for line in lines)
 
@@ -106,7 +107,7 @@ def test_report_marks_gpu_shapes_not_measured_until_a_gpu_record_exists() -> Non
     environment = on_cpu.environment | {"hardware": hardware}
     on_gpu = record_of(case=on_cpu.case, rows=rows, environment=environment)
     page = report.build([on_cpu, on_gpu], None)
-    line, _ = [line for line in page.splitlines() if line.startswith("| Liger: bf16, 1024")]
+    line, _ = [line for line in page.splitlines() if line.startswith(start)]
     assert "| Some GPU | 125 ms | not measured |" in line
     red = record_of(RED, case=on_cpu.case, rows=rows, environment=environment)
     assert "125 ms" not in report.build([red], None)
@@ -116,12 +117,6 @@ def test_report_without_records_claims_nothing() -> None:
     page = report.build([], None)
     assert " ms" not in page
     assert page.count("not measured") >= len(protocols.GPU_PROTOCOLS)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_stops_with_one_sentence_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 1
-    assert capsys.readouterr().err.strip() == gpu_check.NO_GPU
 
 
 def test_counts_of_a_test_run() -> None:
