@@ -4,6 +4,8 @@
   without hooks, and the gradients are averaged once at the end of the step.
 * FSDP2 reduces in every backward pass, into shards that can be kept apart, but defers that (and would mix them) where
   accumulation turns its reduction off; where they are kept apart it is turned on again here.
+* FSDP2 gathers weights and reduces gradients in every pass of a layer, so all processes run the same passes: what a
+  micro-batch runs follows from the rows of all of them (`on_any_process`).
 * DeepSpeed steps inside `backward`: there is one pass, and no place to combine gradients, which `VGSConfig` says at
   start.
 """
@@ -67,6 +69,17 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     if _is_distributed():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def on_any_process(flags: Sequence[Tensor], alone: bool = False) -> list[bool]:  # () each
+    """Which of the flags hold on any process: what all of them run follows from it, or FSDP2 would wait for ever.
+
+    `alone`: do not ask the others. One wait for the device brings all of them.
+    """
+    together = torch.stack(list(flags)).to(torch.int32)
+    if _is_distributed() and not alone:
+        torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in together.tolist()]
 
 
 def _is_distributed() -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vgs_kernels import (
@@ -25,8 +25,10 @@ from vgs_kernels import (
     linear_reverse_kl,
 )
 
+from .distributed import on_any_process
 from .inputs.families import EvidenceTokens, Family
-from .masking import Batch, masked_view, rows_with_evidence, stack_views
+from .masking import Batch, masked_view, rows_with_evidence, stack_views, with_row
+from .micro_batch_loss import MicroBatchLoss
 from .models.heads import backbone, language_head
 from .steering.dependency import BY_DEPENDENCY, graded, most_dependent
 from .steering.methods import METHODS
@@ -88,33 +90,6 @@ class LossSettings:
         }
 
 
-class MicroBatchLoss(NamedTuple):
-    """What is logged and recorded of a micro-batch."""
-
-    per_token: dict[str, Tensor]  # name -> (valid tokens,), in nats, detached; those with an image first
-    positions: Tensor  # (valid tokens, 2): row and completion position of each
-    bad: Tensor  # (valid tokens,), whether a loss that is trained on is not finite there
-    contribution: Tensor | None  # (rows, completion), log q - log r of what was sampled; 0 for rows without an image
-    vis_weights: Tensor  # (tokens with an image,), what the visual part weighed each by
-
-    def sums(self) -> dict[str, Tensor]:
-        """Name -> sum over the tokens, and how many there are and how many are not finite."""
-        counts = {"tokens": torch.ones_like(self.per_token["standard"]), "bad": self.bad.to(torch.float32)}
-        return {name: values.sum() for name, values in (self.per_token | counts).items()}
-
-    def dependency(self) -> Tensor | None:
-        """VDS of what was sampled, (rows, completion); 0 where no image takes part, None where it is not computed."""
-        if self.contribution is None or "dependency" not in self.per_token:
-            return None
-        grid = torch.zeros_like(self.contribution)
-        grid[self.positions[:, 0], self.positions[:, 1]] = self.per_token["dependency"].to(grid)
-        return grid
-
-    def non_finite(self) -> Tensor:
-        """Row and completion position of every token whose loss is not finite, (count, 2)."""
-        return self.positions[self.bad]
-
-
 class _Rows(NamedTuple):
     """Hidden states of the tokens that have an image, (tokens, width)."""
 
@@ -131,7 +106,8 @@ class DistillationLoss:
     counts as the method's first part.
 
     `run_student` and `run_teacher` run a backbone: wrappers and devices are theirs. `span` times the passes that
-    the masked views add.
+    the masked views add. `stand_in` gives the prompt of one row with evidence, which a process runs, and does not
+    count, where it has none and another has some; without it every process is on its own.
     """
 
     def __init__(
@@ -142,6 +118,7 @@ class DistillationLoss:
         run_student: RunBackbone,
         run_teacher: RunBackbone,
         span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        stand_in: Callable[[], Batch] | None = None,
     ) -> None:
         self.settings = settings
         self.method = METHODS[settings.method]
@@ -150,6 +127,7 @@ class DistillationLoss:
         self.run_student = run_student
         self.run_teacher = run_teacher
         self.span = span
+        self.stand_in = stand_in
 
     @property
     def logged(self) -> tuple[str, ...]:
@@ -202,7 +180,7 @@ class MicroBatch:
         has_image = loss.rows_with_image(batch)
         self._seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
         self._text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
-        self._any_seeing, self._any_text = bool(self._seeing.any()), bool(self._text.any())
+        self._agree(has_image)
         self._of_seeing: dict[str, Tensor] = {}  # per token
         self._of_text: dict[str, Tensor] = {}
         self._bad_language: Tensor | None = None  # (tokens with an image,)
@@ -210,10 +188,19 @@ class MicroBatch:
         self._vis_weights = torch.empty(0, device=self._seeing.device)
         self._contribution = torch.zeros(self._seeing.shape, device=self._seeing.device)
 
+    def _agree(self, has_image: Tensor) -> None:  # (rows,)
+        """Find out what the micro-batches of all processes hold: each runs what any of them needs."""
+        stand_in = self._loss.stand_in
+        own = [self._seeing.any(), self._text.any(), has_image.any()]
+        self._any_seeing, self._any_text, any_image = on_any_process(own, alone=stand_in is None)
+        if any_image and stand_in is not None and self._loss.tokens.modality.features not in self._batch.multimodal:
+            self._batch = with_row(self._batch, stand_in())  # so that the tower runs here, too
+            self._seeing, self._text = (nn.functional.pad(mask, (0, 0, 0, 1)) for mask in (self._seeing, self._text))
+
     def __iter__(self) -> Iterator[ViewLoss]:
-        method, masked = self._method, self._any_seeing
+        method = self._method
         view = None
-        if masked and method.masks_teacher:
+        if self._any_seeing and method.masks_teacher:
             view = self._loss.masked_view(self._batch, self._student)
         teacher, masked_teacher = self._run_teacher(view)
         rows = None

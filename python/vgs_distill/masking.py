@@ -145,31 +145,51 @@ def _grid_positions(batch: Batch, tokens: EvidenceTokens, model: PreTrainedModel
 
 
 def stack_views(first: Batch, second: Batch) -> Batch:
-    """Two views of the same rows as one batch; the second may have shorter prompts and no evidence."""
-    length = max(first.prompt_ids.size(1), second.prompt_ids.size(1))
-
-    def rows(a: Tensor, b: Tensor, total: int) -> Tensor:
-        return torch.cat([F.pad(part, (total - part.size(1), 0)) for part in (a, b)])
-
-    total = length + first.completion_ids.size(1)
+    """The rows of two batches as one; prompts may differ in length, and either batch may have no evidence."""
+    total = max(batch.prompt_ids.size(1) for batch in (first, second)) + first.completion_ids.size(1)
     multimodal = {}
-    for name, value in first.multimodal.items():
-        other = second.multimodal.get(name)
-        if name.endswith("token_type_ids"):
-            multimodal[name] = rows(
-                value, second.input_ids.new_zeros(second.input_ids.shape) if other is None else other, total
-            )
+    for name in dict.fromkeys([*first.multimodal, *second.multimodal]):
+        mine, other = first.multimodal.get(name), second.multimodal.get(name)
+        if name == "position_ids":  # (3, rows, length), those of the same rows with their evidence
+            multimodal[name] = second.multimodal[name].repeat(1, 2, 1)
+        elif name.endswith("token_type_ids"):
+            mine = torch.zeros_like(first.input_ids) if mine is None else mine
+            other = torch.zeros_like(second.input_ids) if other is None else other
+            multimodal[name] = _left_padded(mine, other, total)
         else:
-            multimodal[name] = value if other is None else torch.cat([value, other])
-    if "position_ids" in second.multimodal:  # those of the unmasked view
-        multimodal["position_ids"] = second.multimodal["position_ids"].repeat(1, 2, 1)
+            multimodal[name] = torch.cat([value for value in (mine, other) if value is not None])
     return Batch(
-        rows(first.prompt_ids, second.prompt_ids, length),
-        rows(first.prompt_mask, second.prompt_mask, length),
+        _left_padded(first.prompt_ids, second.prompt_ids),
+        _left_padded(first.prompt_mask, second.prompt_mask),
         torch.cat([first.completion_ids, second.completion_ids]),
         torch.cat([first.completion_mask, second.completion_mask]),
         multimodal,
     )
+
+
+def with_row(batch: Batch, row: Batch) -> Batch:
+    """A batch without evidence and below it the prompt of another row, which has some; its completion is padding."""
+    empty = torch.zeros_like(batch.completion_ids[:1])
+    types = {
+        name: F.pad(value, (0, empty.size(1))) if name.endswith("token_type_ids") else value
+        for name, value in row.multimodal.items()
+    }
+    row = row._replace(completion_ids=empty, completion_mask=empty.to(batch.completion_mask), multimodal=types)
+    both = stack_views(batch, row)
+    if row.text_prompt_ids is None or row.text_prompt_mask is None:
+        return both
+    without = (batch.prompt_ids, batch.prompt_mask)  # a prompt without evidence is its own text
+    ids, mask = (own if text is None else text for own, text in zip(without, batch[-2:], strict=True))
+    return both._replace(
+        text_prompt_ids=_left_padded(ids, row.text_prompt_ids),
+        text_prompt_mask=_left_padded(mask, row.text_prompt_mask),
+    )
+
+
+def _left_padded(first: Tensor, second: Tensor, length: int = 0) -> Tensor:
+    """Rows of different length below each other, (rows of both, length), zeros on the left."""
+    length = max(length, first.size(1), second.size(1))
+    return torch.cat([F.pad(rows, (length - rows.size(1), 0)) for rows in (first, second)])
 
 
 def masked_view(image_mask: str, batch: Batch, tokens: EvidenceTokens, family: Family, model: PreTrainedModel) -> Batch:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     PretrainedConfig,
@@ -28,13 +29,14 @@ from trl import DistillationTrainer
 from trl.trainer.utils import pad
 
 from .config import VGSConfig
-from .distributed import allow_fsdp_on_cpu
+from .distributed import allow_fsdp_on_cpu, on_any_process
 from .errors import InputError
 from .inputs.dataset_checks import RowCheck
 from .inputs.families import EvidenceTokens, check_modality, family_of, placeholder_ids
 from .inputs.formats import PROMPT_COLUMNS, canonical_rows
 from .inputs.modalities import IMAGE, MODALITIES, Modality
-from .masking import TOKEN_TYPES, with_evidence, without_evidence
+from .inputs.stand_in import stand_in
+from .masking import TOKEN_TYPES, Batch, multimodal_inputs, with_evidence, without_evidence
 from .models.sources import ModelSource, check_no_adapter
 from .report.timing import StepTimer
 from .resilience.sampler import EpochOrder
@@ -91,7 +93,12 @@ class Rollouts(DistillationTrainer):
         self.data_collator = collate  # rows of every form become one where the data loader hands them on
         self._family = family_of(self.model.config)
         self._evidence_tokens = EvidenceTokens.of(self.model.config, self.processing_class, self._modality)
-        self._stand_in: dict[str, Any] | None = None  # the last row whose prompt was not too long
+        self._stand_in = stand_in(self._modality, self.processing_class)
+        self._any_short_prompt = False  # on any process, so far
+        if self.is_fsdp_enabled:
+            sampler: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            # transformers lets a process sample on until all have ended only where it has sharded the model itself.
+            sampler._is_fsdp_managed_module = True
         self._timer = StepTimer(self.accelerator.device)
 
     def _never_sample(self, vocab_size: int) -> None:
@@ -173,21 +180,49 @@ class Rollouts(DistillationTrainer):
             return inputs, []
         lengths = [len(self._tokenize_prompts([self._messages(row)])[0][0]) for row in inputs]
         left_out = [index for index, length in enumerate(lengths) if length > limit]
-        if len(left_out) < len(inputs):
-            self._stand_in = inputs[lengths.index(min(lengths))]
-        if not left_out:
-            return inputs, left_out
-        if self._stand_in is None:
+        if not self._any_short_prompt:
+            (self._any_short_prompt,) = on_any_process(
+                [torch.tensor(len(left_out) < len(inputs), device=self.accelerator.device)]
+            )
+        if not self._any_short_prompt:
             raise InputError(
                 f"every prompt so far is longer than max_prompt_length={limit} tokens, {self._modality.plural} "
                 f"included (the shortest has {min(lengths)}); raise the limit or make them smaller"
             )
-        logger.warning(
-            "step %d: %d of %d prompts are longer than max_prompt_length=%d tokens, %s included (the longest has %d), "
-            "and are left out.",
-            self.state.global_step + 1, len(left_out), len(inputs), limit, self._modality.plural, max(lengths),
-        )  # fmt: skip
+        if left_out:
+            logger.warning(
+                "step %d: %d of %d prompts are longer than max_prompt_length=%d tokens, %s included (the longest has "
+                "%d), and are left out.",
+                self.state.global_step + 1, len(left_out), len(inputs), limit, self._modality.plural, max(lengths),
+            )  # fmt: skip
         return [self._stand_in if index in left_out else row for index, row in enumerate(inputs)], left_out
+
+    def _stand_in_prompt(self) -> Batch:
+        """The stand-in as the inputs of a forward pass, without a completion."""
+        ids, _, fields = self._tokenize_prompts([self._messages(self._stand_in)])
+        tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in fields.items()}
+        if self._family.counts_images:
+            tensors["batch_num_images"] = torch.tensor([1])
+        prompt: dict[str, Any] = {"prompt_ids": torch.tensor(ids), "prompt_mask": torch.ones_like(torch.tensor(ids))}
+        prompt |= self._text_prompts([self._stand_in], prompt["prompt_ids"], prompt["prompt_mask"])
+        prompt |= {"completion_ids": prompt["prompt_ids"][:, :0], "completion_mask": prompt["prompt_mask"][:, :0]}
+        return Batch.of(send_to_device(prompt | multimodal_inputs(tensors), self.accelerator.device))
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        """As TRL's; where weights are sharded and another process runs the tower, this one does, too."""
+        seeing = torch.tensor(self._modality.features in multimodal_fields, device=self.accelerator.device)
+        run: Any = partial(super()._generate_single_turn, *args, **kwargs)
+        if self.use_vllm or not self.is_fsdp_enabled or not on_any_process([seeing])[0] or seeing:
+            completions: list[list[int]] = run(prompt_ids, images, multimodal_fields)
+            return completions
+        ids, _, fields = self._tokenize_prompts([self._messages(self._stand_in)])
+        types = {
+            name: [*([0] * len(row) for row in prompt_ids), *fields[name]] for name in TOKEN_TYPES if name in fields
+        }
+        completions = run([*prompt_ids, *ids], images, {**fields, **types})
+        return completions[:-1]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if not self._family.one_prompt_at_a_time:

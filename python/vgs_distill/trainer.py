@@ -27,8 +27,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import OFFLOAD, VGSConfig
 from .inputs.families import check_image_mask, check_teacher_reads_the_same
-from .loss import DistillationLoss, LossSettings, MicroBatchLoss, hidden_states
+from .loss import DistillationLoss, LossSettings, hidden_states
 from .masking import Batch
+from .micro_batch_loss import MicroBatchLoss
 from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
 from .models.sources import student_source, teacher_source
@@ -140,6 +141,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             run_student=self._run_student,
             run_teacher=self._run_teacher,
             span=self._timer.span,
+            stand_in=self._stand_in_prompt,
         )
         self._meter = LossMeter(self._loss.logged)
         self._micro_batch_loss = torch.zeros(())  # KL(student || teacher), for the log

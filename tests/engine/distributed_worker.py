@@ -18,7 +18,7 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer,Qwen3VLVisionBlock",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 
@@ -31,21 +31,51 @@ class Case(NamedTuple):
     checkpointing: bool
     accumulation: int
     lora: bool = False
+    uneven: str = ""  # what is the matter with the rows of the second of two processes
 
     @property
     def name(self) -> str:
         words = [self.method, self.eta, str(self.accumulation)]
-        return "-".join([*words, *["checkpointing"] * self.checkpointing, *["lora"] * self.lora])
+        return "-".join(
+            [*words, *["checkpointing"] * self.checkpointing, *["lora"] * self.lora, *[self.uneven] * bool(self.uneven)]
+        )
 
 
 CASES = [
-    Case(method, eta, checkpointing, accumulation)
-    for method, eta in (
-        ("vgs", "measured"), ("vgs", "amortized"), ("matched", "measured"), ("teacher_prior", "measured"),
-    )
-    for checkpointing in (False, True)
-    for accumulation in (1, 2)
-] + [Case("vgs", "measured", False, 2, lora=True)]  # fmt: skip
+    Case("vgs", "measured", False, 1),
+    Case("vgs", "measured", True, 2),
+    Case("vgs", "amortized", False, 2),
+    Case("vgs", "amortized", True, 2),
+    Case("matched", "measured", False, 1),
+    Case("matched", "measured", True, 2),
+    Case("teacher_prior", "measured", False, 1),
+    Case("teacher_prior", "measured", True, 2),
+    Case("vgs", "measured", False, 2, lora=True),
+    Case("vgs", "measured", True, 2, uneven="no image"),
+    Case("vgs", "measured", True, 1, uneven="too long"),
+    Case("matched", "measured", True, 1, uneven="no image"),
+    Case("teacher_prior", "measured", False, 1, uneven="no image"),
+]
+TOO_LONG = 20  # tokens
+
+
+def rows_of(case: Case, world: Any) -> Any:
+    """Four rows for each of two processes in turn, as they are dealt out; uneven, the second gets other ones."""
+    from vgs_distill.demo.worlds import to_prompt_dataset
+
+    rows = to_prompt_dataset(world.training_questions(48, seed=5, prior=0.5))
+    if not case.uneven:
+        return rows
+
+    def change(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if index // (GLOBAL_BATCH // 2) % 2 == 0:
+            return row
+        if case.uneven == "no image":
+            return {**row, "images": []}
+        (turn,) = row["prompt"]
+        return {**row, "prompt": [{**turn, "content": " ".join([turn["content"]] * TOO_LONG)}]}
+
+    return rows.map(change, with_indices=True)
 
 
 def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
@@ -56,7 +86,7 @@ def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
     from vgs_distill import VGSConfig, VGSTrainer
     from vgs_distill.demo.models import build_model, build_processor
     from vgs_distill.demo.recipes import ModelSize
-    from vgs_distill.demo.worlds import make_world, to_prompt_dataset
+    from vgs_distill.demo.worlds import make_world
 
     prior = case.method == "teacher_prior"
     world = make_world("shapes")
@@ -65,6 +95,8 @@ def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
     student = build_model(ModelSize(text_width=32, vision_width=32), processor)
     torch.manual_seed(2)
     teacher = build_model(ModelSize(text_width=48, vision_width=32), processor).eval()
+    if case.uneven:  # every second token ends an answer, so that processes sample for different numbers of steps
+        student.generation_config.eos_token_id = list(range(0, len(processor.tokenizer), 2))
     trainer = VGSTrainer(
         model=student,
         teacher_model=teacher,
@@ -84,6 +116,9 @@ def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
             gradient_accumulation_steps=case.accumulation,
             gradient_checkpointing=case.checkpointing,
             max_completion_length=5,
+            max_prompt_length=TOO_LONG if case.uneven == "too long" else None,
+            shuffle_dataset=not case.uneven,
+            ddp_timeout=60,  # seconds in which a process that waits for ever is found
             top_k=1,  # greedy, so that completions do not depend on which process samples them
             optim="sgd",  # AdamW would blow rounding of tiny gradients up to whole steps
             learning_rate=0.05,
@@ -96,7 +131,7 @@ def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
             disable_tqdm=True,
             seed=3,
         ),
-        train_dataset=to_prompt_dataset(world.training_questions(48, seed=5, prior=0.5)),
+        train_dataset=rows_of(case, world),
         processing_class=processor,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if case.lora else None,
     )

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vgs_distill import VGSTrainer
+from vgs_distill import VGSTrainer, rollouts
 from vgs_distill.inputs import families
 from vgs_distill.inputs.families import check_teacher_reads_the_same
 from vgs_distill.inputs.modalities import AUDIO, MODALITIES, Modality
-from vgs_distill.masking import Batch, masked_view, stack_views
+from vgs_distill.masking import Batch, masked_view, stack_views, with_row
 from vgs_distill.models.modules import parameters_by_module
 from vgs_distill.report.log import read_run
 from vgs_distill.steering.methods import METHODS
@@ -235,6 +235,33 @@ def test_the_loss_is_the_textbook_one_on_the_model_s_own_logits(family: str, tmp
     p, q = log_probs(trainer.model), log_probs(trainer.teacher_model)
     kl = (p.exp() * (p - q)).sum(-1)[batch.completion_mask.bool()]
     torch.testing.assert_close(loss, kl.mean(), atol=ATOL, rtol=1e-4)
+
+
+@every_family
+def test_a_stand_in_beside_rows_without_evidence_leaves_them_as_they_are(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process runs whose rows have no image where another's have some."""
+    trainer = make_trainer(family, str(tmp_path), (int(family == "paligemma"),), top_k=1)
+    batch = rollout(trainer, 3)
+    row = trainer._stand_in_prompt()
+    assert trainer._evidence_tokens.is_placeholder(row.prompt_ids).any()
+    assert not trainer._evidence_tokens.is_placeholder(row.text_prompt_ids).any()
+    if trainer._family.needs_image:
+        return
+    below = with_row(batch, row)
+    assert below.prompt_ids.size(0) == 4
+    torch.testing.assert_close(hidden(trainer, below), hidden(trainer, batch), atol=ATOL, rtol=0)
+    for image_mask in masks(family):
+        view = masked_view(image_mask, below, trainer._evidence_tokens, trainer._family, trainer.model)
+        torch.testing.assert_close(hidden(trainer, view), hidden(trainer, batch), atol=ATOL, rtol=0)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(rollouts, "on_any_process", lambda flags: [True])
+    generate, given = trainer.model.generate, []
+    monkeypatch.setattr(trainer.model, "generate", lambda **inputs: given.append(inputs) or generate(**inputs))
+    sampled = rollout(trainer, 3)
+    assert trainer._modality.features in given[0]
+    assert sampled.completion_ids.tolist() == batch.completion_ids.tolist()
 
 
 @every_family_and_mask

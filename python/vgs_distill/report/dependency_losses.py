@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..distributed import sum_over_processes
-from ..loss import MicroBatchLoss
+from ..micro_batch_loss import MicroBatchLoss
 
 THIRDS = 3
 _PARTS = ("standard", "vis", "lang")

@@ -49,7 +49,7 @@ from transformers.utils import logging
 from trl import DistillationConfig
 
 from ..config import VGSConfig
-from ..loss import MicroBatchLoss
+from ..micro_batch_loss import MicroBatchLoss
 from ..steering.methods import METHODS
 from .dependency_angles import DependencyAngles
 from .dependency_losses import DependencyLosses
