@@ -7,6 +7,8 @@ from .backend import BackendUnavailableError
 from .combine_gradients import combine_gradients
 from .decomposed_kl import decomposed_kl
 from .gradient_gramian import gradient_gramian
+from .integrations import patch_trl
+from .language_model import head_passes_through, language_head, unwrapped_model
 from .linear import linear_decomposed_kl, linear_reverse_kl
 from .report import active_backends, backend_report
 from .reverse_kl import reverse_kl
@@ -49,9 +51,13 @@ __all__ = [
     "decomposed_kl",
     "from_torchjd",
     "gradient_gramian",
+    "head_passes_through",
+    "language_head",
     "linear_decomposed_kl",
     "linear_reverse_kl",
+    "patch_trl",
     "reverse_kl",
     "self_test",
     "steer_",
+    "unwrapped_model",
 ]

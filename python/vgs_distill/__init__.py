@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .inputs.formats import canonical_row
     from .masked_view import MaskedView
     from .masking import with_evidence, without_evidence
-    from .models.heads import head_passes_through
     from .settings import MethodSettings
     from .steering.steering import Steering
     from .trainer import VGSTrainer
@@ -31,7 +30,6 @@ __all__ = [
     "VGSTrainer",
     "View",
     "canonical_row",
-    "head_passes_through",
     "load_rows",
     "with_evidence",
     "without_evidence",
@@ -48,7 +46,6 @@ _MODULES = {
     "VGSTrainer": ".trainer",
     "View": ".decomposed_loss",
     "canonical_row": ".inputs.formats",
-    "head_passes_through": ".models.heads",
     "load_rows": ".inputs.data",
     "with_evidence": ".masking",
     "without_evidence": ".masking",

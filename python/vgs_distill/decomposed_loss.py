@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vgs_kernels import head_passes_through, unwrapped_model
+
 from .errors import InputError
 from .inputs.families import EvidenceTokens, Family
 from .inputs.modalities import IMAGE
 from .loss import DistillationLoss, LossSettings, MicroBatch
 from .masked_view import IGNORED
-from .models.heads import head_passes_through, unwrapped
 from .settings import MethodSettings
 
 
@@ -101,7 +102,13 @@ class DecomposedLoss(DistillationLoss):
         ids = seen.tokens[None]
         batch: Any = _Views(ids, seen, masked)
         return self.micro_batch(
-            unwrapped(student), unwrapped(teacher), batch, torch.ones_like(ids), items_in_step, weights, preserves
+            unwrapped_model(student),
+            unwrapped_model(teacher),
+            batch,
+            torch.ones_like(ids),
+            items_in_step,
+            weights,
+            preserves,
         )
 
     def rows_with_image(self, batch: Any) -> Tensor:

@@ -21,6 +21,7 @@ from vgs_kernels import (
     LMHead,
     RatioGuard,
     TokenSteering,
+    language_head,
     linear_decomposed_kl,
     linear_reverse_kl,
 )
@@ -29,7 +30,7 @@ from .distributed import on_any_process
 from .inputs.families import EvidenceTokens, Family
 from .masking import Batch, masked_view, rows_with_evidence, stack_views, with_row
 from .micro_batch_loss import MicroBatchLoss
-from .models.heads import backbone, language_head
+from .models.heads import backbone
 from .steering.dependency import BY_DEPENDENCY, graded, most_dependent
 from .steering.methods import METHODS
 from .steering.step import ViewLoss

@@ -18,11 +18,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vgs_kernels import gradient_gramian, linear_decomposed_kl, linear_reverse_kl
+from vgs_kernels import gradient_gramian, language_head, linear_decomposed_kl, linear_reverse_kl
 
 from ..loss import DistillationLoss, RunBackbone
 from ..masking import Batch, masked_view, rows_with_evidence
-from ..models.heads import language_head
 from ..steering.gradients import Gradients
 
 GROUPS = 10
