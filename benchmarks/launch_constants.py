@@ -4,7 +4,7 @@
     python -m benchmarks.launch_constants --quick    small shapes; on a CPU in Triton's interpreter, whose times say
                                                      nothing (--device=cpu, TRITON_INTERPRET=1)
 
-The shipped constants were reasoned (`vgs_kernels/stream_kl/triton_config.py`, `vgs_kernels/linear/chunks.py`). The
+The shipped constants were reasoned (`vgs_kernels/stream_kl/triton_config.py`, `vgs_kernels/linear/rule.py`). The
 table at the end is a proposal: a constant stays unless another is faster by more than `WORTHWHILE`, and one that gives
 other numbers than the shipped one turns the gate red.
 """
@@ -50,7 +50,7 @@ METHODS_IN_RUNS = ("opd", "vgs")
 WORTHWHILE = 0.03
 SAME = 1e-4  # of the norm: other sums, and 16-bit gradients rounded the other way
 SHAPE = {"tokens": 1024, "vocab": 151936, "run_tokens": 8192, "width": 2048}
-QUICK_SHAPE = {"tokens": 2, "vocab": 640, "run_tokens": 300, "width": 16}
+QUICK_SHAPE = {"tokens": 2, "vocab": 640, "run_tokens": 600, "width": 16}
 
 
 class Proposal(NamedTuple):
@@ -136,21 +136,19 @@ def vary_runs(shape: Mapping[str, int], args: argparse.Namespace) -> list[Row]:
     lineup = Lineup(args.device)
     for name in METHODS_IN_RUNS:
         method = METHODS[name]
-        token_bytes = round(method.cost.student_projections + method.cost.teacher_projections) * 4 * shape["vocab"]
-        tried: dict[int, bool] = {}  # tokens of the longest run -> whether that is the shipped rule's
-        limits = [None, *(tokens * token_bytes for tokens in RUNS if tokens < shape["run_tokens"])]
-        for limit in limits or [None]:
+        tried: set[int] = set()  # tokens of the longest run
+        for tokens in (None, *RUNS):
             with head_products() as products:
-                method.ours(streams, max_chunk_bytes=limit)
+                method.ours(streams, chunk_tokens=tokens)
             longest = max(products)
             if longest in tried:
                 continue
-            tried[longest] = limit is None
+            tried.add(longest)
             row = f"{name}|run|tokens={longest}"
             lineup.add(
-                row, f"{name}, runs of {longest} tokens", lambda m=method, b=limit: m.ours(streams, max_chunk_bytes=b)
+                row, f"{name}, runs of {longest} tokens", lambda m=method, n=tokens: m.ours(streams, chunk_tokens=n)
             )  # type: ignore[misc]
-            lineup.rows[row].note = "shipped" if limit is None else ""
+            lineup.rows[row].note = "shipped" if tokens is None else ""
     lineup.take_turns(args.rounds, 3 * args.rounds, args.budget)
     return list(lineup.rows.values())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
+from vgs_kernels.linear.gpu_products import GpuProducts
 from vgs_kernels.linear.products import Products
 
 SEVERAL = 3
@@ -17,17 +19,18 @@ SEVERAL = 3
 def head_products() -> Iterator[list[int]]:
     """Rows of every head-gradient product of the block, in order: one a run of tokens and objective."""
     rows: list[int] = []
-    original = Products.head_gradient
 
-    def counted(self: Products, logit_gradient: Tensor, *arguments: Any, **options: Any) -> None:
-        rows.append(logit_gradient.shape[0])
-        original(self, logit_gradient, *arguments, **options)
+    def counted(original: Callable[..., None]) -> Callable[..., None]:
+        def head_gradient(self: Any, logit_gradient: Tensor, *arguments: Any, **options: Any) -> None:
+            rows.append(logit_gradient.shape[0])
+            original(self, logit_gradient, *arguments, **options)
 
-    Products.head_gradient = counted  # type: ignore[method-assign]
-    try:
+        return head_gradient
+
+    with ExitStack() as patches:
+        for products in (Products, GpuProducts):
+            patches.enter_context(mock.patch.object(products, "head_gradient", counted(products.head_gradient)))
         yield rows
-    finally:
-        Products.head_gradient = original  # type: ignore[method-assign]
 
 
 def several_and_uneven(rows: Sequence[int], objectives: int = 1) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import (
     decomposed_kl,
+    gpu_correctness,
     linear_gate,
     methods,
     peers,
@@ -33,6 +34,7 @@ from benchmarks.methods import METHODS, OBJECTIVES
 from benchmarks.products import floor_rows
 from benchmarks.truth import Result, Truth
 from tests.benchmarks.examples import tiny_heads
+from tests.gpu_loop import Model, gpu_loop
 from vgs_kernels.linear.reference import reverse_kl
 
 
@@ -206,6 +208,29 @@ def test_a_roofline_counts_what_moves_beside_the_products() -> None:
     assert three.beyond_products - one.beyond_products == 2 * 2 * 21 * 4
     wide = roofline.traffic(shape, cost, itemsize=4, head_products=1, objectives=1)
     assert wide.beyond_products == 2 * 2 * 70 * 4 + 70 * 4  # nothing to round
+
+
+@pytest.mark.parametrize(("method", "streams"), [("opd", (1, 1, 1)), ("vgs", (2, 2, 1)), ("prior_parts", (1, 2, 2))])
+def test_a_roofline_is_that_of_the_chunk_loop_of_a_gpu(method: str, streams: tuple[int, int, int]) -> None:
+    """Whose own test holds its model to the bytes that it counts."""
+    model = Model(*streams)
+    shape = {"tokens": 8192, "width": model.width, "teacher_width": model.teacher_width, "vocab": model.vocab}
+    moved = roofline.traffic(shape, METHODS[method].cost, 2, head_products=8 * streams[2], objectives=streams[2])
+    assert moved.total == model.bytes(1024)
+
+
+def test_the_gate_goes_through_several_runs_of_a_gpu_too() -> None:
+    """With the rule and the products of a GPU, at the tokens of the gate and at those of the check of a GPU."""
+    check = gpu_correctness.FULL
+    for tokens, rows in ((linear_gate.GATE_TOKENS, linear_gate.ROWS), (check.tokens, check.rows)):
+        streams = random_streams(tokens, tiny_heads("bf16"))
+        for method in METHODS:
+            with gpu_loop():
+                _, products = linear_gate.in_runs(method, streams, rows)
+            lengths = products[:: len(METHODS[method].objectives)]
+            assert len(lengths) >= 3, (method, products)
+            assert len(set(lengths)) > 1, (method, products)
+            assert tokens < 256 or max(products) == 256, (method, products)
 
 
 def test_the_runs_of_a_roofline_are_counted_while_the_call_runs() -> None:
