@@ -18,9 +18,9 @@ from vgs_distill.demo.recipes import METHOD_SETTINGS, DemoRecipe, demo_recipe
 
 TASKS = ("digits", "shapes", "easyvqa")
 SEEDS = tuple(range(8))
-TUNING_SEEDS = (100, 101)
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 HALF_WARM, COLD = "half-warm", "cold"
+TUNING_SEEDS = {HALF_WARM: (100,), COLD: (100, 101)}
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,16 @@ def _start(**changes: Any) -> Callable[[DemoRecipe], DemoRecipe]:
     return lambda recipe: replace(recipe, student_start=replace(recipe.student_start, **changes))
 
 
+def _longer(steps: int) -> Callable[[DemoRecipe], DemoRecipe]:
+    return lambda recipe: replace(recipe, distillation=recipe.distillation.lasting(steps))
+
+
 def _cold(recipe: DemoRecipe) -> DemoRecipe:
     """Speaks perfectly and sees almost nothing; shapes are weak rather than cold: with fewer steps no student tells one
     from another, and distillation on its own guesses does not get it started."""
     supervised, steps = {"digits": (120, 300), "shapes": (150, 250), "easyvqa": (90, 250)}[recipe.task]
     recipe = _start(steps=supervised, questions=3_000, captions=3_000)(recipe)
-    return replace(recipe, distillation=recipe.distillation.lasting(steps))
+    return _longer(steps)(replace(recipe, distillation=replace(recipe.distillation, warmup_steps=20)))
 
 
 @dataclass(frozen=True)
@@ -160,16 +164,19 @@ REGIMES: Mapping[str, Regime] = {
     HALF_WARM: Regime("half-warm: mature language, vision at three quarters of the teacher's (the demo)", lambda r: r),
     "blind": Regime(
         "mature language, blind eyes: 400 supervised steps, the picture left out of 85 % of them",
-        _start(steps=400, image_dropout=0.85, captions=3_000),
+        lambda recipe: _longer(120)(_start(steps=400, image_dropout=0.85, captions=3_000)(recipe)),
     ),
     COLD: Regime("cold: few supervised steps on 6,000 rows", _cold),
-    "style": Regime("another style: the student answers without reasoning", _start(style="terse")),
+    "style": Regime(
+        "another style: the student answers without reasoning",
+        lambda recipe: _longer(120)(_start(style="terse")(recipe)),
+    ),
     "verbose": Regime(
         "a verbose teacher: it opens with 18 words that the student never says",
         lambda recipe: replace(
             recipe,
             teacher=replace(recipe.teacher, style="verbose"),
-            distillation=replace(recipe.distillation, max_completion_length=48),
+            distillation=replace(recipe.distillation.lasting(120), max_completion_length=48),
             evaluation=replace(recipe.evaluation, max_new_tokens=48),
         ),
     ),
@@ -230,13 +237,14 @@ def tuned_regime(task: str, regime: str) -> str:
 
 def grid(task: str, regime: str, arm: str) -> list[Run]:
     """The learning rates of an arm on the validation split."""
-    return [Run(task, regime, arm, rate, seed, "validation") for seed in TUNING_SEEDS for rate in LEARNING_RATES]
+    return [
+        Run(task, regime, arm, rate, seed, "validation") for seed in TUNING_SEEDS[regime] for rate in LEARNING_RATES
+    ]
 
 
 def tuning(records: Records, tasks: Sequence[str] = TASKS) -> list[Run]:
-    """Every grid, seed by seed."""
-    runs = [run for task in tasks for arm in tuned_arms(HALF_WARM) for run in grid(task, HALF_WARM, arm)]
-    return sorted(runs, key=lambda run: TUNING_SEEDS.index(run.seed))
+    """Every grid of the demo's starts."""
+    return [run for task in tasks for arm in tuned_arms(HALF_WARM) for run in grid(task, HALF_WARM, arm)]
 
 
 def learning_rate(records: Records, task: str, regime: str, arm: str) -> float | None:

@@ -42,7 +42,7 @@ language steering."""
 def build(records: Mapping[str, Record], plots: Mapping[str, bool]) -> str:
     """The whole page. `plots`: name -> whether it was drawn."""
     study = Study(records)
-    seeds = ", ".join(map(str, TUNING_SEEDS))
+    seeds = ", ".join(map(str, sorted({seed for seeds in TUNING_SEEDS.values() for seed in seeds})))
     angles = _picture("angles between gradients by dependency, at the start", ANGLES, plots)
     losses = _picture("losses by dependency over training", LOSSES, plots)
     parts = [

@@ -31,6 +31,7 @@ _MEASURED = (
     "--eta=measured",
     "--token_steering=0",
     "--plausibility=0",
+    "--ratio_floor=0",
     "--save_strategy=no",
     "--eval_strategy=no",
     "--report_to=none",

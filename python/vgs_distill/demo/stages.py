@@ -14,12 +14,13 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VL
 from vgs_distill.demo.cache import cached_folder, entry_key
 from vgs_distill.demo.distillation import History, distill, make_trainer, step_ratio
 from vgs_distill.demo.evaluate import evaluate
-from vgs_distill.demo.methods import Method, methods_for
+from vgs_distill.demo.methods import Method
 from vgs_distill.demo.models import build_processor
 from vgs_distill.demo.recipes import DemoRecipe
 from vgs_distill.demo.supervised import Progress, train_supervised
 from vgs_distill.demo.worlds import make_world, to_prompt_dataset
 from vgs_distill.diagnosis.measure import Diagnosis, diagnose
+from vgs_distill.steering.methods import METHODS
 
 DIAGNOSED_ROWS = 96
 
@@ -105,7 +106,7 @@ def diagnosed(
     scratch: Path,
 ) -> Diagnosis:
     """What `vgs diagnose` measures of a start, on the first prompts of its distillation."""
-    (vgs,) = (method for method in methods_for(["vgs"], None) if method.steered)
+    vgs = Method("vgs", "VGS", "vgs", METHODS["vgs"].gamma)
     prompts = distillation_prompts(recipe, seed)
     trainer = make_trainer(student, teacher, processor, prompts, recipe.distillation, vgs, seed, scratch)
     torch.manual_seed(seed)

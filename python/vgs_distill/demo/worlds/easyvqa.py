@@ -1,8 +1,9 @@
 """The `easyvqa` world: the public data set easy-VQA 1.0 (Victor Zhou, MIT), as its package ships it.
 
 5,000 pictures of one coloured shape each and 48,248 questions, with a split of its own; nothing of it was made for this
-project. Pictures are halved to 32x32 pixels. What a picture shows is read off its own questions and answers, and gives
-the reasoning and the captions; the 12 % of pictures whose questions leave colour or shape open are left out.
+project. Pictures are cut to the 32x32 pixels around their shape, which hardly one is larger than. What a picture shows
+is read off its own questions and answers, and gives the reasoning and the captions; the 12 % of pictures whose
+questions leave colour or shape open are left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 _FOLDERS = {TRAINING: "train", "validation": "train", "test": "test"}
 _VALIDATION_FROM = 3500  # of the 4,000 training pictures: those from this number on are the validation split
+_FAINTEST = 40.0  # grey levels of all channels together by which a shape stands out from its background
 _NEGATIONS = {"no", "not"}
 _PHRASE_WORDS = (
     "what color shape is in the image present of there does contain a not no ? yes i see describe . : answer let me "
@@ -109,7 +111,14 @@ def _picture(folder: str, number: int) -> Image.Image:
     path = files("easy_vqa") / "data" / folder / "images" / f"{number}.png"
     with path.open("rb") as file:
         image: Image.Image = Image.open(file).convert("RGB")
-        return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(image, np.float32)
+    background = np.median(pixels.reshape(-1, 3), axis=0)
+    rows, columns = np.nonzero(np.abs(pixels - background).sum(axis=2) > _FAINTEST)
+    corner = [
+        min(max((int(at.min()) + int(at.max()) + 1 - IMAGE_SIZE) // 2, 0), length - IMAGE_SIZE)
+        for at, length in ((columns, image.width), (rows, image.height))
+    ]
+    return image.crop((*corner, corner[0] + IMAGE_SIZE, corner[1] + IMAGE_SIZE))
 
 
 class EasyVqaWorld(World):
