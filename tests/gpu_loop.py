@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,24 @@ class Work:
         return max(self.flops / flop_rate, self.bytes / bandwidth)
 
 
+class NoPythonNumbers(TorchFunctionMode):
+    """Refuses to copy Python numbers to the device: from memory that is not pinned, which the host waits for. No
+    operation of theirs is dispatched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None
+        if made and not _is_tensor(args[0]) and torch.device(kwargs["device"]).type != "cpu":
+            raise HostWait("a tensor of the device is made of Python numbers")
+        if func is Tensor.new_tensor and args[0].device.type != "cpu":
+            raise HostWait("new_tensor copies Python numbers to the device")
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device.type != "cpu":
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(place, list) for place in places):
+                raise HostWait("a tensor of the device is indexed with a Python list")
+        return func(*args, **kwargs)
+
+
 class GpuLoop(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +78,7 @@ class GpuLoop(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in OPERATORS:
-            with self:  # else nothing inside the operator would be seen
+            with torch._C._EnableTorchFunction(), NoPythonNumbers(), self:  # else nothing inside would be seen
                 return OPERATORS[func]._init_fn(*args, **kwargs)
         refuse_waits(func, args, kwargs)
         result = _widened(func, args, kwargs) if func in WIDENING else func(*args, **kwargs)
@@ -119,6 +138,7 @@ def gpu_loop(meta: bool = False, **numbers: Any) -> Iterator[GpuLoop]:
         mock.patch.object(rule, "is_gpu", return_value=True),
         mock.patch.object(rule, "GPU", replace(rule.GPU, **numbers)),
         mock.patch.object(backends, "load", kernels),
+        NoPythonNumbers(),
         loop,
     ):
         yield loop

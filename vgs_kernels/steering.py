@@ -46,7 +46,8 @@ class VisualGradientSteering:
     def __call__(self, gramian: Tensor) -> Tensor:
         usable = usable_components(gramian)
         usable = usable & usable[0]  # without a length to keep there is no step
-        weights = torch.where(usable, torch.tensor([1.0, self.gamma], dtype=gramian.dtype, device=gramian.device), 0.0)
+        one = torch.ones_like(gramian[0, 0])  # filled on the device: copied numbers would wait for it
+        weights = torch.where(usable, torch.stack([one, one * self.gamma]), 0.0)
         norms, _ = _normalised(gramian, usable)
         return weights * (norms[0] / _length_of_combination(gramian, usable, weights))
 

@@ -106,6 +106,7 @@ def linear_kl(
     a_row = rule.Bytes(
         bytes_of_row(layouts, streams, logits_dtype.itemsize),
         objectives * of_gradients.stride * products.gradient_dtype.itemsize if apart else 0,
+        objectives * student_weight.numel() * dtype.itemsize if needs_weight_grad else 0,
     )
     plan = rule.rule_of(facts).plan(facts, a_row, max_chunk_bytes or None, chunk_tokens or None)
     walk = list(chunks(token_weights, plan, facts))

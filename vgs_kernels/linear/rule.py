@@ -39,10 +39,11 @@ def facts_of(device: torch.device) -> DeviceFacts:
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a row takes."""
+    """What a row takes, and what the call does beside its rows."""
 
     logits: int  # of all streams
     gradients: int  # of all objectives, where they do not lie over logits; 0 where they do, or none are formed
+    head_gradients: int = 0  # of all objectives, of the whole call: what it allocates besides
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ChunkRule:
         given = max_bytes if max_bytes is not None else self.max_bytes
         bounds = [given] if given is not None else []
         if facts.free_bytes is not None:
-            bounds.append(int(facts.free_bytes * self.memory_share))
+            bounds.append(int(max(0, facts.free_bytes - a_row.head_gradients) * self.memory_share))
         budget = min(bounds) if bounds else None
         if budget is None:  # nothing is known of the memory: the rows that are wanted, however many
             return Plan(2**31, 2**31, wanted, self.multiple)
@@ -112,7 +113,7 @@ class ChunkRule:
 #   970 on B200, 560 on A100, 650 on RTX 4090. One number serves them all, the largest, rounded up.
 # multiple: tiles of matrix products have 128 or 256 rows; a part of one costs as much as a whole.
 # max_bytes: none. 1,024 rows of four float32 streams and a 16-bit gradient are 2.6 GiB at a vocabulary of 151,936.
-# memory_share: free memory is in pieces, and a call has a head gradient of its own beside these.
+# memory_share: free memory is in pieces, and some of it is of other streams and processes.
 # gradient_share: a slice of all wanted rows reads the heads once a chunk; it is cut only where memory is short.
 GPU = ChunkRule(tokens=1024, multiple=256, max_bytes=None, memory_share=0.5, gradient_share=0.0)
 # max_bytes: the benchmark's peak stays below 160 MiB. At a vocabulary of 151,936 these are 64 rows of two streams
