@@ -10,13 +10,14 @@ STABLE_TORCH_LIBRARY(vgs_kernels_native, m) {
   m.def(
       "stream_divergences(Tensor student, Tensor teacher, Tensor? masked_teacher, Tensor? masked_student, "
       "Tensor? token_weights, int vocab_size, float temperature, float student_scale, float teacher_scale, "
-      "float student_softcap, float teacher_softcap, float ratio_bound, float ratio_floor, Tensor(a!) values, "
+      "float student_softcap, float teacher_softcap, float ratio_bound, float ratio_floor, "
+      "float teacher_smoothing, Tensor(a!) values, "
       "Tensor(b!) statistics) -> ()");
   m.def(
       "stream_gradients(Tensor student, Tensor teacher, Tensor? masked_teacher, Tensor? masked_student, Tensor values, "
       "Tensor statistics, Tensor coefficients, Tensor? second_coefficients, int vocab_size, float temperature, "
       "float student_scale, float teacher_scale, float student_softcap, float teacher_softcap, float ratio_bound, "
-      "float ratio_floor, Tensor(a!) out, Tensor(b!)? out_second, Tensor(c!)? column_squares) -> ()");
+      "float ratio_floor, float teacher_smoothing, Tensor(a!) out, Tensor(b!)? out_second, Tensor(c!)? column_squares) -> ()");
 
   // products of a chunk of tokens with a head
   m.def("transpose(Tensor input, Tensor(a!) out) -> ()");

@@ -53,8 +53,9 @@ def by_textbook(streams: list[Tensor], transform: LogitTransform, dtype: torch.d
     weights = [coefficients(tokens, seed).to(found) for seed in (5, 6)]
     gradients = [torch.autograd.grad((found[:, :COEFFICIENTS] * w).sum(), leaf, retain_graph=True)[0] for w in weights]
     index = (torch.arange(tokens, device=leaf.device) * 7 % transform.vocab_size)[:, None]
-    of_teacher = transform.teacher_scale, transform.teacher_softcap, transform.temperature, transform.vocab_size
-    of_student = transform.student_scale, transform.student_softcap, transform.temperature, transform.vocab_size
+    shared = transform.temperature, transform.vocab_size
+    of_teacher = transform.teacher_scale, transform.teacher_softcap, *shared, transform.teacher_smoothing
+    of_student = transform.student_scale, transform.student_softcap, *shared
     log = [textbook.log_probs(given[0], *of_student)] + [textbook.log_probs(t, *of_teacher) for t in given[1:3]]
     sampled = [x.gather(1, index)[:, 0] for x in log] + [torch.zeros(tokens).to(found)] * (3 - len(log))
     return [found.detach(), *gradients, torch.stack(sampled, 1).detach()]

@@ -444,9 +444,8 @@ def test_opcheck(kind: str | None, objectives: int, chosen: str) -> None:
         0.0,
         2.0,
         0.1,
-        0.1,
         torch.float32,
-        *LogitTransform(9).arguments(),
+        *LogitTransform(9, teacher_smoothing=0.1).arguments(),
         chosen,
     )
     arguments = (

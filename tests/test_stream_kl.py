@@ -14,7 +14,6 @@ from tests.stream_kl_checks import by_kernels, by_textbook, check, coefficients
 from tests.textbook import INPUTS, KINDS, logits
 from vgs_kernels import backend
 from vgs_kernels.stream_kl import op, reference
-from vgs_kernels.stream_kl import transform as transforms
 from vgs_kernels.stream_kl.reference import (
     COEFFICIENTS,
     DEPENDENCY,
@@ -35,6 +34,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"ratio_bound": 0.5},
     {"ratio_floor": 0.1},
     {"ratio_bound": 1.0, "ratio_floor": 0.01, "temperature": 1.3, "teacher_softcap": 20.0},
+    {"teacher_smoothing": 0.05, "temperature": 0.7, "teacher_scale": 0.6},
+    {"teacher_smoothing": 0.01, "teacher_softcap": 20.0, "ratio_bound": 1.0, "ratio_floor": 0.1},
 ]
 
 
@@ -84,6 +85,24 @@ def test_scale_softcap_temperature_and_guards(kind: str, options: dict[str, floa
 )
 def test_guards_meet_holes(options: dict[str, float], module: Any) -> None:
     check(module, logits("visual", 5, 1030, "holes", dtype=torch.float32), LogitTransform(1030, **options), holes=True)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_smoothed_teachers(kind: str, inputs: str, module: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        streams = logits(kind, 5, 1030, inputs, dtype=dtype)
+        check(module, streams, LogitTransform(1030, teacher_smoothing=0.01), holes=inputs == "holes")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_without_mass_is_smoothed_to_the_uniform_distribution(kind: str, module: Any) -> None:
+    streams = logits(kind, 3, 1030, dtype=torch.float32)
+    streams[1][1] = -math.inf
+    values, _ = module.divergences(Streams(*streams), LogitTransform(1030, teacher_smoothing=0.01))
+    log_p = streams[0][1].double().log_softmax(-1)
+    expected = textbook.kl(log_p, torch.full_like(log_p, -math.log(1030)))
+    torch.testing.assert_close(values[1, STANDARD].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,20 +362,3 @@ def test_opcheck(kind: str, name: str) -> None:
     torch.library.opcheck(
         op.stream_kl_backward, (*inputs, *arguments[4:]), test_utils=("test_schema", "test_faketensor")
     )
-
-
-# Smoothed teachers.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_smoothed_teachers_are_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written over the logits, a part of them at a time; padding stays as it is."""
-    settings = LogitTransform(4001, 1.3, teacher_scale=0.6, teacher_softcap=5.0)
-    teacher = logits("reverse_kl", 8, 4004, dtype=dtype)[1]
-    exact = textbook.log_probs(teacher.double(), 0.6, 5.0, 1.3, 4001, smoothing=0.01) * 1.3
-    padding = teacher[:, 4001:].clone()
-    monkeypatch.setitem(transforms._LOGITS_AT_A_TIME, "cpu", 3 * 4001)
-    transforms.smooth_(teacher, 0.01, settings)
-    tolerance = torch.finfo(dtype).eps / 2 + 1e-6
-    torch.testing.assert_close(teacher[:, :4001].double(), exact, rtol=tolerance, atol=1e-6)
-    assert torch.equal(teacher[:, 4001:], padding)

@@ -43,6 +43,7 @@ def test_every_level_with_options(kind: str, level: int) -> None:
     for options in (
         {"temperature": 1.7, "student_scale": 0.8, "teacher_scale": 1.3},
         {"student_softcap": 20.0, "teacher_softcap": 5.0, "temperature": 0.6},
+        {"teacher_smoothing": 0.01},
         GUARDS,
     ):
         check(native, streams, LogitTransform(2531, **options))

@@ -29,6 +29,7 @@ from tests.triton_support import interpreter  # noqa: E402
 from vgs_kernels import BackendUnavailableError, backend, decomposed_kl, reverse_kl  # noqa: E402
 from vgs_kernels.stream_kl import reference  # noqa: E402
 from vgs_kernels.stream_kl import triton as kernels  # noqa: E402
+from vgs_kernels.stream_kl import triton_divergences as forward  # noqa: E402
 from vgs_kernels.stream_kl.reference import STANDARD, THIRD, Streams  # noqa: E402
 from vgs_kernels.stream_kl.transform import LogitTransform  # noqa: E402
 
@@ -144,6 +145,15 @@ def test_scale_softcap_and_temperature(kind: str) -> None:
 )
 def test_guards_of_the_ratio(inputs: str, options: dict[str, float]) -> None:
     check(logits("visual", 5, 1030, torch.float32, inputs), LogitTransform(1030, **options), holes=inputs == "holes")
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs", ["random", "offset", "holes"])
+def test_smoothed_teachers(kind: str, inputs: str) -> None:
+    for options in ({}, {"temperature": 0.7, "teacher_softcap": 20.0, "ratio_bound": 0.5}):
+        settings = LogitTransform(1030, teacher_smoothing=0.01, **options)
+        check(logits(kind, 5, 1030, torch.float32, inputs), settings, holes=inputs == "holes")
 
 
 @runs_kernels
@@ -348,6 +358,51 @@ def test_float64_is_refused_by_name_and_left_to_the_reference() -> None:
     assert backend.resolve("stream_kl", torch.device("cuda"), dtype=torch.float64) == "reference"
 
 
+def walks(streams: list[Tensor], settings: LogitTransform, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Whole tiles that programs take without care and with it."""
+    grown: list[bool] = []
+    original = forward._grow
+
+    def grow(*arguments: Any) -> Any:
+        grown.append(bool(getattr(arguments[-1], "value", arguments[-1])))
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "_grow", grow)
+        kernels.divergences(Streams(*streams), settings)
+    return grown.count(False), grown.count(True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels cannot be watched on a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_rows_that_are_not_finite_are_walked_with_care(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of two whole tiles and a part of one, which always takes care."""
+    tile = kernels.config.geometry(kernels.config.describe_device(torch.device("cpu")), 4).tile
+    settings = LogitTransform(2 * tile + 10)
+    streams = logits(kind, 2, 2 * tile + 10, torch.float32, "peaked")
+    assert walks(streams, settings, monkeypatch) == (4, 2)
+    for stream in streams:
+        for hole in (-math.inf, math.nan):
+            stream[1, tile + 1], kept = hole, stream[1, tile + 1].clone()
+            assert walks(streams, settings, monkeypatch) == (4, 2 + 2)
+            stream[1, tile + 1] = kept
+
+
+@triton.jit
+def _planted_trust(state):  # type: ignore[no-untyped-def]
+    return True
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels cannot be patched on a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_walk_that_trusts_every_row_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = logits(kind, 5, 2100, torch.float32, "holes")
+    check(streams, LogitTransform(2100), holes=True)
+    monkeypatch.setattr(forward, "_all_finite", _planted_trust)
+    with pytest.raises(AssertionError):
+        check(streams, LogitTransform(2100), holes=True)
+
+
 @triton.jit
 def _planted_mask(columns, V, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
     return columns >= 0
@@ -364,9 +419,9 @@ def test_the_guard_finds_planted_errors(planted: str, monkeypatch: pytest.Monkey
     """A test of the tests: kernels with a fault planted in them must not pass."""
     student, teacher, masked = logits("prior", 2, 1001, torch.float32)
     if planted == "missing mask":
-        monkeypatch.setattr(kernels, "_inside", _planted_mask)
+        monkeypatch.setattr(forward, "_inside", _planted_mask)
     else:
-        monkeypatch.setattr(kernels, "_row", _planted_row)
+        monkeypatch.setattr(forward, "_row", _planted_row)
         space = torch.empty(2**31 + 1001, dtype=torch.float32)
         student = space.as_strided((2, 1001), (2**31, 1)).copy_(student)
     with (

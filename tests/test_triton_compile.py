@@ -22,6 +22,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 from tests.triton_support import compile_gate  # noqa: E402
 from tests.triton_support.compile_gate import Report, Variant  # noqa: E402
 from vgs_kernels.stream_kl import triton as kernels  # noqa: E402
+from vgs_kernels.stream_kl import triton_tiles as tiles  # noqa: E402
 from vgs_kernels.stream_kl.reference import Streams  # noqa: E402
 from vgs_kernels.stream_kl.transform import LogitTransform  # noqa: E402
 
@@ -97,7 +98,7 @@ class _Recorder:
 
 
 @pytest.mark.parametrize("second", [False, True])
-@pytest.mark.parametrize("kind", kernels.KINDS)
+@pytest.mark.parametrize("kind", tiles.KINDS)
 def test_the_launcher_starts_what_the_gate_compiles(kind: str, second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Argument types, constants and options of real calls, as Triton would specialise them."""
     expected = {
@@ -109,7 +110,7 @@ def test_the_launcher_starts_what_the_gate_compiles(kind: str, second: bool, mon
         monkeypatch.setattr(kernels, name, recorder)
     device = kernels.config.Device(kernels.config.NVIDIA, processors=1, warp_size=32)
     monkeypatch.setattr(kernels.config, "describe_device", lambda _device: device)
-    streams = Streams(*(torch.zeros(64, 4096) for _ in range(kernels.KINDS[kind] + 2)))
+    streams = Streams(*(torch.zeros(64, 4096) for _ in range(tiles.KINDS[kind] + 2)))
     settings, coefficients = LogitTransform(4096), torch.zeros(64, 3)
     outs = [torch.zeros(64, 4096, dtype=torch.bfloat16) for _ in range(2)]
     values, statistics = kernels.divergences(streams, settings, torch.ones(64))

@@ -37,6 +37,7 @@ def checked_transform(
     student: tuple[float, float | None],  # scale, soft cap
     teacher: tuple[float, float | None],
     ratio_guard: RatioGuard | None = None,
+    teacher_smoothing: float = 0.0,
 ) -> LogitTransform:
     """The transform of numbers that are checked."""
     check_positive("temperature", temperature)
@@ -48,14 +49,20 @@ def checked_transform(
     if ratio_guard is not None:
         bound = 0.0 if ratio_guard.bound is None else check_positive("the bound of ratio_guard", ratio_guard.bound)
         floor = check_fraction("the floor of ratio_guard", ratio_guard.floor)
-    return LogitTransform(vocab_size, temperature, scales[0], scales[1], caps[0], caps[1], bound, floor)
+    smoothing = check_fraction("teacher_smoothing", teacher_smoothing)
+    return LogitTransform(vocab_size, temperature, scales[0], scales[1], caps[0], caps[1], bound, floor, smoothing)
 
 
 def transform_of_heads(
-    vocab_size: int, temperature: float, student: LMHead, teacher: LMHead, ratio_guard: RatioGuard | None
+    vocab_size: int,
+    temperature: float,
+    student: LMHead,
+    teacher: LMHead,
+    ratio_guard: RatioGuard | None,
+    teacher_smoothing: float,
 ) -> LogitTransform:
     of_student, of_teacher = ((head.logit_scale, head.softcap) for head in (student, teacher))
-    return checked_transform(vocab_size, temperature, of_student, of_teacher, ratio_guard)
+    return checked_transform(vocab_size, temperature, of_student, of_teacher, ratio_guard, teacher_smoothing)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:

@@ -102,6 +102,32 @@ inline DoubleVec exponential(DoubleVec x) {
   return x;
 }
 
+// log(x) for normal x > 0, to about 1 ulp; NaN stays NaN. x = 2^n (1 + r) with 1 + r in [sqrt(1/2), sqrt(2)).
+inline FloatVec logarithm(FloatVec x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  using Bits = Simd<float>::Unsigned;
+  const Bits biased = ((Bits)x - 0x3f3504f3u + 0x3f800000u) >> 23;
+  const FloatVec n = __builtin_convertvector(biased, FloatVec) - 127.0f;
+  const FloatVec r = (FloatVec)((Bits)x - ((biased - 127u) << 23)) - 1.0f;
+  FloatVec p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const FloatVec square = r * r;
+  p = p * r * square + n * kLn2Low - square * 0.5f;
+  const FloatVec result = (r + p) + n * kLn2High;
+  return x == x ? result : x;
+}
+
+inline DoubleVec logarithm(DoubleVec x) {
+  for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] = log(x[i]);
+  return x;
+}
+
 // tanh(x): an odd polynomial below 0.625, 1 - 2 / (exp(2x) + 1) above.
 inline FloatVec hyperbolic_tangent(FloatVec x) {
   const FloatVec size = x < 0.0f ? -x : x;

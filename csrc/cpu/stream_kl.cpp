@@ -20,6 +20,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 struct Settings {
   int64_t vocab_size;
   double temperature, student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound, ratio_floor;
+  double teacher_smoothing;
 
   bool guards() const { return ratio_bound != 0.0 || ratio_floor != 0.0; }
 };
@@ -34,12 +35,12 @@ struct Problem {
 };
 
 Stream make_stream(const Tensor& logits, double scale, double softcap, double temperature) {
-  if (softcap == 0.0) return {logits.data_ptr(), logits.stride(0), scale / temperature, 0.0, 0.0};
-  return {logits.data_ptr(), logits.stride(0), scale, scale / softcap, softcap / temperature};
+  if (softcap == 0.0) return {logits.data_ptr(), logits.stride(0), scale / temperature, 0.0, 0.0, 0.0, nullptr};
+  return {logits.data_ptr(), logits.stride(0), scale, scale / softcap, softcap / temperature, 0.0, nullptr};
 }
 
 Problem make_problem(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& masked_teacher,
-                     const std::optional<Tensor>& masked_student, const Settings& settings) {
+                     const std::optional<Tensor>& masked_student, const Tensor& statistics, const Settings& settings) {
   STD_TORCH_CHECK(masked_teacher || !masked_student, "masked_student needs masked_teacher");
   Problem problem{};
   problem.settings = settings;
@@ -61,6 +62,10 @@ Problem make_problem(const Tensor& student, const Tensor& teacher, const std::op
     problem.streams.stream[s] =
         make_stream(logits, is_teacher ? settings.teacher_scale : settings.student_scale,
                     is_teacher ? settings.teacher_softcap : settings.student_softcap, settings.temperature);
+    if (!is_teacher) continue;
+    problem.streams.stream[s].share = settings.teacher_smoothing / static_cast<double>(settings.vocab_size);
+    problem.streams.stream[s].normalizer =
+        static_cast<const char*>(statistics.data_ptr()) + (kNormalizer + s - kQ) * (problem.is_double ? 8 : 4);
   }
   return problem;
 }
@@ -289,10 +294,10 @@ void stream_divergences(const Tensor& student, const Tensor& teacher, const std:
                         const std::optional<Tensor>& masked_student, const std::optional<Tensor>& token_weights,
                         int64_t vocab_size, double temperature, double student_scale, double teacher_scale,
                         double student_softcap, double teacher_softcap, double ratio_bound, double ratio_floor,
-                        Tensor values, Tensor statistics) {
-  const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
+                        double teacher_smoothing, Tensor values, Tensor statistics) {
+  const Problem problem = make_problem(student, teacher, masked_teacher, masked_student, statistics,
                                        {vocab_size, temperature, student_scale, teacher_scale, student_softcap,
-                                        teacher_softcap, ratio_bound, ratio_floor});
+                                        teacher_softcap, ratio_bound, ratio_floor, teacher_smoothing});
   const StreamKLKernels& kernels = vgs::kernels().stream_kl;
   const Operand out_values(values, problem.rows, kValues, problem.is_double, "values");
   const Operand out_statistics(statistics, problem.rows, kStatistics, problem.is_double, "statistics");
@@ -374,11 +379,11 @@ void stream_gradients(const Tensor& student, const Tensor& teacher, const std::o
                       const std::optional<Tensor>& masked_student, const Tensor& values, const Tensor& statistics,
                       const Tensor& coefficients, const std::optional<Tensor>& second_coefficients, int64_t vocab_size,
                       double temperature, double student_scale, double teacher_scale, double student_softcap,
-                      double teacher_softcap, double ratio_bound, double ratio_floor, Tensor out,
+                      double teacher_softcap, double ratio_bound, double ratio_floor, double teacher_smoothing, Tensor out,
                       std::optional<Tensor> out_second, std::optional<Tensor> column_squares) {
-  const Problem problem = make_problem(student, teacher, masked_teacher, masked_student,
+  const Problem problem = make_problem(student, teacher, masked_teacher, masked_student, statistics,
                                        {vocab_size, temperature, student_scale, teacher_scale, student_softcap,
-                                        teacher_softcap, ratio_bound, ratio_floor});
+                                        teacher_softcap, ratio_bound, ratio_floor, teacher_smoothing});
   STD_TORCH_CHECK(out_second.has_value() == second_coefficients.has_value(),
                   "out_second and second_coefficients must be given together");
   const StreamKLKernels& kernels = vgs::kernels().stream_kl;

@@ -15,8 +15,8 @@ enum { kEntropy, kStandard, kThird, kLanguage, kDependency, kValues };
 constexpr int kCoefficients = 3;
 constexpr int kBase[kValues] = {kP, kP, kP, kP0, kQ};  // the expectation is under it
 
-// First columns of `statistics`; anchors and log sums are of q, r, p0, tops of q and r.
-enum { kMaximum = 0, kInverseSum = 1, kAnchor = 2, kMean = 5, kLogSum = 8, kTop = 11, kStatistics = 13 };
+// First columns of `statistics`; anchors and log sums are of q, r, p0, tops and normalizers of q and r.
+enum { kMaximum = 0, kInverseSum = 1, kAnchor = 2, kMean = 5, kLogSum = 8, kTop = 11, kNormalizer = 13, kStatistics = 15 };
 
 // Vocabulary entries of one partial result. Fixed, so that results do not depend on the number of threads.
 constexpr int64_t kSegment = 16384;
@@ -24,13 +24,16 @@ constexpr int64_t kSegment = 16384;
 // The same where all rows of a segment are walked before the next segment: sums over rows stay in the first-level cache.
 constexpr int64_t kColumnSegment = 2048;
 
-// One stream of logits x: z = x * scale, or z = softcap_out * tanh(x * softcap_in) where softcap_out != 0.
+// One stream of logits x: z = x * scale, or z = softcap_out * tanh(x * softcap_in) where softcap_out != 0; and then
+// z = log(exp(z - normalizer of the row) + share) where share != 0.
 struct Stream {
   const void* data;  // null where it is not given
   int64_t row_stride;  // elements
   double scale;
   double softcap_in;
   double softcap_out;
+  double share;  // of the uniform distribution, over the vocabulary
+  const void* normalizer;  // of the first row, in the accumulation type; that of the next is kStatistics further
 };
 
 struct Streams {

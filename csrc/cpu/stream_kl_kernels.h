@@ -62,7 +62,7 @@ T load_block(const In* from, int64_t n, const Stream& stream, T* to) {
 }
 
 template <class T>
-T load_block(const Streams& streams, int s, int64_t row, int64_t begin, int64_t n, T* to) {
+T load_raw_block(const Streams& streams, int s, int64_t row, int64_t begin, int64_t n, T* to) {
   const Stream& stream = streams.stream[s];
   const int64_t offset = row * stream.row_stride + begin;
   if constexpr (sizeof(T) == 8) {
@@ -74,6 +74,30 @@ T load_block(const Streams& streams, int s, int64_t row, int64_t begin, int64_t 
       default: return load_block(static_cast<const float*>(stream.data) + offset, n, stream, to);
     }
   }
+}
+
+// Mix n entries of a teacher with the uniform distribution, pad as before, return the maximum.
+template <class T>
+T smooth_block(const Stream& stream, int64_t row, int64_t n, T* z) {
+  using Vec = typename Simd<T>::Vec;
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  const T normalizer = static_cast<const T*>(stream.normalizer)[row * kStatistics];
+  const T share = static_cast<T>(stream.share), infinity = static_cast<T>(__builtin_inf());
+  Vec best = Vec{} - infinity;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec mixed = logarithm(exponential(load<Vec>(z + i) - normalizer) + share);
+    for (int64_t lane = n - i; lane < kLanes; ++lane) mixed[lane] = -infinity;
+    store(z + i, mixed);
+    best = maximum(mixed, best);
+  }
+  return max_lanes<T>(best);
+}
+
+template <class T>
+T load_block(const Streams& streams, int s, int64_t row, int64_t begin, int64_t n, T* to) {
+  const T best = load_raw_block(streams, s, row, begin, n, to);
+  const Stream& stream = streams.stream[s];
+  return stream.share == 0.0 ? best : smooth_block(stream, row, n, to);
 }
 
 // Where the next block of each stream begins, to be fetched while this one is computed.

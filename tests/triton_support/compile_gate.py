@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from vgs_kernels.stream_kl import triton as kernels
 from vgs_kernels.stream_kl import triton_config as config
+from vgs_kernels.stream_kl import triton_tiles as tiles
 
 ARCHITECTURES: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +37,7 @@ ARCHITECTURES: dict[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMS = {"plain": kernels.PLAIN_FORM, "scaled": kernels.SCALED_FORM, "softcap": kernels.SOFTCAP_FORM}
+FORMS = {"plain": tiles.PLAIN_FORM, "scaled": tiles.SCALED_FORM, "softcap": tiles.SOFTCAP_FORM}
 
 # 128 registers let a processor of 64 Ki registers hold four 128-thread programs, an AMD SIMD of 512 four wavefronts.
 # With four streams three do: 48 KiB of float32 loads are in flight then, more than bandwidth x latency asks for.
@@ -59,6 +60,7 @@ class Variant:
     even: bool = True  # the vocabulary is a multiple of a full-width load
     split: bool = False  # the forward of split rows
     guarded: bool = False  # the ratio within the visual target
+    smoothed: bool = False  # the teachers
     weighted: bool = False  # token weights are given
     second: bool = False  # a second objective
     warps: int | None = None  # None: what the heuristics choose
@@ -102,10 +104,10 @@ def shipped_variants(architecture: str) -> list[Variant]:
     variants = [
         Variant(architecture, kernel, kind, dtype)
         for kernel in ("divergences", "gradients")
-        for kind in kernels.KINDS
+        for kind in tiles.KINDS
         for dtype in DTYPES
     ]
-    for kind in kernels.KINDS:  # the linear calls: float32 logits, gradients in the dtype of the hidden states
+    for kind in tiles.KINDS:  # the linear calls: float32 logits, gradients in the dtype of the hidden states
         variants.append(Variant(architecture, "divergences", kind, "fp32", weighted=True))
         variants.append(Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16"))
         if kind != "reverse_kl":
@@ -150,12 +152,16 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
     device = _device(variant.architecture)
     shape = config.geometry(device, DTYPES[variant.dtype].itemsize, variant.warps, variant.aligned)
     logits, out = f"*{variant.dtype}", f"*{variant.out_dtype or variant.dtype}"
-    constants: dict[str, Any] = {"KIND": kernels.KINDS[variant.kind], "GUARDED": int(variant.guarded)}
+    constants: dict[str, Any] = {
+        "KIND": tiles.KINDS[variant.kind],
+        "GUARDED": int(variant.guarded),
+        "SMOOTHED": int(variant.smoothed),
+    }
     pointers = dict.fromkeys(("WEIGHTS", "STATISTICS", "WORKSPACE", "VALUES_", "COEFFICIENTS", "SECOND"), "*fp32")
     pointers |= dict.fromkeys(("P", "Q", "R", "N"), logits) | {"OUT_SECOND": out}
     pointers["OUT"] = out if variant.kernel == "gradients" else "*fp32"
     scalars = dict.fromkeys(("student_multiplier", "student_cap", "teacher_multiplier", "teacher_cap"), "fp32")
-    scalars |= dict.fromkeys(("bound", "log_floor"), "fp32")
+    scalars |= dict.fromkeys(("bound", "log_floor", "share"), "fp32")
     absent = {"reverse_kl": ("R", "N"), "prior": ("N",), "visual": ()}[variant.kind]
     absent += () if variant.weighted else ("WEIGHTS",)
     absent += () if variant.second else ("SECOND", "OUT_SECOND")
@@ -166,7 +172,7 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
         function = kernels.divergences_kernel if variant.kernel == "divergences" else kernels.gradients_kernel
         launch_options = {"num_warps": shape.warps}
         if variant.kernel == "divergences":
-            launch_options = config.forward_options(device, shape, kernels.KINDS[variant.kind])
+            launch_options = config.forward_options(device, shape, tiles.KINDS[variant.kind])
         form = FORMS[variant.form]
         constants |= {
             "STUDENT_FORM": form,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backend as backends
-from ..checks import as_rows, check_fraction, check_logits, checked_transform, resolve_vocab_size
+from ..checks import as_rows, check_logits, checked_transform, resolve_vocab_size
 from ..stream_kl import op
-from ..stream_kl.transform import smooth_, smoothed
 from ..types import DecomposedKL, RatioGuard
 from .decompositions import find_decomposition
 
@@ -108,13 +107,9 @@ def decomposed_kl(
         (student_logit_scale, student_softcap),
         (teacher_logit_scale, teacher_softcap),
         ratio_guard,
+        teacher_smoothing,
     )
     teachers = [as_rows(logits).detach() for logits in (teacher_logits, masked_teacher_logits)]
-    if check_fraction("teacher_smoothing", teacher_smoothing):
-        teachers = [logits.clone() for logits in teachers]
-        for logits in teachers:
-            smooth_(logits, teacher_smoothing, transform)
-        transform = smoothed(transform)
     masked_student = None if masked_student_logits is None else as_rows(masked_student_logits).detach()
     chosen = backends.resolve("stream_kl", student_logits.device, backend, student_logits.dtype)
     values, _ = op.stream_kl(as_rows(student_logits), *teachers, masked_student, *transform.arguments(), chosen)

@@ -125,8 +125,9 @@ def run(
     student, teacher, hidden = inputs.student, inputs.teacher, inputs.student_hidden
     sizes = {"student head": student.weight.shape[0], "teacher head": teacher.weight.shape[0]}
     vocab_size = resolve_vocab_size(sizes, options.vocab_size)
-    transform = transform_of_heads(vocab_size, options.temperature, student, teacher, options.ratio_guard)
-    check_fraction("teacher_smoothing", options.teacher_smoothing)
+    transform = transform_of_heads(
+        vocab_size, options.temperature, student, teacher, options.ratio_guard, options.teacher_smoothing
+    )
     steering = options.token_steering or TokenSteering()
     _check_steering(steering, sampled_tokens, hidden)
     steered = bool(steering.strength or steering.plausibility)
@@ -164,7 +165,6 @@ def run(
         _tolerance(options.gradient_filter),
         steering.strength,
         steering.plausibility,
-        options.teacher_smoothing,
         _logits_dtype(options.logits_dtype, hidden),
         *transform.arguments(),
         backends.resolve("stream_kl", hidden.device, options.backend, hidden.dtype),

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import backend as backends
 from ..stream_kl.reference import VALUES
-from ..stream_kl.transform import LogitTransform, smooth_, smoothed
+from ..stream_kl.transform import LogitTransform
 from ..types import accumulation_dtype
 from . import rule
 from . import sampled as of_samples
@@ -65,7 +65,6 @@ def linear_kl(
     gradient_filter: float,
     token_steering: float,
     plausibility: float,
-    teacher_smoothing: float,
     logits_dtype: torch.dtype,
     vocab_size: int,
     temperature: Tensor,  # (), on the CPU
@@ -75,16 +74,16 @@ def linear_kl(
     teacher_softcap: float,
     ratio_bound: float,
     ratio_floor: float,
+    teacher_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the numbers (tokens, 5), the factor of every token's visual part (tokens,), log p, log q and log r of the
     sampled tokens (tokens, 3), and the gradients with respect to hidden states, head weight and head bias, of the first
     objective and then of the second, as `gradients.py` sums them up. What does not apply is an empty tensor."""
-    raw = LogitTransform(
+    transform = LogitTransform(
         vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
-        ratio_floor,
+        ratio_floor, teacher_smoothing,
     )  # fmt: skip
-    transform = smoothed(raw) if teacher_smoothing else raw
     kernels = backends.load("stream_kl", backend)
     tokens, objectives = student_hidden.shape[0], coefficients.shape[0]
     dtype = accumulation_dtype(student_hidden.dtype)
@@ -129,8 +128,6 @@ def linear_kl(
         given = [hidden for hidden in (teacher_hidden, masked_teacher_hidden) if hidden is not None]
         teachers = torch.cat([gather(hidden, rows, weights) for hidden in given])
         products.project(teachers, teacher_weight, teacher_bias, chunk.teachers)
-        if teacher_smoothing:
-            smooth_(chunk.teachers, teacher_smoothing, raw)
         return chunk
 
     for chunk, n in walk:
@@ -172,7 +169,7 @@ def _write_gradients(
     kernels: ModuleType,
     logits: Logits,
     values: Tensor,  # (n, 5)
-    statistics: Tensor,  # (n, 13)
+    statistics: Tensor,  # (n, 15)
     mixture: Tensor,  # (objectives, n, 3)
     transform: LogitTransform,
     outs: list[Tensor],  # (n, >= vocab) of each objective

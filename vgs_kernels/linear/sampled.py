@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..stream_kl.reference import ANCHOR, INVERSE_SUM, LOG_SUM, MAXIMUM, TOP, Q, R, Streams
+from ..stream_kl.reference import ANCHOR, INVERSE_SUM, LOG_SUM, MAXIMUM, NORMALIZER, TOP, Q, R, Streams
 from ..stream_kl.transform import LogitTransform
 
 STUDENT, TEACHER, MASKED_TEACHER = range(3)
@@ -19,7 +19,7 @@ STUDENT, TEACHER, MASKED_TEACHER = range(3)
 def log_probs(
     tokens: Tensor,  # (n,), int64
     streams: Streams,  # (n, >= vocab) each
-    statistics: Tensor,  # (n, 13), of `divergences`
+    statistics: Tensor,  # (n, 15), of `divergences`
     transform: LogitTransform,
 ) -> Tensor:
     """log p, log q, log r of the sampled tokens, (n, 3); -inf for one outside the vocabulary, 0 without that stream."""
@@ -37,13 +37,15 @@ def log_probs(
             found.append(torch.zeros_like(found[0]))
         else:
             of_teacher = statistics[:, ANCHOR + column], statistics[:, LOG_SUM + column]
-            found.append(of(narrow.teacher(teacher.gather(1, index)), *of_teacher))
+            normalizer = statistics[:, NORMALIZER + column, None]
+            z = transform.smooth(narrow.teacher(teacher.gather(1, index)), normalizer)
+            found.append(of(z, *of_teacher))
     return torch.stack(found, 1)
 
 
 def vis_weights(
     sampled: Tensor,  # (n, 3), of `log_probs`
-    statistics: Tensor,  # (n, 13)
+    statistics: Tensor,  # (n, 15)
     strength: float,
     plausibility: float,
 ) -> Tensor:

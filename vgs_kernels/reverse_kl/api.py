@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backend as backends
-from ..checks import as_rows, check_fraction, check_logits, checked_transform, resolve_vocab_size
+from ..checks import as_rows, check_logits, checked_transform, resolve_vocab_size
 from ..stream_kl import op
 from ..stream_kl.reference import ENTROPY, STANDARD
-from ..stream_kl.transform import smooth_, smoothed
 from ..types import ReverseKL
 
 
@@ -75,12 +74,9 @@ def reverse_kl(
         temperature,
         (student_logit_scale, student_softcap),
         (teacher_logit_scale, teacher_softcap),
+        teacher_smoothing=teacher_smoothing,
     )
     teacher = as_rows(teacher_logits).detach()
-    if check_fraction("teacher_smoothing", teacher_smoothing):
-        teacher = teacher.clone()
-        smooth_(teacher, teacher_smoothing, transform)
-        transform = smoothed(transform)
     chosen = backends.resolve("stream_kl", student_logits.device, backend, student_logits.dtype)
     values, _ = op.stream_kl(as_rows(student_logits), teacher, None, None, *transform.arguments(), chosen)
     leading = student_logits.shape[:-1]

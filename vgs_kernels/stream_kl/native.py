@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
 from ..types import accumulation_dtype
-from .reference import STATISTICS, VALUES, Streams
+from .reference import NORMALIZER, STATISTICS, VALUES, Streams, teacher_normalizers
 from .transform import LogitTransform
 
 _ops = torch.ops.vgs_kernels_native
@@ -29,13 +29,16 @@ def divergences(
     transform: LogitTransform,
     token_weights: Tensor | None = None,  # (tokens,)
 ) -> tuple[Tensor, Tensor]:
-    """`values` (tokens, 5) and `statistics` (tokens, 13), as in `reference.divergences`."""
+    """`values` (tokens, 5) and `statistics` (tokens, 15), as in `reference.divergences`."""
     student = streams.student
     dtype = accumulation_dtype(student.dtype)
     values = student.new_empty((student.shape[0], VALUES), dtype=dtype)
     statistics = student.new_empty((student.shape[0], STATISTICS), dtype=dtype)
     if token_weights is not None:
         token_weights = token_weights.to(dtype).contiguous()
+    statistics[:, NORMALIZER:] = (
+        teacher_normalizers(divergences, streams, transform, token_weights) if transform.teacher_smoothing else 0.0
+    )
     _ops.stream_divergences(*streams, token_weights, *transform, values, statistics)
     return values, statistics
 
@@ -43,7 +46,7 @@ def divergences(
 def logit_gradients(
     streams: Streams,
     values: Tensor,  # (tokens, 5)
-    statistics: Tensor,  # (tokens, 13)
+    statistics: Tensor,  # (tokens, 15)
     coefficients: Tensor,  # (tokens, 3)
     transform: LogitTransform,
     *,

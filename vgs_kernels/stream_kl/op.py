@@ -29,12 +29,13 @@ def stream_kl(
     teacher_softcap: float,
     ratio_bound: float,
     ratio_floor: float,
+    teacher_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Values (tokens, 5) and statistics (tokens, 13) of `reference.divergences`; the student alone gets a gradient."""
+    """Values (tokens, 5) and statistics (tokens, 15) of `reference.divergences`; the student alone gets a gradient."""
     transform = LogitTransform(
         vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
-        ratio_floor,
+        ratio_floor, teacher_smoothing,
     )  # fmt: skip
     kernels = backends.load("stream_kl", backend)
     return kernels.divergences(Streams(student, teacher, masked_teacher, masked_student), transform)
@@ -54,7 +55,7 @@ def stream_kl_backward(
     masked_teacher: Tensor | None,
     masked_student: Tensor | None,
     values: Tensor,  # (tokens, 5)
-    statistics: Tensor,  # (tokens, 13)
+    statistics: Tensor,  # (tokens, 15)
     coefficients: Tensor,  # (tokens, 3)
     vocab_size: int,
     temperature: Tensor,  # (), on the CPU
@@ -64,12 +65,13 @@ def stream_kl_backward(
     teacher_softcap: float,
     ratio_bound: float,
     ratio_floor: float,
+    teacher_smoothing: float,
     backend: str,
 ) -> Tensor:
     """The gradient of sum(coefficients * values[:, :3]) with respect to the student's logits."""
     transform = LogitTransform(
         vocab_size, temperature.item(), student_scale, teacher_scale, student_softcap, teacher_softcap, ratio_bound,
-        ratio_floor,
+        ratio_floor, teacher_smoothing,
     )  # fmt: skip
     streams = Streams(student, teacher, masked_teacher, masked_student)
     out = torch.empty_like(student, memory_format=torch.contiguous_format)

@@ -27,6 +27,7 @@ Columns of `statistics`:
 | 5 to 7   | MEAN under p of the distance a = z_p - maximum, of d_standard and of d_third              |
 | 8 to 10  | LOG_SUM: log sum exp (z - anchor) of q, r, p0                                             |
 | 11, 12   | TOP: maximum of z - anchor of q, r                                                        |
+| 13, 14   | NORMALIZER of q, r where they are smoothed: what `LogitTransform.smooth` subtracts        |
 
 with d = a - (z_t - its anchor) for t = q, r, or q*, whose distance from its anchor is
 (z_q - anchor) + ((z_p0 - anchor) - (z_r - anchor)). The gradient of a divergence is p * (d - mean d). All terms are 0
@@ -41,6 +42,7 @@ both others some, it is not a distribution, and KL(p || q*) is +inf. NaN logits 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,7 +54,7 @@ from .transform import LogitTransform
 ENTROPY, STANDARD, THIRD, LANGUAGE, DEPENDENCY = range(5)
 VALUES = 5
 COEFFICIENTS = 3  # only the first three numbers depend on p
-MAXIMUM, INVERSE_SUM, ANCHOR, MEAN, LOG_SUM, TOP, STATISTICS = 0, 1, 2, 5, 8, 11, 13
+MAXIMUM, INVERSE_SUM, ANCHOR, MEAN, LOG_SUM, TOP, NORMALIZER, STATISTICS = 0, 1, 2, 5, 8, 11, 13, 15
 Q, R, P0 = range(3)  # order of the constant streams in the statistics
 
 
@@ -70,7 +72,7 @@ def divergences(
     transform: LogitTransform,
     token_weights: Tensor | None = None,  # (tokens,): rows of weight 0 are not read, their results are 0
 ) -> tuple[Tensor, Tensor]:
-    """Return `values` (tokens, 5) and `statistics` (tokens, 13), in the accumulation dtype."""
+    """Return `values` (tokens, 5) and `statistics` (tokens, 15), in the accumulation dtype."""
     tokens = streams.student.shape[0]
     dtype = accumulation_dtype(streams.student.dtype)
     values = streams.student.new_zeros((tokens, VALUES), dtype=dtype)
@@ -84,7 +86,9 @@ def divergences(
     total = (z - top).exp().sum(-1, keepdim=True)
     statistics[:, MAXIMUM] = top[:, 0]
     statistics[:, INVERSE_SUM] = torch.where(total == 0, 0.0, 1 / total)[:, 0]
-    constants = _constants(streams, transform)
+    if transform.teacher_smoothing:
+        statistics[:, NORMALIZER:] = teacher_normalizers(divergences, streams, transform)
+    constants = _constants(streams, transform, statistics)
     for index, other in enumerate(constants):
         anchor = other.gather(-1, place)
         anchor = torch.where(anchor.isfinite(), anchor, 0.0)
@@ -117,7 +121,7 @@ def divergences(
 def logit_gradients(
     streams: Streams,
     values: Tensor,  # (tokens, 5), of `divergences`
-    statistics: Tensor,  # (tokens, 13), of `divergences`
+    statistics: Tensor,  # (tokens, 15), of `divergences`
     coefficients: Tensor,  # (tokens, 3): d objective / d values
     transform: LogitTransform,
     *,
@@ -134,7 +138,7 @@ def logit_gradients(
     there is 0. `column_squares` receives, per objective, the sums over the tokens of the squares of what is written.
     """
     z = transform.student(streams.student)
-    constants = _constants(streams, transform)
+    constants = _constants(streams, transform, statistics)
     target = _third(constants, statistics, transform)
     differences = _differences(z, constants, target, statistics)
     p = (z - _column(statistics, MAXIMUM)).exp() * _column(statistics, INVERSE_SUM)
@@ -161,9 +165,30 @@ def logit_gradients(
         written[:, transform.vocab_size :] = 0
 
 
-def _constants(streams: Streams, transform: LogitTransform) -> list[Tensor]:
+def teacher_normalizers(
+    divergences: Callable[..., tuple[Tensor, Tensor]],  # of a backend
+    streams: Streams,
+    transform: LogitTransform,
+    token_weights: Tensor | None = None,  # (tokens,)
+) -> Tensor:  # (tokens, 2)
+    """NORMALIZER of q and r, before anything else is known: from the statistics of q against r, the raw ones."""
+    teacher, other = streams.teacher, streams.masked_teacher
+    statistics = divergences(
+        Streams(teacher, teacher if other is None else other), transform.of_teachers(), token_weights
+    )[1]
+    of_q = statistics[:, MAXIMUM] - statistics[:, INVERSE_SUM].log()
+    of_r = statistics[:, ANCHOR + Q] + statistics[:, LOG_SUM + Q]
+    log_sums = torch.stack([of_q, of_r], 1)
+    # A row without mass has 0: nothing is its share whatever is subtracted, but -inf - -inf would be NaN.
+    return torch.where(log_sums.isinf(), 0.0, log_sums) - math.log1p(-transform.teacher_smoothing)
+
+
+def _constants(streams: Streams, transform: LogitTransform, statistics: Tensor) -> list[Tensor]:
     """z of q, r and p0, as far as they are given."""
-    found = [transform.teacher(t) for t in (streams.teacher, streams.masked_teacher) if t is not None]
+    teachers = [t for t in (streams.teacher, streams.masked_teacher) if t is not None]
+    found = [
+        transform.smooth(transform.teacher(t), _column(statistics, NORMALIZER + i)) for i, t in enumerate(teachers)
+    ]
     if streams.masked_student is not None:
         found.append(transform.student(streams.masked_student))
     return found
