@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
     tensors: int  # of a steered list
 
 
-FULL = Sizes(643, (352, 256, 192, 128), 1024, {"bf16": 151936, "fp16": 50257, "fp32": 32003}, 2**31, 5000)
+FULL = Sizes(643, (352, 288, 192, 128), 1024, {"bf16": 151936, "fp16": 50257, "fp32": 32003}, 2**31, 5000)
 SMALL = FULL._replace(vocabs={"bf16": 32768, "fp16": 32003, "fp32": 8191})  # below 40 GiB of memory
 QUICK = Sizes(11, linear_gate.ROWS, 64, {"bf16": 640, "fp16": 517, "fp32": 301}, 2**12, 200)
 WEIGHTS = (0.3, -0.7)

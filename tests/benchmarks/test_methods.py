@@ -223,14 +223,14 @@ def test_the_gate_goes_through_several_runs_of_a_gpu_too() -> None:
     """With the rule and the products of a GPU, at the tokens of the gate and at those of the check of a GPU."""
     check = gpu_correctness.FULL
     for tokens, rows in ((linear_gate.GATE_TOKENS, linear_gate.ROWS), (check.tokens, check.rows)):
-        streams = random_streams(tokens, tiny_heads("bf16"))
+        streams = random_streams(tokens, random_heads(64, 64, 320, torch.bfloat16, "cpu"))  # rows of whole lines
         for method in METHODS:
             with gpu_loop():
                 _, products = linear_gate.in_runs(method, streams, rows)
             lengths = products[:: len(METHODS[method].objectives)]
             assert len(lengths) >= 3, (method, products)
             assert len(set(lengths)) > 1, (method, products)
-            assert tokens < 256 or max(products) == 256, (method, products)
+            assert tokens < 256 or max(products) >= 128, (method, products)  # a tile of the library
 
 
 def test_the_runs_of_a_roofline_are_counted_while_the_call_runs() -> None:
