@@ -40,8 +40,9 @@ $(VENV)/.dev: $(VENV)/.torch $(NATIVE_SOURCES)
 demo: $(VENV)/.demo
 	$(BIN)/vgs demo $(ARGS)
 
+# A process a core, one thread each: whole files stay together, for what their tests share.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/vgs bench $(ARGS)
