@@ -178,7 +178,7 @@ class Gradients:
         """About what the rows of the head have in common, (width,) float32: the mean of some of them.
 
         A logit gradient sums to 0 over the vocabulary. Rounded to 16 bits it does not, and its sum, times what all rows
-        of the head have in common, would be in the hidden gradient: seven times the other errors of a head whose rows
+        of the head have in common, would be in the hidden gradient: five times the other errors for a head whose rows
         share a direction of 16 times their own length. On a GPU the sums would take a read of all logit gradients, by
         the arithmetic of `tests/gpu_loop.py` 1.5 % of a call, and are not taken.
         """
