@@ -32,6 +32,7 @@ OPERATORS = {
 }
 PRODUCTS = (*WIDENING, aten.mm.out, aten.addmm.out)
 # A size or a value that the host has to know: it waits until the device has found it.
+# Not the temperature, which is a float64 tensor of the CPU everywhere.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero")
 
 
@@ -55,14 +56,18 @@ class NoPythonNumbers(TorchFunctionMode):
     """Refuses to copy Python numbers to the device: from memory that is not pinned, which the host waits for. No
     operation of theirs is dispatched."""
 
+    def __init__(self, host: str = "cpu") -> None:
+        super().__init__()
+        self.host = host  # type of the device whose tensors are the host's
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None
-        if made and not _is_tensor(args[0]) and torch.device(kwargs["device"]).type != "cpu":
+        if made and not _is_tensor(args[0]) and torch.device(kwargs["device"]).type != self.host:
             raise HostWait("a tensor of the device is made of Python numbers")
-        if func is Tensor.new_tensor and args[0].device.type != "cpu":
+        if func is Tensor.new_tensor and args[0].device.type != self.host:
             raise HostWait("new_tensor copies Python numbers to the device")
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device.type != "cpu":
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device.type != self.host:
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(place, list) for place in places):
                 raise HostWait("a tensor of the device is indexed with a Python list")
@@ -70,17 +75,18 @@ class NoPythonNumbers(TorchFunctionMode):
 
 
 class GpuLoop(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, host: str = "cpu") -> None:
         super().__init__()
+        self.host = host
         self.work: list[Work] = []
         self.products: list[tuple[torch.dtype, torch.dtype, torch.Size]] = []  # dtypes in and out, shape out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in OPERATORS:
-            with torch._C._EnableTorchFunction(), NoPythonNumbers(), self:  # else nothing inside would be seen
+            with torch._C._EnableTorchFunction(), NoPythonNumbers(self.host), self:  # else nothing inside would be seen
                 return OPERATORS[func]._init_fn(*args, **kwargs)
-        refuse_waits(func, args, kwargs)
+        refuse_waits(func, args, kwargs, self.host)
         result = _widened(func, args, kwargs) if func in WIDENING else func(*args, **kwargs)
         self._note(func, args, kwargs, result)
         return result
@@ -126,9 +132,10 @@ class GpuLoop(TorchDispatchMode):
 
 
 @contextmanager
-def gpu_loop(meta: bool = False, **numbers: Any) -> Iterator[GpuLoop]:
-    """Linear calls inside take the loop of a GPU; `numbers` replace those of its rule."""
-    loop, load = GpuLoop(), backends.load
+def gpu_loop(meta: bool = False, host: str = "cpu", **numbers: Any) -> Iterator[GpuLoop]:
+    """Linear calls inside take the loop of a GPU; `numbers` replace those of its rule. `host`: the type of the device
+    whose tensors the host may read, "" for none of them."""
+    loop, load = GpuLoop(host), backends.load
 
     def kernels(operator: str, name: str) -> Any:
         found = load(operator, name)
@@ -138,27 +145,27 @@ def gpu_loop(meta: bool = False, **numbers: Any) -> Iterator[GpuLoop]:
         mock.patch.object(rule, "is_gpu", return_value=True),
         mock.patch.object(rule, "GPU", replace(rule.GPU, **numbers)),
         mock.patch.object(backends, "load", kernels),
-        NoPythonNumbers(),
+        NoPythonNumbers(host),
         loop,
     ):
         yield loop
 
 
-def refuse_waits(func: Any, args: Any, kwargs: Any) -> None:
+def refuse_waits(func: Any, args: Any, kwargs: Any, host: str) -> None:
     """Raise `HostWait` where the host would wait for a tensor that is not its own."""
     name = func.name().removeprefix("aten::").partition(".")[0]
     tensors = [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)]
-    device = {t.device.type for t in tensors if t.device.type != "cpu"}
-    if name in READS and device:
+    device = {t.device.type for t in tensors if t.device.type != host}
+    if name in READS and device and not (tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float64):
         raise HostWait(f"{name} of a tensor of the device is read by the host")
     if name in ("index", "index_put", "index_put_"):
         for index in args[1]:
-            if index is not None and (index.dtype == torch.bool or (device and index.device.type == "cpu")):
+            if index is not None and (index.dtype == torch.bool or (device and index.device.type == host)):
                 raise HostWait(f"{name} with a mask, or with indices of the host")
-    copies = name in ("copy_", "_to_copy", "lift_fresh")
+    copies = name in ("copy_", "_to_copy")
     to = kwargs.get("device")
     places = device | {t.device.type for t in tensors} | ({to.type} if to is not None else set())
-    if copies and (len(places) > 1 or (name == "lift_fresh" and device)) and not kwargs.get("non_blocking"):
+    if copies and len(places) > 1 and not kwargs.get("non_blocking"):
         raise HostWait(f"{name} between host and device")
 
 

@@ -179,24 +179,28 @@ class MicroBatch:
         self._student, self._teacher, self._batch = student, teacher, batch
         self._items, self._weights, self._preserves = items_in_step, weights, preserves
         has_image = loss.rows_with_image(batch)
-        self._seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
-        self._text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
-        self._agree(has_image)
+        seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
+        text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
+        seeing, text = self._agree(seeing, text, has_image)
+        # Found here, before the passes: a mask as an index makes the host wait for all that is queued.
+        self._seeing, self._text = (mask.nonzero(as_tuple=True) for mask in (seeing, text))  # (tokens,) each of two
         self._of_seeing: dict[str, Tensor] = {}  # per token
         self._of_text: dict[str, Tensor] = {}
         self._bad_language: Tensor | None = None  # (tokens with an image,)
         self._masked_log_probs: Tensor | None = None  # (tokens with an image,), log r of what was sampled
-        self._vis_weights = torch.empty(0, device=self._seeing.device)
-        self._contribution = torch.zeros(self._seeing.shape, device=self._seeing.device)
+        self._vis_weights = torch.empty(0, device=seeing.device)
+        self._contribution = torch.zeros(seeing.shape, device=seeing.device)
 
-    def _agree(self, has_image: Tensor) -> None:  # (rows,)
-        """Find out what the micro-batches of all processes hold: each runs what any of them needs."""
+    def _agree(self, seeing: Tensor, text: Tensor, has_image: Tensor) -> tuple[Tensor, Tensor]:
+        """Find out what the micro-batches of all processes hold: each runs what any of them needs. Returns the masks of
+        the batch that it runs."""
         stand_in = self._loss.stand_in
-        own = [self._seeing.any(), self._text.any(), has_image.any()]
+        own = [seeing.any(), text.any(), has_image.any()]
         self._any_seeing, self._any_text, any_image = on_any_process(own, alone=stand_in is None)
         if any_image and stand_in is not None and self._loss.tokens.modality.features not in self._batch.multimodal:
             self._batch = with_row(self._batch, stand_in())  # so that the tower runs here, too
-            self._seeing, self._text = (nn.functional.pad(mask, (0, 0, 0, 1)) for mask in (self._seeing, self._text))
+            seeing, text = (nn.functional.pad(mask, (0, 0, 0, 1)) for mask in (seeing, text))
+        return seeing, text
 
     def __iter__(self) -> Iterator[ViewLoss]:
         method = self._method
@@ -232,7 +236,7 @@ class MicroBatch:
             of_text = {name: self._of_text.get(_OF_TEXT.get(name, name), none) for name in self._loss.logged}
             seeing = self._of_seeing
             per_token = {n: torch.cat([seeing[n], values]) if seeing else values for n, values in of_text.items()}
-        positions = torch.cat([self._seeing.nonzero(), self._text.nonzero()])
+        positions = torch.cat([torch.stack(places, 1) for places in (self._seeing, self._text)])
         contribution = self._contribution if self._method.masks_teacher else None
         return MicroBatchLoss(per_token, positions, self._bad(per_token), contribution, self._vis_weights)
 

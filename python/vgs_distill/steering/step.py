@@ -161,14 +161,18 @@ class SteeringStep:
         """(3,), or None where the step measures them."""
         eta = self._settings.eta
         if self.method.second is None:
-            pair = torch.tensor([1.0, 0.0], device=self._device)
+            pair = self._pair(1.0, 0.0)
         elif not isinstance(eta, str):
-            pair = eta * torch.tensor([1.0, bounds.gamma], device=self._device)
+            pair = self._pair(eta, eta * bounds.gamma)
         elif self._average is None or self._average.refresh_due:
             return None
         else:
             pair = policy(self._average.gramian())
         return torch.cat([pair * self._token_weights.expected_scales(), pair[:1] * bounds.preservation])
+
+    def _pair(self, first: float, second: float) -> Tensor:
+        """(2,), filled on the device: copied numbers would wait for it."""
+        return torch.cat([torch.full((1,), value, device=self._device) for value in (first, second)])
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:

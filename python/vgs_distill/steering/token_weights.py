@@ -32,7 +32,7 @@ class VisualTokenWeights:
         self._over_processes = None
 
     def add(self, weights: Tensor) -> None:  # (tokens of rows with an image,)
-        self._sums += torch.stack([weights.sum(), weights.new_tensor(len(weights))])
+        self._sums += torch.stack([weights.sum(), weights.new_full((), len(weights))])
 
     def mean(self) -> Tensor:
         """Of the step, (1,); asked for by all processes after its last loss. 1 where no token has a weight."""
