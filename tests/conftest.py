@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import places
 from tests.small_run import ON_CPU, build_student
 from vgs_kernels import backend
 
@@ -27,6 +28,27 @@ def level(request: pytest.FixtureRequest) -> Iterator[int]:
     operators.set_cpu_level(request.param)
     yield request.param
     operators.set_cpu_level(operators.highest_cpu_level())
+
+
+@pytest.fixture(params=places.places("stream_kl"))
+def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend of the divergences, in each of its places (`tests/places.py`)."""
+    for place in places.visit(request):
+        yield place.backend
+
+
+@pytest.fixture(params=places.places("stream_kl"))
+def module(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The same, as its module."""
+    for place in places.visit(request):
+        yield backend.load("stream_kl", place.backend)
+
+
+@pytest.fixture(params=places.places("combine_gradients"))
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend of Gramian and combination, in each of its places."""
+    for place in places.visit(request):
+        yield place.backend
 
 
 @dataclass(frozen=True)

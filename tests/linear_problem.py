@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tests import textbook
-from vgs_kernels import LinearReverseKL, LMHead, backend, linear_reverse_kl
+from tests.places import here
+from vgs_kernels import LinearReverseKL, LMHead, linear_reverse_kl
 from vgs_kernels.linear import linear_decomposed_kl
 from vgs_kernels.types import LinearDecomposedKL
 
-BACKENDS = backend.available("stream_kl", "cpu")
 DECOMPOSITIONS = ("vgs", "teacher_prior")
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 8, 12, 61
 HEADS: list[dict[str, Any]] = [{}, {"bias": True, "logit_scale": 0.7}, {"softcap": 4.0, "bias": True}]
@@ -25,7 +25,7 @@ class Problem:
         self,
         decomposition: str | None = None,  # None: reverse KL alone
         *,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,  # None: the widest of the place
         tokens: int = TOKENS,
         vocab: int = VOCAB,
         teacher_vocab: int | None = None,
@@ -36,9 +36,11 @@ class Problem:
         **head: Any,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
+        device, dtype = here().device, dtype or here().dtype
 
         def normal(*shape: int, factor: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * factor).to(dtype)
+            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+            return (drawn * factor).to(device, dtype)
 
         self.decomposition = decomposition
         self.hidden = normal(tokens, width).requires_grad_()
@@ -49,7 +51,8 @@ class Problem:
         self.bias = normal(vocab).requires_grad_() if bias else None
         self.head = LMHead(self.weight, self.bias, **head)
         self.teacher_head = LMHead(normal(teacher_vocab or vocab, TEACHER_WIDTH), **head)
-        self.token_weights: Tensor | None = torch.rand(tokens, generator=generator).to(torch.float64)
+        weights = torch.rand(tokens, generator=generator, device="cpu")
+        self.token_weights: Tensor | None = weights.to(device, torch.float64)
 
     @property
     def students(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import textbook
+from tests.places import here
 from vgs_kernels.linear.sampled import log_probs
 from vgs_kernels.stream_kl import reference
 from vgs_kernels.stream_kl.reference import COEFFICIENTS, Streams
@@ -22,7 +23,9 @@ FLOOR = 4e-6  # of the result's magnitude: a few float32 roundings of sums of up
 
 
 def coefficients(tokens: int, seed: int = 5) -> Tensor:
-    return torch.randn(tokens, COEFFICIENTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(tokens, COEFFICIENTS, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(here().device)
 
 
 def by_kernels(

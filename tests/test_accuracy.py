@@ -18,6 +18,7 @@ from vgs_kernels import BackendUnavailableError, backend, decomposed_kl, reverse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_stream_kl_triton.py runs this file so
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" and not INTERPRETED else []
 BACKENDS = {True: ["triton"], False: ["reference", "triton" if DEVICE == "cuda" else "native"]}[INTERPRETED]
 
 

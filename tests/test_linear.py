@@ -1,4 +1,4 @@
-"""The linear calls against textbook autograd on whole logits, in float64, on every backend of this CPU."""
+"""The linear calls against textbook autograd on whole logits, in float64, in every place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.linear_problem import (
-    BACKENDS,
     DECOMPOSITIONS,
     HEADS,
     TOKENS,
@@ -20,18 +19,15 @@ from tests.linear_problem import (
     chunk_bytes,
     gradients,
 )  # fmt: skip
+from tests.places import here
 from vgs_kernels import LMHead, linear_reverse_kl
 from vgs_kernels.linear import linear_decomposed_kl, op, reference
 from vgs_kernels.linear.column_filter import HEAD_MULTIPLE
+from vgs_kernels.linear.gpu_products import GpuProducts
 from vgs_kernels.linear.products import Products
 from vgs_kernels.stream_kl.transform import LogitTransform
 
 PARTS = {"vgs": ("standard", "vis"), "teacher_prior": ("lang", "vis")}  # that are differentiable by themselves
-
-
-@pytest.fixture(params=BACKENDS)
-def chosen(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def objective_of(problem: Problem, weights: tuple[Any, Any, Any], expected: dict[str, Tensor]) -> Tensor:
@@ -113,6 +109,8 @@ def test_distillation_is_the_same_by_every_call(chosen: str) -> None:
 
 
 def test_gradcheck(chosen: str) -> None:
+    if here().dtype != torch.float64:
+        pytest.skip("finite differences need float64")
     for decomposition in DECOMPOSITIONS:
         problem = Problem(decomposition, tokens=3, vocab=7, width=3, bias=True)
 
@@ -174,7 +172,7 @@ def test_tokens_of_weight_zero_take_no_part(decomposition: str, combined: bool, 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_nothing_to_do(decomposition: str, combined: bool, tokens: int, chosen: str) -> None:
     """No tokens, or all of weight 0."""
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (here().dtype, torch.bfloat16):
         problem = Problem(decomposition, tokens=tokens, bias=True, dtype=dtype)
         problem.token_weights = torch.zeros(tokens)
         got = problem.call(backend=chosen, objective=(1, 1, 0) if combined else None)
@@ -259,7 +257,7 @@ def test_accumulate_head_grad(decomposition: str, gradient_filter: float | None,
 def test_error_is_that_of_plain_torch_with_float32_logits(decomposition: str, dtype: torch.dtype, chosen: str) -> None:
     """In 13 runs, so that partial sums of the head gradient are rounded 13 times."""
     problem = Problem(decomposition, dtype=dtype, tokens=104, vocab=1003, width=32, scale=0.5)
-    exact = Problem(decomposition, tokens=104, vocab=1003, width=32, scale=0.5)
+    exact = Problem(decomposition, dtype=torch.float64, tokens=104, vocab=1003, width=32, scale=0.5)
     plain = Problem(decomposition, dtype=torch.float32, tokens=104, vocab=1003, width=32, scale=0.5)
     for other in (exact, plain):
         wide = other.hidden.dtype
@@ -293,9 +291,11 @@ def test_digits_near_convergence(divergence: float, deviation: float, dtype: tor
     1e-5, or within twice the error of plain torch on float32 logits where rounding the logits alone costs more."""
     generator = torch.Generator().manual_seed(3)
     width, vocab, tokens = 64, 2003, 24
-    hidden = torch.randn(tokens, width, generator=generator)
-    head = torch.randn(vocab, width, generator=generator) * deviation / width**0.5
-    teacher = (head + torch.randn(vocab, width, generator=generator) * (2 * divergence / width) ** 0.5).to(dtype)
+    hidden, head, change = (
+        torch.randn(rows, width, generator=generator, device="cpu").to(here().device) for rows in (tokens, vocab, vocab)
+    )
+    head *= deviation / width**0.5
+    teacher = (head + change * (2 * divergence / width) ** 0.5).to(dtype)
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
     got = linear_reverse_kl(hidden, LMHead(head), hidden.detach(), LMHead(teacher), backend=chosen)
     found = gradients(got.kl, [hidden, head])
@@ -313,7 +313,8 @@ def test_digits_near_convergence(divergence: float, deviation: float, dtype: tor
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_head_gradient_of_many_runs_is_rounded_like_one_of_few(dtype: torch.dtype, chosen: str) -> None:
-    if Products(torch.device("cpu"), dtype, chosen == "native").remainder(torch.empty(1, 1, dtype=dtype)) is None:
+    sums = torch.empty(1, 1, dtype=dtype, device="cpu")
+    if here().device != "cpu" or Products(sums.device, dtype, chosen == "native").remainder(sums) is None:
         pytest.skip("the library adds up head gradients here")
     problem = Problem(dtype=dtype, tokens=96)
     exact = Problem(dtype=dtype, tokens=96)
@@ -390,10 +391,11 @@ def test_gradient_filter_over_several_short_runs(chosen: str) -> None:
 @pytest.mark.parametrize("width", [64, 33])
 def test_products_of_gathered_columns(width: int, dtype: torch.dtype, chosen: str) -> None:
     generator = torch.Generator().manual_seed(width)
-    gradient = torch.randn(5, 9001, generator=generator).to(dtype)
-    weight = torch.randn(9001, width, generator=generator).to(dtype)
-    hidden = torch.randn(5, width, generator=generator).to(dtype)
-    products = Products(gradient.device, dtype, chosen == "native")
+    gradient, weight, hidden = (
+        torch.randn(shape, generator=generator, device="cpu").to(here().device, dtype)
+        for shape in ((5, 9001), (9001, width), (5, width))
+    )
+    products = GpuProducts(dtype) if gradient.is_cuda else Products(gradient.device, dtype, chosen == "native")
     limit = torch.finfo(dtype).eps * (0.5 if dtype == torch.bfloat16 else 16)  # in bf16, rounded once
     for columns in (torch.arange(0), torch.arange(1, 9001, 3), torch.arange(0, 9001, 2)):
         kept = products.gather(gradient, columns)
@@ -413,7 +415,7 @@ def test_products_of_gathered_columns(width: int, dtype: torch.dtype, chosen: st
 
 def test_autocast_casts_as_a_linear_layer_would(chosen: str) -> None:
     problem = Problem("vgs", dtype=torch.float32, bias=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().device, torch.bfloat16):
         got = problem.call(backend=chosen)
     assert got.vis.dtype == torch.float32
     found = gradients(got.vis, problem.students)
@@ -421,7 +423,7 @@ def test_autocast_casts_as_a_linear_layer_would(chosen: str) -> None:
     expected = (problem.textbook()["vis"] * problem.token_weights).sum()
     assert_all_close(found, gradients(expected, problem.students), rtol=0.1, atol=0.1)
     problem.hidden = problem.hidden.detach().bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):  # bf16 hidden states beside an fp32 head
+    with torch.autocast(here().device, torch.bfloat16):  # bf16 hidden states beside an fp32 head
         problem.call(backend=chosen, objective=(1, 1, 0), accumulate_head_grad=True).objective.backward()
     assert problem.weight.grad is not None
     assert problem.weight.grad.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The kernels of `stream_kl` on every backend of this machine, against the textbook in float64."""
+"""The kernels of `stream_kl` in every place, against the textbook in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import textbook
+from tests.places import here
 from tests.stream_kl_checks import by_kernels, by_textbook, check, coefficients
 from tests.textbook import INPUTS, KINDS, logits
 from vgs_kernels import backend
@@ -37,11 +38,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"teacher_smoothing": 0.05, "temperature": 0.7, "teacher_scale": 0.6},
     {"teacher_smoothing": 0.01, "teacher_softcap": 20.0, "ratio_bound": 1.0, "ratio_floor": 0.1},
 ]
-
-
-@pytest.fixture(params=BACKENDS)
-def module(request: pytest.FixtureRequest) -> Any:
-    return backend.load("stream_kl", request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +86,7 @@ def test_guards_meet_holes(options: dict[str, float], module: Any) -> None:
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_smoothed_teachers(kind: str, inputs: str, module: Any) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, here().dtype):
         streams = logits(kind, 5, 1030, inputs, dtype=dtype)
         check(module, streams, LogitTransform(1030, teacher_smoothing=0.01), holes=inputs == "holes")
 

@@ -39,6 +39,7 @@ runs_kernels = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="no GPU here; test_in_the_interpreter runs it"
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" and torch.cuda.is_available() else []
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

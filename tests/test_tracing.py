@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.linear_problem import BACKENDS, DECOMPOSITIONS, TOKENS, Problem, assert_all_close, gradients
+from tests.linear_problem import DECOMPOSITIONS, TOKENS, Problem, assert_all_close, gradients
 from vgs_kernels import (
     LMHead,
     RatioGuard,
@@ -22,11 +22,6 @@ from vgs_kernels import (
     linear_reverse_kl,
     reverse_kl,
 )  # fmt: skip
-
-
-@pytest.fixture(params=BACKENDS)
-def chosen(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tests.places import here
+
 KINDS = ("reverse_kl", "prior", "visual")  # two, three and four streams
 STREAMS = {"reverse_kl": 2, "prior": 3, "visual": 4}
 INPUTS = ("random", "peaked", "offset", "holes")
@@ -93,8 +95,15 @@ def logits(
     scale: float = 3.0, distance: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """The streams of a kind, related as students and teachers are: `distance` apart around logits of size `scale`."""
-    generator = torch.Generator().manual_seed(seed * 7919 + tokens * 131 + width)
+    with torch.device("cpu"):
+        streams = _drawn(kind, tokens, width, inputs, torch.Generator().manual_seed(seed * 7919 + tokens * 131 + width),
+                         scale, distance)  # fmt: skip
+    return [stream.to(here().device, dtype) for stream in streams]
 
+
+def _drawn(
+    kind: str, tokens: int, width: int, inputs: str, generator: torch.Generator, scale: float, distance: float
+) -> list[Tensor]:
     def draw() -> Tensor:
         return torch.randn(tokens, width, generator=generator, dtype=torch.float64)
 
@@ -116,4 +125,4 @@ def logits(
         for index, stream in enumerate(streams[1:], start=1):  # mass where another stream has none, in one row each
             if tokens > index:
                 stream[index, width // (index + 2)] = -math.inf
-    return [stream.to(dtype) for stream in streams]
+    return streams
