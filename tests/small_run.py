@@ -22,14 +22,21 @@ ON_CPU: dict[str, Any] = {
 }
 
 
-def build_student(processor: Any, seed: int, width: int = 32) -> Any:
-    """A Qwen3-VL with random weights that reads what `processor` writes; a wider one serves as the teacher."""
+def build_student(processor: Any, seed: int, width: int = 32, tied: bool = False) -> Any:
+    """A Qwen3-VL with random weights that reads what `processor` writes; a wider one serves as the teacher.
+
+    `tied`: its head is its embedding, as in the real ones of 2B and 4B.
+    """
     import torch
     from vgs_distill.demo.models import build_model
     from vgs_distill.demo.recipes import ModelSize
 
     torch.manual_seed(seed)
-    return build_model(ModelSize(text_width=width, vision_width=32), processor)
+    model = build_model(ModelSize(text_width=width, vision_width=32), processor)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    return model
 
 
 def small_recipe(recipe: DemoRecipe) -> DemoRecipe:

@@ -20,6 +20,7 @@ from .steering.methods import METHODS, Method
 IMAGE_MASKS = ("drop", "blank", "attention")
 RUNAWAY_ACTIONS = ("fallback", "warn", "stop", "none")
 OFFLOAD = "offload"
+REPLICATE, SHARD = "replicate", "shard"
 
 # Fields that hold a mapping, never the name of a file.
 _MAPPINGS = (
@@ -88,6 +89,9 @@ class VGSConfig(MethodSettings, DistillationConfig):
             or ``"offload"`` to keep its weights in CPU memory and bring them to the student's device layer by layer.
             Given by name, it is loaded in bf16 for a GPU that computes in it, unless `teacher_model_init_kwargs` holds
             another ``dtype``.
+        teacher_sharding: What each of several processes holds of the teacher: ``"replicate"`` for all of it, or
+            ``"shard"`` for its share of every layer, gathered layer by layer in every pass: less memory, more traffic.
+            Under DDP and FSDP2; DeepSpeed has its own way.
         pack_teacher: Run both views of the teacher in one batch. None decides: yes where it wastes no padding (masks
             that keep the length of the prompt: ``blank``, ``attention``) or where weights travel (``offload``). False
             needs the least memory.
@@ -121,6 +125,7 @@ class VGSConfig(MethodSettings, DistillationConfig):
     max_skipped_steps: int = 8
     runaway_action: str = "fallback"
     teacher_device: str | None = None
+    teacher_sharding: str = REPLICATE
     pack_teacher: bool | None = None
     max_prompt_length: int | None = None
     check_dataset_rows: int | None = 10_000
@@ -144,7 +149,18 @@ class VGSConfig(MethodSettings, DistillationConfig):
         DistillationConfig.__post_init__(self)
 
     def _check_names(self) -> None:
-        check_choices(self, modality=tuple(MODALITIES), image_mask=IMAGE_MASKS, runaway_action=RUNAWAY_ACTIONS)
+        check_choices(
+            self,
+            modality=tuple(MODALITIES),
+            image_mask=IMAGE_MASKS,
+            runaway_action=RUNAWAY_ACTIONS,
+            teacher_sharding=(REPLICATE, SHARD),
+        )
+        if self.teacher_sharding == SHARD and self.teacher_device is not None:
+            raise ValueError(
+                f"teacher_sharding='shard' keeps a part of the teacher beside every student, and teacher_device="
+                f"{self.teacher_device!r} puts it elsewhere; leave one of them out"
+            )
         for name in _MAPPINGS:
             value = getattr(self, name)
             if isinstance(value, str) and not value.lstrip().startswith("{"):

@@ -186,6 +186,7 @@ class MicroBatch:
         self._seeing, self._text = (mask.nonzero(as_tuple=True) for mask in (seeing, text))  # (tokens,) each of two
         self._of_seeing: dict[str, Tensor] = {}  # per token
         self._of_text: dict[str, Tensor] = {}
+        self._teacher_head: LMHead | None = None
         self._bad_language: Tensor | None = None  # (tokens with an image,)
         self._masked_log_probs: Tensor | None = None  # (tokens with an image,), log r of what was sampled
         self._vis_weights = torch.empty(0, device=seeing.device)
@@ -384,7 +385,9 @@ class MicroBatch:
     # ------------------------------------------------------------------ small parts
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, LMHead, LMHead]:
-        return hidden, language_head(self._student, hidden), language_head(self._teacher, hidden)
+        if self._teacher_head is None:  # once: it may have to be gathered
+            self._teacher_head = language_head(self._teacher, hidden)
+        return hidden, language_head(self._student, hidden), self._teacher_head
 
     def _token_weights(self, hidden: Tensor) -> Tensor:
         """1 / items of the step for every token."""

@@ -151,7 +151,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
         args, student = self.args, self.model.config
         check_teacher_reads_the_same(student, teacher.config, self._modality)
         shared = shared_vocabulary(student, teacher.config, len(self._tokenizer))
-        self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device)
+        self.teacher_model = place_teacher(teacher, self.accelerator, args.teacher_device, args.teacher_sharding)
         return shared
 
     def _make_recorder(self) -> RunRecorder:

@@ -32,13 +32,13 @@ class Case(NamedTuple):
     accumulation: int
     lora: bool = False
     uneven: str = ""  # what is the matter with the rows of the second of two processes
+    teacher: str = "replicate"  # teacher_sharding, where there are several processes
+    tied: bool = False  # heads to embeddings
+    by_name: bool = False  # models are loaded from disk
 
     @property
     def name(self) -> str:
-        words = [self.method, self.eta, str(self.accumulation)]
-        return "-".join(
-            [*words, *["checkpointing"] * self.checkpointing, *["lora"] * self.lora, *[self.uneven] * bool(self.uneven)]
-        )
+        return "-".join(f"{name}={value}" for name, value in self._asdict().items() if value)
 
 
 CASES = [
@@ -54,9 +54,13 @@ CASES = [
     Case("vgs", "measured", True, 2, uneven="no image"),
     Case("vgs", "measured", True, 1, uneven="too long"),
     Case("matched", "measured", True, 1, uneven="no image"),
-    Case("teacher_prior", "measured", False, 1, uneven="no image"),
+    Case("teacher_prior", "measured", False, 1, uneven="no image", teacher="shard"),
+    Case("vgs", "measured", True, 2, teacher="shard"),
+    Case("vgs", "amortized", False, 1, teacher="shard", tied=True, by_name=True),
+    Case("vgs", "measured", True, 1, tied=True, by_name=True),
 ]
 TOO_LONG = 20  # tokens
+STUDENT_WIDTH, TEACHER_WIDTH = 32, 48
 
 
 def rows_of(case: Case, world: Any) -> Any:
@@ -78,59 +82,76 @@ def rows_of(case: Case, world: Any) -> Any:
     return rows.map(change, with_indices=True)
 
 
+def _by_name(folder: Path, models: Any, processor: Any, config: Any) -> Any:
+    """The student's name, and the teacher loaded from its own where the first process alone is to read weights."""
+    from vgs_distill.models.sources import teacher_source
+
+    names = [str(folder / role) for role in ("student", "teacher")]
+    for model, name in zip(models, names, strict=True):
+        model.save_pretrained(name)  # by the first process alone
+        processor.save_pretrained(name)
+    config.distributed_state.wait_for_everyone()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    teacher = teacher_source(names[1], config).load()
+    del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]  # accelerate cannot hand a student on without a GPU
+    return names[0], teacher
+
+
 def train(case: Case, output_dir: Path, processes: int) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
     from torch.distributed.tensor import DTensor
     from transformers import TrainerCallback
     from vgs_distill import VGSConfig, VGSTrainer
-    from vgs_distill.demo.models import build_model, build_processor
-    from vgs_distill.demo.recipes import ModelSize
+    from vgs_distill.demo.models import build_processor
     from vgs_distill.demo.worlds import make_world
+
+    from tests.small_run import build_student
 
     prior = case.method == "teacher_prior"
     world = make_world("shapes")
     processor = build_processor(world.words)
-    torch.manual_seed(1)
-    student = build_model(ModelSize(text_width=32, vision_width=32), processor)
-    torch.manual_seed(2)
-    teacher = build_model(ModelSize(text_width=48, vision_width=32), processor).eval()
+    models = [
+        build_student(processor, seed, width, tied=case.tied)
+        for seed, width in ((1, STUDENT_WIDTH), (2, TEACHER_WIDTH))
+    ]
     if case.uneven:  # every second token ends an answer, so that processes sample for different numbers of steps
-        student.generation_config.eos_token_id = list(range(0, len(processor.tokenizer), 2))
+        models[0].generation_config.eos_token_id = list(range(0, len(processor.tokenizer), 2))
+    config = VGSConfig(
+        output_dir=str(output_dir / "run" / case.name),
+        method=case.method,
+        teacher_sharding=case.teacher if processes > 1 else "replicate",
+        eta=case.eta,
+        language_preservation=1.0,
+        # A quantile is over the tokens of a micro-batch and depends on how rows are grouped: here all take part.
+        dependency_quantile=0.0,
+        # Weights are normalised over processes and micro-batches, which the unit scale would hide.
+        token_steering=3.0 if prior else 0.0,
+        steering_scale="preserve" if prior else "unit",
+        refresh_every=3,
+        max_steps=STEPS,
+        per_device_train_batch_size=GLOBAL_BATCH // processes // case.accumulation,
+        gradient_accumulation_steps=case.accumulation,
+        gradient_checkpointing=case.checkpointing,
+        max_completion_length=5,
+        max_prompt_length=TOO_LONG if case.uneven == "too long" else None,
+        shuffle_dataset=not case.uneven,
+        ddp_timeout=60,  # seconds in which a process that waits for ever is found
+        top_k=1,  # greedy, so that completions do not depend on which process samples them
+        optim="sgd",  # AdamW would blow rounding of tiny gradients up to whole steps
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+    )
     trainer = VGSTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=VGSConfig(
-            output_dir=str(output_dir / "run"),
-            method=case.method,
-            eta=case.eta,
-            language_preservation=1.0,
-            # A quantile is over the tokens of a micro-batch and depends on how rows are grouped: here all take part.
-            dependency_quantile=0.0,
-            # Weights are normalised over processes and micro-batches, which the unit scale would hide.
-            token_steering=3.0 if prior else 0.0,
-            steering_scale="preserve" if prior else "unit",
-            refresh_every=3,
-            max_steps=STEPS,
-            per_device_train_batch_size=GLOBAL_BATCH // processes // case.accumulation,
-            gradient_accumulation_steps=case.accumulation,
-            gradient_checkpointing=case.checkpointing,
-            max_completion_length=5,
-            max_prompt_length=TOO_LONG if case.uneven == "too long" else None,
-            shuffle_dataset=not case.uneven,
-            ddp_timeout=60,  # seconds in which a process that waits for ever is found
-            top_k=1,  # greedy, so that completions do not depend on which process samples them
-            optim="sgd",  # AdamW would blow rounding of tiny gradients up to whole steps
-            learning_rate=0.05,
-            lr_scheduler_type="constant",
-            use_cpu=True,
-            bf16=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=3,
-        ),
+        *(_by_name(output_dir / case.name, models, processor, config) if case.by_name else models),
+        args=config,
         train_dataset=rows_of(case, world),
         processing_class=processor,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if case.lora else None,

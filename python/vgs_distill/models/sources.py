@@ -9,7 +9,9 @@ repository ships runs only where `trust_remote_code` says so.
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,7 +150,8 @@ class ModelSource:
             place = {"device_map": None}  # by default TRL spreads a model over all GPUs, which are other processes'
         options = {**self.hub, **place, **self.options, **more, "use_safetensors": True}
         try:
-            return create_model_from_path(self.name, **options)
+            with nullcontext() if self.role == "student" else _weights_on_every_process():
+                return create_model_from_path(self.name, **options)
         except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the {self.role} {self.name!r}: {one_sentence(error)}") from error
 
@@ -170,6 +173,21 @@ class ModelSource:
                     f"the {self.role} {self.name!r} ships code of its own; read it, then pass trust_remote_code=true"
                 ) from error
             raise InputError(f"cannot read the {self.role} {self.name!r}: {one_sentence(error)}") from error
+
+
+@contextmanager
+def _weights_on_every_process() -> Iterator[None]:
+    """transformers gives the first process alone real weights where accelerate hands them on; it does so for the
+    student, and leaves a teacher of nothing on the others."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    asked = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if asked is not None:
+            os.environ[name] = asked
 
 
 def student_source(model: str | PreTrainedModel, settings: Any, arguments: ModelConfig | None = None) -> ModelSource:

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..config import VGSConfig
+from ..config import SHARD, VGSConfig
 from ..inputs.modalities import MODALITIES
 from ..masking import with_evidence
 
@@ -87,7 +87,7 @@ class TeacherAnswers:
 def _why_silent(args: VGSConfig, accelerator: Accelerator) -> str | None:
     if not args.record_teacher_answers:
         return "record_teacher_answers is off"
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or args.teacher_sharding == SHARD:
         return "it is sharded, and would write only with all processes at once"
     if args.teacher_device is not None:
         return f"it is not beside the student (teacher_device is {args.teacher_device!r})"
