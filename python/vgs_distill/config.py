@@ -78,6 +78,7 @@ class VGSConfig(MethodSettings, DistillationConfig):
             modality read video or audio for image. ``"drop"``: the prompt is what the chat template writes without the
             image, and positions follow; ``"blank"``: every pixel takes the image processor's mean colour, which audio
             has none of; ``"attention"``: image tokens stay, but nothing attends to them.
+        system_prompt: The system message of every conversation that has none of its own; None for none.
         max_skipped_steps: How many updates in a row may be skipped, because a loss or a gradient is not finite, before
             training stops.
         runaway_action: What to do when the student runs away from its teacher, or unlearns its language:
@@ -122,10 +123,11 @@ class VGSConfig(MethodSettings, DistillationConfig):
 
     modality: str = "image"
     image_mask: str = "drop"
+    system_prompt: str | None = None
     max_skipped_steps: int = 8
     runaway_action: str = "fallback"
     teacher_device: str | None = None
-    teacher_sharding: str = REPLICATE
+    teacher_sharding: str = "replicate"
     pack_teacher: bool | None = None
     max_prompt_length: int | None = None
     check_dataset_rows: int | None = 10_000

@@ -15,12 +15,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from .errors import InputError
 
 
 def allow_fsdp_on_cpu(state: PartialState) -> None:
@@ -30,6 +33,25 @@ def allow_fsdp_on_cpu(state: PartialState) -> None:
     """
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         state.distributed_type = DistributedType.MULTI_GPU
+
+
+def use_one_gpu(args: Any) -> None:
+    """Of a `TrainingArguments` without a launcher: train on the first GPU, where another one is the teacher's.
+
+    transformers would run the student on all that are visible by `DataParallel`, which the loss does not go through.
+
+    Raises:
+        InputError: several GPUs are visible to the one process, and no other is the teacher's.
+    """
+    if args.n_gpu < 2:
+        return
+    if args.teacher_device is None:
+        raise InputError(
+            f"{args.n_gpu} GPUs are visible to one process, which trains on one; start a process for each with "
+            f"`accelerate launch --num_processes {args.n_gpu} -m vgs_distill train ...`, give another one to the "
+            "teacher with teacher_device='cuda:1', or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    args._n_gpu = 1
 
 
 @contextmanager

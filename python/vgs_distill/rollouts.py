@@ -29,7 +29,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import pad
 
 from .config import VGSConfig
-from .distributed import allow_fsdp_on_cpu, on_any_process
+from .distributed import allow_fsdp_on_cpu, on_any_process, use_one_gpu
 from .errors import InputError
 from .inputs.dataset_checks import RowCheck
 from .inputs.families import EvidenceTokens, check_modality, family_of, placeholder_ids
@@ -85,11 +85,17 @@ class Rollouts(DistillationTrainer):
             args.model_init_kwargs = None  # TRL would say that it ignores them
         if args.distributed_state is not None:
             allow_fsdp_on_cpu(args.distributed_state)
+        use_one_gpu(args)
         with _image_token_named(model.config, self._modality):
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
             )
-        collate: Any = partial(canonical_rows, modality=self._modality, processor=self.processing_class)
+        collate: Any = partial(
+            canonical_rows,
+            modality=self._modality,
+            processor=self.processing_class,
+            system_prompt=args.system_prompt,
+        )
         self.data_collator = collate  # rows of every form become one where the data loader hands them on
         self._family = family_of(self.model.config)
         self._evidence_tokens = EvidenceTokens.of(self.model.config, self.processing_class, self._modality)
@@ -127,7 +133,8 @@ class Rollouts(DistillationTrainer):
 
     def roll_out(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Prompts of these rows, with their evidence and without, and a completion of each as training samples them."""
-        return self._generate_and_score_completions(canonical_rows(rows, self._modality, self.processing_class))
+        collate: Any = self.data_collator
+        return self._generate_and_score_completions(collate(rows))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._family.needs_image and not all(row[self._modality.plural] for row in inputs):
@@ -273,6 +280,11 @@ class Rollouts(DistillationTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         """As TRL's, but with an empty list for a row without images: image processors do not take None."""
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        if any(tool_images):
+            raise InputError(
+                "a tool returned an image, which the views without images would keep; let tools return text, or train "
+                "without them"
+            )
         if images is not None:
             images = [row_images or [] for row_images in images]
         return prompt_ids, completion_ids, tool_mask, images, tool_images

@@ -44,6 +44,11 @@ def test_another_device_is_not_for_launchers_that_place_the_teacher(processor: A
         place_teacher(build_student(processor, 2), accelerator(kind), "cpu", "replicate")
 
 
+def test_processes_do_not_share_one_other_device(processor: Any) -> None:
+    with pytest.raises(InputError, match="where each of 2 processes would put a teacher of its own"):
+        place_teacher(build_student(processor, 2), accelerator(DistributedType.MULTI_GPU), "cuda:1", "replicate")
+
+
 def test_settings_that_put_the_teacher_in_two_places_are_refused() -> None:
     with pytest.raises(ValueError, match="keeps a part of the teacher beside every student"):
         VGSConfig(**ON_CPU, teacher_sharding="shard", teacher_device="offload")

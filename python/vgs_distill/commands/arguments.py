@@ -101,6 +101,20 @@ class EvalArguments:
             "whole alone."
         },
     )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "The system message of every conversation that has none of its own; by default that of the run "
+            "which left the model."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More arguments of the chat template, as '{\"enable_thinking\": false}'; by default those of the "
+            "run which left the model."
+        },
+    )
     modality: str = field(default="image", metadata={"help": "What is left out: 'image', 'video' or 'audio'."})
     batch_size: int = field(default=8, metadata={"help": "Rows that are generated and scored at a time."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where a GPU is present."})

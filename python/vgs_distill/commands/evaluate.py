@@ -16,6 +16,7 @@ import json
 import re
 import string
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,14 @@ def evaluate(arguments: Sequence[str], console: Console | None = None) -> dict[s
     pattern = _check(settings)
     output = Path(settings.output_file)
     check_output_dir(output.parent)
+    _render_as_trained(settings, model.model_name_or_path)
     split = data.dataset_test_split or ("test" if has_splits(data.dataset_name) else None)
     judge, rows = _prepare(settings, data, model, pattern, split)
     measured = {name: judge.measure(rows, evidence=name == "with_image") for name in ("with_image", "without_image")}
     source = where(data.dataset_name, split)
     trained_on = _trained_on(model.model_name_or_path, data.dataset_name, split)
     results = {
-        "settings": {name: values[name] for name in (*asdict(settings), *asdict(data), "model_name_or_path")},
+        "settings": {**asdict(settings), **asdict(data), "model_name_or_path": values["model_name_or_path"]},
         "rows": len(rows),
         "source": source,
         "trained_on": trained_on,
@@ -163,6 +165,22 @@ def _trained_on(model: str, name: str, split: str | None) -> bool:
     return trained is not None and is_same_source(name, split, trained, run.get("dataset_train_split"))
 
 
+def _render_as_trained(settings: EvalArguments, model: str) -> None:
+    """Prompts are rendered as the run that left the model rendered them, unless the settings say otherwise."""
+    run = settings_of(Path(model))
+    if settings.system_prompt is None:
+        settings.system_prompt = run.get("system_prompt")
+    if settings.chat_template_kwargs is None:
+        settings.chat_template_kwargs = run.get("chat_template_kwargs")
+    if isinstance(settings.chat_template_kwargs, str):
+        with suppress(ValueError):
+            settings.chat_template_kwargs = json.loads(settings.chat_template_kwargs)
+    if not isinstance(settings.chat_template_kwargs, dict | None):
+        raise InputError(
+            f"chat_template_kwargs must be a mapping, as in '{{\"a\": 1}}', got {settings.chat_template_kwargs!r}"
+        )
+
+
 def normalise(text: str) -> str:
     """Lower case, single spaces, no punctuation or white space at either end."""
     return " ".join(text.casefold().split()).strip(string.punctuation + " ")
@@ -240,7 +258,9 @@ class _Evaluator:
         sums = dict.fromkeys(self.loss.logged if self.teacher is not None else (), 0.0)
         for start in range(0, len(rows), self.settings.batch_size):
             numbers = range(start, min(start + self.settings.batch_size, len(rows)))
-            chunk = canonical_rows(rows.select(numbers), self.evidence_tokens.modality, self.processor)
+            chunk = canonical_rows(
+                rows.select(numbers), self.evidence_tokens.modality, self.processor, self.settings.system_prompt
+            )
             batch, mask = self._generate(chunk, evidence)
             texts = self.tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
             for text, row in zip(texts, chunk, strict=True):
@@ -292,6 +312,7 @@ class _Evaluator:
     def _inputs(self, rows: list[dict[str, Any]], evidence: bool) -> Any:
         """What the processor makes of canonical rows, padded on the left."""
         modality = self.evidence_tokens.modality
+        template: Any = self.settings.chat_template_kwargs or {}
         return self.processor.apply_chat_template(
             [with_evidence(row, modality) if evidence else without_evidence(row["prompt"]) for row in rows],
             add_generation_prompt=True,
@@ -299,6 +320,7 @@ class _Evaluator:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
+            **template,
         )
 
 

@@ -75,7 +75,6 @@ COMMON = {
         ),
         "student and teacher": (
             "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "teacher_device",
-            "teacher_sharding",
         ),
         "rollouts": ("max_completion_length", "temperature", "use_vllm"),
         "training": (

@@ -14,6 +14,7 @@ from typing import Any
 from trl import ModelConfig
 
 from ..config import VGSConfig
+from ..distributed import use_one_gpu
 from ..errors import InputError, one_sentence
 from ..inputs.data import has_splits, is_same_source, load_rows, where
 from ..inputs.dataset_checks import RowCheck
@@ -77,6 +78,7 @@ def build(
     assert data.dataset_name is not None
     checkpoint = resume_point(config.output_dir, config.resume_from_checkpoint)
     check_installed(model.attn_implementation, config.use_liger_kernel)
+    use_one_gpu(config)
     if data.dataset_streaming and config.max_steps < 1:
         raise InputError("a streamed dataset has no length; set max_steps with dataset_streaming")
     student = student_source(values["model_name_or_path"], config, model)

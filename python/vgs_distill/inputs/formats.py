@@ -25,7 +25,9 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 PAYLOADS = (*MODALITIES, "image_url", "url", "path")
 
 
-def canonical_row(row: Mapping[str, Any], modality: Modality = IMAGE, processor: Any = None) -> dict[str, Any]:
+def canonical_row(
+    row: Mapping[str, Any], modality: Modality = IMAGE, processor: Any = None, system_prompt: str | None = None
+) -> dict[str, Any]:
     """The row in the one form above; a row that has it already stays as it is.
 
     * the prompt is `prompt`, else `messages`, else `conversations`: a text, which is one user turn; messages with role
@@ -37,22 +39,28 @@ def canonical_row(row: Mapping[str, Any], modality: Modality = IMAGE, processor:
 
     Args:
         processor: knows the sampling rate of audio; None leaves that unchecked.
+        system_prompt: the first message of a conversation that begins without one of the system.
 
     Raises:
         InputError: the row cannot be read in this way.
     """
     column = prompt_column(row)
     messages, pieces = arrange(row[column], pieces_of(row, modality), modality)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}, *messages]
     others = {name: value for name, value in row.items() if name not in (column, *modality.columns)}
     read = [read_piece(piece, modality, processor) for piece in pieces]
     return {"prompt": messages, modality.plural: read, **others}
 
 
 def canonical_rows(
-    rows: Iterable[Mapping[str, Any]], modality: Modality = IMAGE, processor: Any = None
+    rows: Iterable[Mapping[str, Any]],
+    modality: Modality = IMAGE,
+    processor: Any = None,
+    system_prompt: str | None = None,
 ) -> list[dict[str, Any]]:
     """Several of them: the collator of a trainer."""
-    return [canonical_row(row, modality, processor) for row in rows]
+    return [canonical_row(row, modality, processor, system_prompt) for row in rows]
 
 
 def prompt_column(columns: Iterable[str]) -> str:

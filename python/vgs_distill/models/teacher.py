@@ -45,6 +45,11 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, where: str
                 f"teacher_device={where!r} does not go with FSDP or DeepSpeed, which place the teacher themselves; "
                 "leave it out"
             )
+        if accelerator.num_processes > 1 and torch.device("cpu" if where == OFFLOAD else where).index is not None:
+            raise InputError(
+                f"teacher_device={where!r} is one device, where each of {accelerator.num_processes} processes would "
+                "put a teacher of its own; use teacher_sharding='shard', teacher_device='offload', or leave both out"
+            )
         return _place_elsewhere(teacher, accelerator.device, where)
     if sharding == SHARD:
         if launcher == DistributedType.DEEPSPEED or accelerator.num_processes == 1:
