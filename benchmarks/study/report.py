@@ -52,6 +52,7 @@ def build(records: Mapping[str, Record], plots: Mapping[str, bool]) -> str:
         f"## Where the starts stand\n\n{tables.plane(study)}",
         f"## From the demo's starts\n\n{tables.comparison(study)}",
         f"## Regimes\n\n{tables.regimes(study)}",
+        f"## What `vgs diagnose` says\n\n{tables.advice(study)}",
         f"## Does the default unlearn?\n\n{tables.safety(study)}",
         f"## The monitor\n\n{tables.monitor(study)}",
         f"## Angles by dependency\n\nOf the starts of the half-warm regime (Figure 3 of the paper).\n\n{angles}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from vgs_distill.diagnosis.recommend import recommend
 from vgs_distill.resilience.runaway import runaway_start
 
 from benchmarks.harness.tables import markdown_table
@@ -101,6 +102,31 @@ def regimes(study: Study) -> str:
             rows.append([*cells, *("–" if gain is None else interval(gain) for gain in gains)])
     header = ["regime", "seeds", "start", "OPD", *(f"{arm.label}: over OPD" for arm in arms)]
     return markdown_table(header, rows) if rows else NOT_RUN
+
+
+def advice(study: Study) -> str:
+    """What `vgs diagnose` would have said of the starts, against the arm that was best."""
+    rows, agreed = [], []
+    for name, regime in REGIMES.items():
+        for task in TASKS:
+            starts = [recommend(d) for _, d in study.starts(task, name)]
+            runs = {arm.name: study.runs(task, arm.name, name) for arm in (OPD_ARM, LEAD, PAPER)}
+            seeds = sorted(set[int].intersection(*map(set, runs.values())))
+            if not starts or not seeds:
+                continue
+            means = {arm: statistics.fmean(accuracy(own[seed]) for seed in seeds) for arm, own in runs.items()}
+            best = ARMS[max(means, key=lambda arm: means[arm])]
+            takes = [one.take for one in starts]
+            said = max(sorted(set(takes)), key=takes.count)
+            agreed.append((said == "vgs") == best.steered)
+            cells = [f"{regime.label}; {task}", str(len(seeds)), said, best.label]
+            rows.append([*cells, ", ".join(number(mean) for mean in means.values()), "yes" if agreed[-1] else "no"])
+    if not rows:
+        return NOT_RUN
+    header = ["start", "seeds", "advice", "best arm", f"accuracy of {OPD_ARM.label}, {LEAD.label}, {PAPER.label}", ""]
+    return f"The advice agrees with the best arm in {sum(agreed)} of {len(agreed)} cells.\n\n" + markdown_table(
+        header, rows
+    )
 
 
 def _is_lead(arm: str) -> bool:

@@ -306,6 +306,15 @@ def test_the_page_says_what_the_records_hold(tmp_path):
     assert (again / report.LOSSES).read_bytes() == (tmp_path / report.LOSSES).read_bytes()
 
 
+@pytest.mark.parametrize(("gain", "agreed"), [(0.1, 1), (-0.1, 0)])
+def test_the_advice_of_the_starts_is_held_against_the_best_arm(gain, agreed):
+    records = judged_records({"opd": 0.0, LEAD.name: gain}, start={"diagnosis": diagnosis(), "series": {}})
+    text = tables.advice(Study(records))
+    assert f"agrees with the best arm in {agreed} of 1 cells" in text
+    assert "| 8 | vgs | " in text
+    assert tables.advice(Study({})) == claims.NOT_RUN
+
+
 def test_a_late_alarm_is_told():
     late = {"series": {"lang": [0.1] * 20 + [0.5] * 80, "standard": [0.5] * 100}}
     for alarm, caught in ((50, 8), (60, 0), (None, 0)):
