@@ -47,7 +47,7 @@ def build(records: Mapping[str, Record], plots: Mapping[str, bool]) -> str:
     losses = _picture("losses by dependency over training", LOSSES, plots)
     parts = [
         INTRODUCTION,
-        f"{len(records)} runs are on record.",
+        _ages(records),
         f"## Claims\n\n{CLAIMS}\n\n{markdown_table(['claim', 'here', 'verdict'], claims.rows(study))}",
         f"## Where the starts stand\n\n{tables.plane(study)}",
         f"## From the demo's starts\n\n{tables.comparison(study)}",
@@ -66,6 +66,18 @@ def build(records: Mapping[str, Record], plots: Mapping[str, bool]) -> str:
         f"{tables.tuning(study)}",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _ages(records: Mapping[str, Record]) -> str:
+    older = sum("step_seconds" not in record for record in records.values() if record["run"]["arm"] != "start")
+    text = f"{len(records)} runs are on record."
+    if older:
+        text += (
+            f" {older} of them, all from cold starts, are from before the paper's update was here: of OPD, `matched`, "
+            "`vgs_unit` and `teacher_prior`, which today's kernels compute alike. Where those lines hold `vis`, it is "
+            "less the log of the normaliser of q*, which has no gradient."
+        )
+    return text
 
 
 def _picture(text: str, name: str, plots: Mapping[str, bool]) -> str:

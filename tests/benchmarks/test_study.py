@@ -306,6 +306,13 @@ def test_the_page_says_what_the_records_hold(tmp_path):
     assert (again / report.LOSSES).read_bytes() == (tmp_path / report.LOSSES).read_bytes()
 
 
+def test_the_page_says_how_many_lines_are_of_earlier_runs():
+    records = judged_records({})
+    assert f"{len(records)} runs are on record.\n" in report.build(records, {})
+    del next(iter(records.values()))["step_seconds"]
+    assert "1 of them, all from cold starts, are from before" in report.build(records, {})
+
+
 @pytest.mark.parametrize(("gain", "agreed"), [(0.1, 1), (-0.1, 0)])
 def test_the_advice_of_the_starts_is_held_against_the_best_arm(gain, agreed):
     records = judged_records({"opd": 0.0, LEAD.name: gain}, start={"diagnosis": diagnosis(), "series": {}})

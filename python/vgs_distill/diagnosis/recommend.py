@@ -1,4 +1,7 @@
-"""From a diagnosis to what to train with: OPD, VGS and which λ, or the language first."""
+"""From a diagnosis to what to train with: OPD, VGS and which λ, or the language first.
+
+The thresholds are first guesses. The study holds what they say against its best arm, start by start.
+"""
 
 from __future__ import annotations
 
