@@ -5,6 +5,8 @@
 #   make bench       measure the kernels against plain torch, TRL and Liger; write docs/benchmarks.md
 #   make study       compare splits, gammas and guards over seeds; hours, resumable; write docs/study.md
 #   make docs        build the documentation into site/; a warning is an error
+#   make wheel       one wheel of the CPU kernels for this architecture, in dist/; CUDA=1 adds the CUDA kernels
+#   make test-floor  the kernels' tests on the oldest torch that is supported, in .venv-floor; no other packages
 #   make gpu-check   on a machine with a GPU, under 30 minutes: is it right, and how near to its roofline
 #   make lint        what pre-commit runs
 #   make format      rewrite the sources in the house format
@@ -13,10 +15,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FLOOR := .venv-floor
 NATIVE_SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench study docs gpu-check lint format clean
+.PHONY: help demo test bench study docs wheel test-floor gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +55,19 @@ study: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+wheel: $(VENV)/.torch
+	$(if $(CUDA),FORCE_CUDA=1,FORCE_ONLY_CPU=1) $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# From the source tree, without an installation; what needs another package is skipped and says so.
+$(FLOOR)/.torch:
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet torch==2.11.0 numpy pytest setuptools wheel ninja
+	touch $@
+
+test-floor: $(FLOOR)/.torch
+	$(FLOOR)/bin/python setup.py build_ext --inplace
+	PYTHONPATH=. $(FLOOR)/bin/python -m pytest tests/test_*.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

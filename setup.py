@@ -1,13 +1,20 @@
-"""Builds the compiled extension `vgs_kernels._C` where that is possible, a pure-Python package where it is not.
+"""Builds the compiled kernels where that is possible, a pure-Python package where it is not.
 
-Everything static lives in pyproject.toml. The extension uses torch's stable ABI and Python's limited API: one build
-serves torch >= 2.13 and CPython >= 3.10. It needs an importable torch (`pip install --no-build-isolation .`) and a
-C++20 compiler; CUDA sources are added when there are any, nvcc is found and torch has CUDA. No GPU is needed to build.
+Everything static lives in pyproject.toml. There are two libraries, both on torch's stable ABI and Python's limited API:
+
+* `vgs_kernels._C`, the schemas of all operators and the kernels for CPUs. One build serves torch >= 2.11, whatever GPU
+  that is built for, and CPython >= 3.10. It needs an importable torch (`pip install --no-build-isolation .`) and a
+  C++20 compiler.
+* `vgs_kernels._C_cuda`, the kernels for CUDA: also nvcc, of the major version of torch's CUDA. No GPU is needed.
+
+Compilers are tried before anything is decided. What fails is left out, CUDA first, then both, and named; a failure in
+the sources themselves, later, has the same end.
 
 Environment:
     VGS_KERNELS_PURE_PYTHON=1   skip the extension
     FORCE_ONLY_CPU=1            leave the CUDA sources out
     FORCE_CUDA=1                fail where they cannot be built, instead of leaving them out
+    CXX, CUDA_HOME              the C++ compiler and the CUDA toolkit
     TORCH_CUDA_ARCH_LIST        GPU architectures, as everywhere in PyTorch
 """
 
@@ -19,15 +26,18 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-MINIMUM_TORCH = (2, 13)
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DTORCH_STABLE_ONLY"]
+CPU_LIBRARY, CUDA_LIBRARY = "vgs_kernels._C", "vgs_kernels._C_cuda"
+MINIMUM_TORCH = (2, 11)
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 # -std=c++20 alone would switch off the contraction of a * b + c, which the exponential is priced with. The warnings
 # switched off are a note on the ABI of vectors passed between files (none are) and a false alarm in GCC 12's headers.
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -41,6 +51,14 @@ INSTRUCTION_SETS = {
 }
 INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 UNITS = {"kernels": ("baseline", "avx2", "avx512", "avx512bf16"), "products_amx": ("amx",)}
+# What is asked of a compiler before it is trusted: C++20, vectors, Python's headers, linking.
+CXX_TRIAL = """
+#include <Python.h>
+#include <bit>
+typedef float Row __attribute__((vector_size(16)));
+extern "C" Row trial(Row a) { return __builtin_shufflevector(a, a, 0, 4, 1, 5); }
+"""
+CUDA_TRIAL = "#include <cuda_bf16.h>\n__global__ void trial(float* x) { *x = 1.0f; }\n"
 
 
 @dataclass(frozen=True)
@@ -53,39 +71,103 @@ class Plan:
     label: str  # behind the version and a plus: pip shows that, where it hides what a build prints
 
 
-def plan(sources: list[str] | None = None) -> Plan:
+class Missing(Exception):
+    """Why something is not built, and the label that says so."""
+
+    def __init__(self, reason: str, label: str) -> None:
+        super().__init__(reason)
+        self.label = label
+
+
+def plan() -> Plan:
     """Decide what can be built here. Raises only where FORCE_CUDA asks for the impossible."""
+    native = False
+    try:
+        _check_cpu_build()
+        native = True
+        _check_cuda_build()
+    except Missing as missing:
+        if os.environ.get("FORCE_CUDA") == "1":
+            raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {missing}") from None
+        return Plan(native=native, cuda=False, reason=str(missing), label=missing.label)
+    import torch
+
+    return Plan(native=True, cuda=True, reason="", label=f"cu{str(torch.version.cuda).partition('.')[0]}")
+
+
+def _check_cpu_build() -> None:
+    """Raise `Missing` where `_C` cannot be built."""
     if os.environ.get("VGS_KERNELS_PURE_PYTHON") == "1":
-        return _without_extension("VGS_KERNELS_PURE_PYTHON=1 is set", "pure")
+        raise Missing("VGS_KERNELS_PURE_PYTHON=1 is set", "pure")
     if sys.platform == "win32":
-        return _without_extension(
-            "the sources need GCC or Clang, which Windows builds of PyTorch do not use", "pure.on.windows"
-        )
+        raise Missing("the sources need GCC or Clang, which Windows builds of PyTorch do not use", "pure.on.windows")
     compiler = cxx_compiler()
     if compiler is None:
-        return _without_extension(
-            "no C++ compiler was found (c++, g++ or clang++ on the PATH, or $CXX)", "pure.no.compiler"
-        )
+        raise Missing("no C++ compiler was found (c++, g++ or clang++ on the PATH, or $CXX)", "pure.no.compiler")
     nvcc = shutil.which("nvcc")
     if nvcc and not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
-        os.environ["CUDA_HOME"] = _toolkit(nvcc)
+        os.environ["CUDA_HOME"] = _toolkit(nvcc)  # before torch looks for it
     try:
         import torch
     except ImportError:
-        return _without_extension(
+        raise Missing(
             "torch cannot be imported at build time; install it first and use `pip install --no-build-isolation`",
             "pure.no.torch",
-        )
+        ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
-        return _without_extension(
-            f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}", "pure.old.torch"
+        raise Missing(f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}", "pure.old.torch")
+    flags = ["-std=c++20", "-fPIC", "-shared", "-I" + sysconfig.get_paths()["include"]]
+    if complaint := try_compiler([compiler, *flags], CXX_TRIAL, "trial.cpp"):
+        raise Missing(f"{compiler} cannot build an extension in C++20: {complaint}", "pure.compiler.failed")
+
+
+def _check_cuda_build() -> None:
+    """Raise `Missing` where `_C_cuda` cannot be built beside `_C`."""
+    if os.environ.get("FORCE_ONLY_CPU") == "1":
+        raise Missing("FORCE_ONLY_CPU=1 is set", "cpu")
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        raise Missing(f"torch {torch.__version__} is built without CUDA", "cpu")
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        raise Missing("nvcc was not found (on the PATH, or under CUDA_HOME)", "cpu.no.nvcc")
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.(\d+)", report)
+    if found and found[1] != torch.version.cuda.partition(".")[0]:
+        raise Missing(
+            f"{nvcc} is of CUDA {found[1]}.{found[2]}, torch {torch.__version__} of CUDA {torch.version.cuda}; their "
+            "major versions must be the same",
+            f"cpu.nvcc.{found[1]}.{found[2]}",
         )
-    missing = _missing_for_cuda(cuda_sources() if sources is None else sources)
-    if missing and os.environ.get("FORCE_CUDA") == "1":
-        raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {missing}")
-    if not missing:
-        return Plan(native=True, cuda=True, reason="", label=f"cu{(torch.version.cuda or '').replace('.', '')}")
-    return Plan(native=True, cuda=False, reason=missing, label="cpu.no.nvcc" if "nvcc" in missing else "cpu")
+    if complaint := try_compiler([str(nvcc), "-c", "-std=c++20", *cuda_architectures()], CUDA_TRIAL, "trial.cu"):
+        raise Missing(f"{nvcc} cannot compile a kernel: {complaint}", "cpu.nvcc.failed")
+
+
+def try_compiler(command: list[str], source: str, name: str) -> str:
+    """What a compiler complains of first when it is given a source; empty where it builds that."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_text(source)
+        command = [*command, name, "-o", "trial.out"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr + done.stdout).splitlines() or [f"exit status {done.returncode}"]
+    return next((line for line in lines if "error" in line), lines[0]).strip()
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's flags for the GPUs to build for: TORCH_CUDA_ARCH_LIST, those that are here, or all that matter. Imports
+    torch."""
+    import torch
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    if not torch.cuda.is_available():
+        version = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
+        architectures = "8.0;9.0;10.0;12.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+    return _get_cuda_arch_flags()
 
 
 def _toolkit(nvcc: str) -> str:
@@ -96,28 +178,6 @@ def _toolkit(nvcc: str) -> str:
     )
     top = re.search(r"^#\$ TOP=(.+)$", report.stderr, re.MULTILINE)
     return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent)
-
-
-def _without_extension(reason: str, label: str) -> Plan:
-    if os.environ.get("FORCE_CUDA") == "1":
-        raise SystemExit(f"vgs-kernels: FORCE_CUDA=1 is set, but {reason}")
-    return Plan(native=False, cuda=False, reason=reason, label=label)
-
-
-def _missing_for_cuda(sources: list[str]) -> str:
-    """Why CUDA sources are left out; empty when they are built."""
-    if os.environ.get("FORCE_ONLY_CPU") == "1":
-        return "FORCE_ONLY_CPU=1 is set"
-    if not sources:
-        return "there are no CUDA sources"
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        return "nvcc was not found (on the PATH, or under CUDA_HOME)"
-    return ""
 
 
 def cxx_compiler() -> str | None:
@@ -134,43 +194,85 @@ def compiles_for(flags: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def cuda_sources() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
-def extension_arguments(decision: Plan) -> dict:
-    """The arguments of `setup` that build the extension. Imports torch."""
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
+def build_arguments(decision: Plan) -> dict:
+    """The arguments of `setup` that build the libraries. Imports torch."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    known = [name for name, flags in INSTRUCTION_SETS.items() if not flags or (is_x86 and compiles_for(flags))]
-    units = [(unit, name) for unit, wanted in UNITS.items() for name in wanted if name in known]
-    sources = [
-        str(path.relative_to(ROOT))
-        for folder in ("csrc", "csrc/cpu")
-        for path in sorted((ROOT / folder).glob("*.cpp"))
-        if path.stem not in UNITS
-    ]
-    defines = [f"-DVGS_HAVE_{name.upper()}" for name in known]
-    common = [*STABLE_ABI, *defines, "-I" + str(ROOT / "csrc")]
-    compile_args = {"cxx": [*CXX_FLAGS, *common]}
-    kind = CppExtension
-    if decision.cuda:
-        kind = CUDAExtension
-        sources += cuda_sources()
-        compile_args["cxx"].append("-DUSE_CUDA")
-        compile_args["nvcc"] = ["-O3", *common, "-DUSE_CUDA"]
-        if not torch.cuda.is_available():
-            assert torch.version.cuda is not None
-            version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
-            architectures = "8.0;9.0;10.0;12.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+    levels = [name for name, flags in INSTRUCTION_SETS.items() if not flags or (is_x86 and compiles_for(flags))]
+    return {
+        "ext_modules": libraries(decision, levels),
+        "cmdclass": {
+            "build_ext": build_step([(u, name) for u, wanted in UNITS.items() for name in wanted if name in levels])
+        },
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def libraries(decision: Plan, levels: list[str]) -> list[Extension]:
+    """`_C`, and `_C_cuda` where it was decided on."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    common = [*STABLE_ABI, "-I" + str(ROOT / "csrc")]
+    headers = ["setup.py", *_sources("csrc", "*.h"), *_sources("csrc/cpu", "*.h"), *_sources("csrc/cuda", "*.*h")]
+    sources = _sources("csrc", "*.cpp") + _sources("csrc/cpu", "*.cpp")
+    cpu = CppExtension(
+        CPU_LIBRARY,
+        [path for path in sources if Path(path).stem not in UNITS],
+        extra_compile_args={"cxx": [*CXX_FLAGS, *common, *(f"-DVGS_HAVE_{name.upper()}" for name in levels)]},
+        py_limited_api=True,
+        depends=headers + sources,
+    )
+    if not decision.cuda:
+        return [cpu]
+    # What the library can run on, as nvcc is told: code=sm_90 -> sm_90. Python reads it (vgs_kernels/backend.py).
+    targets = ".".join(re.findall(r"code=(\w+)", " ".join(cuda_architectures())))
+    flags = [*common, "-DUSE_CUDA", f"-DVGS_CUDA_ARCHITECTURES={targets}"]
+    cuda = CUDAExtension(
+        CUDA_LIBRARY,
+        _sources("csrc/cuda", "*.cpp") + _sources("csrc/cuda", "*.cu"),
+        extra_compile_args={"cxx": [*CXX_FLAGS, *flags], "nvcc": ["-O3", *flags]},
+        py_limited_api=True,
+        depends=headers,
+    )
+    return [cpu, cuda]
+
+
+def build_step(units: list[tuple[str, str]]) -> type:
+    """torch's build step, plus the objects that need flags of their own; a library that fails is left out."""
+    from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
-        """torch's build step, plus the objects that need flags of their own."""
+        def build_extensions(self):  # type: ignore[no-untyped-def]
+            while self.extensions:
+                try:
+                    return super().build_extensions()
+                except Exception as error:  # torch refuses a compiler that passed the trial
+                    self._leave_out(self.extensions[-1], error)
 
         def build_extension(self, extension):  # type: ignore[no-untyped-def]
+            try:
+                if extension.name == CPU_LIBRARY:
+                    extension.extra_objects += self._unit_objects()
+                super().build_extension(extension)
+            except Exception as error:
+                self._leave_out(extension, error)
+
+        def _leave_out(self, extension: Extension, error: Exception) -> None:
+            """Go on without a library; without the first there is none, since that holds the schemas."""
+            if os.environ.get("FORCE_CUDA") == "1":
+                raise error
+            self.extensions[:] = [] if extension.name == CPU_LIBRARY else self.extensions[:1]
+            print(f"{error}\n\nvgs-kernels: BUILDING {extension.name} FAILED, see above", file=sys.stderr)
+            announce(Plan(bool(self.extensions), cuda=False, reason=f"{extension.name} does not build", label=""))
+
+        def copy_extensions_to_source(self):  # type: ignore[no-untyped-def]
+            """Of an editable install: a library that is no longer built must not stay as it was."""
+            super().copy_extensions_to_source()
+            built = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+            for path in (ROOT / "vgs_kernels").glob("_C*.so"):
+                if path.name not in built:
+                    path.unlink()
+
+        def _unit_objects(self) -> list[str]:
             folder = Path(self.build_temp) / "units"
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -181,26 +283,17 @@ def extension_arguments(decision: Plan) -> dict:
                 return str(target)
 
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                objects = list(pool.map(build, *zip(*units, strict=True)))
-            extension.extra_objects += objects
-            super().build_extension(extension)
+                return list(pool.map(build, *zip(*units, strict=True)))
 
-    extension = kind(
-        "vgs_kernels._C",
-        sources,
-        extra_compile_args=compile_args,
-        py_limited_api=True,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")],
-    )
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    return Build
+
+
+def _sources(folder: str, pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
 
 
 def version(decision: Plan) -> str:
-    """The version with what was built behind a plus, such as 0.1.0+cpu; an sdist is built into nothing yet."""
+    """The version with what was built behind a plus, such as 0.1.0+cu13; an sdist is built into nothing yet."""
     public = re.search(r'__version__ = "(.+)"', (ROOT / "vgs_kernels" / "version.py").read_text())
     assert public is not None
     return public[1] if "sdist" in sys.argv else f"{public[1]}+{decision.label}"
@@ -213,13 +306,13 @@ def announce(decision: Plan) -> None:
             "`python -m vgs_kernels` shows what is active and how to get the rest."
         )
     elif decision.cuda:
-        message = "building the compiled extension for CPU and CUDA"
+        message = "building the compiled kernels for CPU and CUDA"
     else:
-        message = f"building the compiled extension for CPU ({decision.reason})"
+        message = f"building the compiled kernels FOR CPU ONLY: {decision.reason}."
     print(f"vgs-kernels: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     decision = plan()
     announce(decision)
-    setup(version=version(decision), **(extension_arguments(decision) if decision.native else {}))
+    setup(version=version(decision), **(build_arguments(decision) if decision.native else {}))

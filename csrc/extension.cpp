@@ -1,4 +1,5 @@
-// The Python module vgs_kernels._C: importing it registers the operators. Every schema is here; the implementations are in
+// The Python module vgs_kernels._C: importing it registers the operators and their CPU kernels. Every schema is here, also
+// of what vgs_kernels._C_cuda (cuda/module.cpp) implements for CUDA. The implementations are in
 // cpu/ and cuda/, by the stem of the op, and vgs_kernels/<op>/reference.py says what they compute.
 //
 // Outputs are arguments, so that the caller decides where they live: a gradient may overwrite the logits it came from.

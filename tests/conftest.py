@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ import torch
 from tests import places
 from tests.small_run import ON_CPU, build_student
 from vgs_kernels import backend
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.triton_support import interpreter
+
+    interpreter.install()
 
 NATIVE_PROBLEM = backend._native_problem()
 LEVELS = [0] if NATIVE_PROBLEM else range(torch.ops.vgs_kernels_native.highest_cpu_level() + 1)

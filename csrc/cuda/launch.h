@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -9,7 +10,9 @@
 namespace vgs::cuda {
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
-  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle());
+  void* stream = nullptr;  // Stream::nativeHandle() came with torch 2.13
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 inline void check_launch(const char* kernel) {

@@ -38,7 +38,8 @@ def combine_gradients(
         max_norm: Largest global norm of g; None for no clipping.
         gramian: G, if it is already known; computed otherwise. Plain tensors that are parts of gradients need it, made
             with their ``process_group``: one process alone does not know the norm.
-        backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
+        backend: ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs
+            on the device.
 
     Returns:
         The global norm of what was written to ``out``, a scalar on the device. Deterministic, no host synchronisation.

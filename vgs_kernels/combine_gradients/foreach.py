@@ -1,4 +1,4 @@
-"""Backend of `combine_gradients` for installs without the extension: plain torch, many tensors at a time.
+"""Backend of `combine_gradients` for installs without other kernels: plain torch, many tensors at a time.
 
 Batches as in `gradient_gramian/foreach.py`: gather, weigh, and scatter with one `_foreach_copy_`.
 """

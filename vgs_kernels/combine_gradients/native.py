@@ -14,14 +14,7 @@ from torch import Tensor
 from .. import _C as _registers_the_operators  # type: ignore[attr-defined]  # noqa: F401
 
 _ops = torch.ops.vgs_kernels_native
-
-
-def problem(device_type: str) -> str | None:
-    """Why these kernels cannot run on a device type; None when they can."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key and torch._C._dispatch_has_kernel_for_dispatch_key("vgs_kernels_native::combine", key):
-        return None
-    return f"the compiled extension was built without {device_type} kernels"
+DEVICES = ("cpu", "cuda")  # device types with kernels
 
 
 def combine(

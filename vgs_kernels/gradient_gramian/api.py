@@ -39,7 +39,8 @@ def gradient_gramian(
             holds its own. Leave out when every process holds whole, already averaged gradients (DDP). A DTensor says
             by its placements which processes hold its parts (FSDP2, tensor parallelism): it is summed over those,
             replicas counted once, whatever this argument says.
-        backend: ``"native"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs on the device.
+        backend: ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"`` or None for the fastest that runs
+            on the device.
 
     Returns:
         Shape (2, 2), float32 (float64 if a gradient is float64), on the gradients' device. Deterministic, no host

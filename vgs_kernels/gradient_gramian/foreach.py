@@ -1,4 +1,4 @@
-"""Backend of `gradient_gramian` for installs without the extension: plain torch, many tensors at a time.
+"""Backend of `gradient_gramian` for installs without other kernels: plain torch, many tensors at a time.
 
 The tensors of a batch are gathered into one buffer (`torch.cat`, a few launches for any number of tensors) and
 multiplied there: the number of launches follows the number of entries, not of tensors, and a CPU still has a batch in
