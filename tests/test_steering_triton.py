@@ -219,7 +219,7 @@ def test_every_group_begins_at_a_multiple_of_16_bytes_in_all_tensors() -> None:
             torch.empty(200_003 + offset, dtype=dtype)[offset:] for offset, dtype in zip(offsets, dtypes, strict=True)
         )
         lines, launches = triton_table._built([tensors])
-        assert [launch.count for launch in launches] == [len(lines)]
+        assert [launch.parts for launch in launches] == [len(lines)]
         next_addresses = [t.data_ptr() for t in tensors]
         for first, second, out, groups, rest in lines:
             assert [first, second, out] == [*next_addresses, 0]

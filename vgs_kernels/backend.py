@@ -127,9 +127,10 @@ def _cuda_problem(index: int | None) -> str | None:
         return "torch sees no GPU"
     major, minor = torch.cuda.get_device_capability(index)
     if not _runs_on(targets, (major, minor)):
+        own, number = f"sm_{major}{minor}", f"{major}.{minor}"
         return (
-            f"the compiled CUDA kernels are for {targets.replace('.', ', ')}, and this GPU is sm_{major}{minor}: "
-            f"install again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            f"the compiled CUDA kernels are for {targets.replace('.', ', ')}, and this GPU is {own}: "
+            f"install again with TORCH_CUDA_ARCH_LIST={number}"
         )
     return None
 

@@ -61,7 +61,7 @@ def combine(
         weights = weights.contiguous()
         for launch in table.launches:
             options = launch_options(launch, describe_device(device))
-            combine_kernel[(launch.count,)](table.lines, weights, launch.begin, **options)
-    for result, (tensors, copied) in zip(out, flattened, strict=True):
-        if copied:
-            result.copy_(tensors[2])
+            combine_kernel[(launch.parts,)](table.lines, weights, launch.begin, **options)
+    for result, ((*_, written), copied) in zip(out, flattened, strict=True):
+        if copied and written is not None:
+            result.copy_(written)

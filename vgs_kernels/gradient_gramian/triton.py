@@ -81,5 +81,5 @@ def inner_products(first: Sequence[Tensor | None], second: Sequence[Tensor | Non
         parts = table.lines.new_empty((table.lines.shape[0], 3), dtype=torch.float64)
         for launch in table.launches:
             options = launch_options(launch, describe_device(some.device))
-            products_kernel[(launch.count,)](table.lines, parts, launch.begin, SUM=TYPES[dtype], **options)
+            products_kernel[(launch.parts,)](table.lines, parts, launch.begin, SUM=TYPES[dtype], **options)
         return parts.sum(0).to(dtype)

@@ -54,11 +54,11 @@ Dtypes = tuple[torch.dtype | None, ...]
 
 
 class Launch(NamedTuple):
-    """Lines `begin` to `begin + count` of a table: tensors of these dtypes."""
+    """Lines `begin` to `begin + parts` of a table: tensors of these dtypes."""
 
     dtypes: Dtypes
     begin: int
-    count: int
+    parts: int
 
 
 class Table(NamedTuple):
