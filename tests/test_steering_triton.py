@@ -79,19 +79,24 @@ def products(first: Gradients, second: Gradients) -> Tensor:
     dtype = torch.float64 if any(g is not None and g.dtype == torch.float64 for g in first + second) else torch.float32
     with guard(first, second):
         sums = gramian_kernels.inner_products(first, second, dtype)
-    gramian = sums[torch.tensor([0, 1, 1, 2], device=DEVICE)].reshape(2, 2)
-    gramians.check(gramian, first, second)
+    gramian = torch.stack([sums[0], sums[1], sums[1], sums[2]]).reshape(2, 2)
+    gramians.check(gramian.cpu(), on_cpu(first), on_cpu(second))
     return gramian
 
 
 def combined(first: Gradients, second: Gradients, out: list[Tensor], weights: Tensor = WEIGHTS) -> None:
     """The combination, checked against float64."""
-    before = [[None if g is None else g.clone() for g in gradients] for gradients in (first, second)]
-    exact = combinations.exact_combination(*before, weights, out)
+    before = on_cpu(first), on_cpu(second)
+    exact = combinations.exact_combination(*before, weights, on_cpu(out))  # type: ignore[arg-type]
     weights = weights.to(DEVICE)
     with guard(first, second, out, [weights]):
         combine_kernels.combine(first, second, weights, out)
-    combinations.check(out, exact, *before)
+    combinations.check(on_cpu(out), exact, *before)  # type: ignore[arg-type]
+
+
+def on_cpu(gradients: Sequence[Tensor | None]) -> Gradients:
+    """Copies."""
+    return [None if g is None else g.to("cpu", copy=True) for g in gradients]
 
 
 def drawn(seed: int, dtype: torch.dtype, *sizes: int, offset: int = 0) -> Gradients:
