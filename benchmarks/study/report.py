@@ -27,8 +27,8 @@ The tasks, models and recipes are those of [the demo](index.md): half a million 
 `digits` and `shapes` are drawn, `easyvqa` is the public data set easy-VQA 1.0 with its own test pictures. Accuracy is
 that of greedy free generation on 768 balanced held-out questions, in percent. Runs of one seed start from the same
 student and meet the same prompts; differences are paired by seed, with 95 % intervals of the bias-corrected bootstrap
-over seeds. "OPD, time of ..." has as many steps as fit into the time of that method's, by the ratio of both steps,
-measured side by side before each such run. Half a million parameters do not stand for billions."""
+over seeds. "OPD, time of ..." has as many steps as fit into the time of that method's, by the ratio of both steps in
+processor seconds, measured side by side before each such run. Half a million parameters do not stand for billions."""
 
 CLAIMS = """Each row is a claim of the paper, or of this project where no figure is named, in the half-warm regime.
 "Holds" and "does not hold" are said where the whole interval lies on one side; "undecided" where it does not, or where

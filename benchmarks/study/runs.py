@@ -168,7 +168,6 @@ def _distilled(
 ) -> dict[str, Any]:
     """Distil the student and return what a line keeps of the way."""
     from vgs_distill.demo import stages
-    from vgs_distill.demo.distillation import seconds_of_steps
     from vgs_distill.report.log import read_run
 
     history, ratio = stages.distilled(
@@ -176,7 +175,7 @@ def _distilled(
     )
     return {
         "alarm_step": _first_step(history, "runaway/alarm"),
-        "step_seconds": _digits(statistics.median(seconds_of_steps(history))),
+        "step_seconds": _digits(statistics.median(row["processor_seconds"] for row in history)),
         **({} if ratio is None else {"step_ratio": _digits(ratio)}),
         "series": {
             name: list(_series(history, key)) for name, key in SERIES.items() if any(key in row for row in history)

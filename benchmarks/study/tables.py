@@ -194,7 +194,7 @@ def _healthy(record: Record) -> bool:
 
 
 def costs(study: Study) -> str:
-    """Time of a step: medians over the runs, and the ratio that was measured side by side."""
+    """The processor's time of a step: medians over the runs, and the ratio that was measured side by side."""
     rows = []
     for task in TASKS:
         for arm in (OPD_ARM, LEAD, PAPER, MATCHED):
@@ -209,7 +209,7 @@ def costs(study: Study) -> str:
         if ratios
         else ""
     )
-    return text + markdown_table(["arm", "runs", "median step, s"], rows) if rows else NOT_RUN
+    return text + markdown_table(["arm", "runs", "median step, processor seconds"], rows) if rows else NOT_RUN
 
 
 def cosines(study: Study) -> str:

@@ -86,6 +86,7 @@ def test_distillation_saves_a_loadable_student_and_its_history(tiny_recipe, save
         assert history[0]["steering/language_preservation"] == method.settings["language_preservation"] == 1.0
     assert expected <= set(history[0])
     assert ("gradient/cosine" in history[0]) == method.steered
+    assert all(row["processor_seconds"] > 0 for row in history)
     student = Qwen3VLForConditionalGeneration.from_pretrained(folder)
     start = Qwen3VLForConditionalGeneration.from_pretrained(start_folder)
     assert not torch.equal(student.lm_head.weight, start.lm_head.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -63,17 +64,26 @@ HISTORY_KEYS = (
 )
 """What is kept of each step's log, where the method logs it. Losses in nats per token, times in seconds."""
 
-_STEP_TIMES = ("time/rollout", "time/teacher", "time/student", "time/steering")  # masked views are part of them
-
 History = list[dict[str, float]]
 
 
 class _Reporter(TrainerCallback):
     """Hands each step's loss to the progress bar. Raising in here stops training, which is how a worker whose
-    parent is gone ends."""
+    parent is gone ends. `seconds` holds the processor's time of every step: what else the machine does leaves it as it
+    is."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._began = 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.process_time()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self._began)
 
     def on_log(
         self,
@@ -98,25 +108,26 @@ def distill(
     scratch: Path,
     progress: Progress,
 ) -> History:
-    """Train `student` in place and return its history, one row per step with the keys of `HISTORY_KEYS`.
+    """Train `student` in place and return its history, one row per step with the keys of `HISTORY_KEYS` and
+    `processor_seconds`.
 
     `seed` sets the order of the prompts and the sampling; every method of a seed meets the same prompts in the same
     order. `scratch` is where the trainer may put its own files; nothing of interest is left there.
     """
     trainer = make_trainer(student, teacher, processor, prompts, recipe, method, seed, scratch)
-    trainer.add_callback(_Reporter(progress))
+    reporter = _Reporter(progress)
+    trainer.add_callback(reporter)
     trainer.train()
     student.eval()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
     return [
-        {"step": row["step"], **{key: float(row[key]) for key in HISTORY_KEYS if _is_number(row.get(key))}}
-        for row in trainer.state.log_history
-        if "loss" in row
+        {
+            "step": row["step"],
+            "processor_seconds": seconds,
+            **{key: float(row[key]) for key in HISTORY_KEYS if _is_number(row.get(key))},
+        }
+        for row, seconds in zip(logged, reporter.seconds, strict=True)
     ]
-
-
-def seconds_of_steps(history: History) -> list[float]:
-    """Of each step, without the optimizer's part, which is the same for all methods."""
-    return [sum(row[part] for part in _STEP_TIMES if part in row) for row in history]
 
 
 def step_ratio(
@@ -128,10 +139,10 @@ def step_ratio(
     method: Method,
     seed: int,
 ) -> float:
-    """Seconds of a step of `method` over those of a step of OPD, measured here and now on copies of `student`.
+    """The processor's time for a step of `method` over that of a step of OPD, measured now on copies of `student`.
 
-    17 steps of the method, between two times 9 of OPD so that a machine that grows busier favours neither. The first
-    step of each is left out, which leaves one measurement of gradients in 16, as often as `"amortized"` makes one.
+    17 steps of the method, between two times 9 of OPD so that what drifts favours neither. The first step of each is
+    left out, which leaves one measurement of gradients in 16, as often as `"amortized"` makes one.
     """
 
     def seconds(timed: Method, steps: int) -> float:
@@ -140,7 +151,7 @@ def step_ratio(
                 copy.deepcopy(student), teacher, processor, prompts, recipe.lasting(steps), timed, seed,
                 Path(scratch), lambda done, total, loss: None,
             )  # fmt: skip
-        return fmean(seconds_of_steps(history[1:]))
+        return fmean(row["processor_seconds"] for row in history[1:])
 
     before, steered, after = seconds(OPD, 9), seconds(method, 17), seconds(OPD, 9)
     return 2.0 * steered / (before + after)
