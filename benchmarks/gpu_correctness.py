@@ -145,7 +145,8 @@ def _far_logits(sizes: Sizes, device: str) -> Check:
         return [kl[-tail:].detach().clone(), gradient[-tail:].clone()]
 
     near = ends(student[-tail:].detach().clone(), teacher[-tail:].clone())
-    return _same(f"logits of {tokens} x {vocab}", list(zip(ends(student, teacher), near, strict=True)), 1e-6)
+    # Few rows are split over programs and many are not: sums differ by float32 roundings, gradients by one of bf16.
+    return _same(f"logits of {tokens} x {vocab}", list(zip(ends(student, teacher), near, strict=True)), 2.0**-8)
 
 
 def _far_gradients(sizes: Sizes, device: str) -> Iterator[Check]:

@@ -108,7 +108,8 @@ def _tests(options: Options) -> Step:
         return Step("tests", (*arguments, "-o", "addopts=-q", "--collect-only", *kernel_tests()), 180)
     if options.all_tests:
         return Step("tests", tuple(arguments), 1500)
-    return Step("tests", (*arguments, "-o", "addopts=-q", "-m", "gpu", *kernel_tests()), 600)
+    chosen = ("-m", "gpu", "-k", "not in_the_interpreter")  # which needs no GPU, and minutes
+    return Step("tests", (*arguments, "-o", "addopts=-q", *chosen, *kernel_tests()), 600)
 
 
 def _linear(options: Options) -> list[Step]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import io
 import statistics
 import tempfile
@@ -198,6 +199,8 @@ class Bench:
             trainer.train()
         assert tap.gradient is not None
         logs = [row for row in trainer.state.log_history if "step_time" in row]
+        del trainer
+        gc.collect()  # a trainer is a cycle, and holds models and optimizer on the device
         return logs, tap.gradient
 
 
