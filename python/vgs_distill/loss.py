@@ -155,10 +155,12 @@ class DistillationLoss:
         items_in_step: Tensor | float,
         weights: Tensor | None = None,  # (3,)
         preserves: bool = False,
+        adds_to_grad: bool = False,
     ) -> MicroBatch:
         """`weights`: of the parts, where they are known; None: the losses of the parts come apart. `preserves`: whether
-        the third part takes part."""
-        return MicroBatch(self, student, teacher, batch, loss_mask, items_in_step, weights, preserves)
+        the third part takes part. `adds_to_grad`: the losses are run back as they are, not scaled, so that gradients of
+        the head may go where they belong while they are formed."""
+        return MicroBatch(self, student, teacher, batch, loss_mask, items_in_step, weights, preserves, adds_to_grad)
 
 
 class MicroBatch:
@@ -174,10 +176,12 @@ class MicroBatch:
         items_in_step: Tensor | float,
         weights: Tensor | None,
         preserves: bool,
+        adds_to_grad: bool,
     ) -> None:
         self._loss, self._settings, self._method = loss, loss.settings, loss.method
         self._student, self._teacher, self._batch = student, teacher, batch
         self._items, self._weights, self._preserves = items_in_step, weights, preserves
+        self._adds_to_grad = adds_to_grad and weights is not None
         has_image = loss.rows_with_image(batch)
         seeing = loss_mask.bool() & has_image[:, None]  # (rows, completion), tokens of rows with an image
         text = loss_mask.bool() & ~has_image[:, None]  # (rows, completion), tokens of the others
@@ -355,6 +359,7 @@ class MicroBatch:
             token_weights=self._token_weights(student),
             vis_weights=vis_weights,
             sampled_tokens=rows.sampled,
+            accumulate_head_grad=self._adds_to_grad and objective is not None and _has_grad(student_head),
             token_steering=settings.sampled_steering,
             ratio_guard=None if prior else settings.ratio_guard,
             **settings.kernel,
@@ -370,6 +375,8 @@ class MicroBatch:
             teacher_head,
             token_weights=self._token_weights(student),
             sampled_tokens=sampled,
+            # Where it is the only part, its weight is 1; elsewhere the loss is yet to be multiplied by one.
+            accumulate_head_grad=self._adds_to_grad and self._method.second is None and _has_grad(student_head),
             **self._settings.kernel,
         )
 
@@ -387,7 +394,10 @@ class MicroBatch:
     def _heads(self, hidden: Tensor) -> tuple[Tensor, LMHead, LMHead]:
         if self._teacher_head is None:  # once: it may have to be gathered
             self._teacher_head = language_head(self._teacher, hidden)
-        return hidden, language_head(self._student, hidden), self._teacher_head
+        # Under autocast the kernels cast, and add to the gradient of the parameter itself.
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        own = self._student.get_output_embeddings().weight if autocast else hidden
+        return hidden, language_head(self._student, own), self._teacher_head
 
     def _token_weights(self, hidden: Tensor) -> Tensor:
         """1 / items of the step for every token."""
@@ -424,3 +434,8 @@ class MicroBatch:
         if self._bad_language is not None:
             bad[:seeing] |= self._bad_language
         return bad
+
+
+def _has_grad(head: LMHead) -> bool:
+    """Whether the head's own parameters are what the kernel gets: not a cast, and not what FSDP2 gathered."""
+    return all(tensor.is_leaf for tensor in (head.weight, head.bias) if tensor is not None)

@@ -211,6 +211,7 @@ class VGSTrainer(ModelCards, AtomicCheckpoints, Rollouts):  # type: ignore[misc]
             items,
             steering.weights if self._training else None,
             self._training and steering.preserves,
+            adds_to_grad=self._training and self.accelerator.scaler is None and not self.is_deepspeed_enabled,
         )
         left = None
         with self.accelerator.autocast():
