@@ -141,6 +141,25 @@ def test_a_gradient_that_is_added_to_is_rounded_once(dtype: torch.dtype) -> None
         assert torch.equal(problem.bias.grad, bias)
 
 
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_a_teacher_that_sees_the_same_is_projected_once(decomposition: str, logits_dtype: torch.dtype) -> None:
+    problem = Problem(decomposition, dtype=torch.bfloat16, tokens=TOKENS, vocab=1003, width=32)
+    options: dict[str, Any] = {"backend": "reference", "logits_dtype": logits_dtype}
+    found, rows = [], []
+    for masked in (problem.teacher_hidden, problem.teacher_hidden.clone()):
+        problem.masked_teacher_hidden = masked
+        with gpu_loop(**UNEVEN) as loop:
+            got = problem.call(**options)
+        parts = [getattr(got, part) for part in PARTS[decomposition]]
+        found.append([*parts, *gradients(parts[0] + 2 * parts[1], problem.students)])
+        rows.append(sum(shape[0] for _, _, shape in loop.products if shape[1] == 1003))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    students = 2 if decomposition == "vgs" else 1
+    assert rows == [(students + 1) * TOKENS, (students + 2) * TOKENS]
+
+
 @pytest.mark.parametrize("vocab", [1003, 1024])
 def test_rows_of_odd_vocabularies_begin_at_cache_lines(vocab: int) -> None:
     problem = Problem("vgs", dtype=torch.bfloat16, tokens=20, vocab=vocab, width=32)

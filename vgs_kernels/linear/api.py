@@ -191,7 +191,8 @@ def linear_decomposed_kl(
         student_head: `LMHead` of the student. Its weight and bias get gradients if they require them; a frozen
             head costs no head gradient.
         teacher_hidden: Last hidden states of the teacher that sees the image. Its width may differ.
-        teacher_head: `LMHead` of the teacher. Both teacher contexts are projected in one product.
+        teacher_head: `LMHead` of the teacher. Both teacher contexts are projected in one product, and once where
+            ``masked_teacher_hidden`` is ``teacher_hidden`` itself.
         masked_teacher_hidden: Last hidden states of the teacher with the image masked.
         masked_student_hidden: Last hidden states of the student with the image masked, a constant here. Needed by
             ``vgs``, refused by ``teacher_prior``.

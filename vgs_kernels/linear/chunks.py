@@ -56,6 +56,14 @@ def _places(lengths: list[int]) -> Iterator[slice]:
         start += length
 
 
+def is_same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are views of the same memory in one shape."""
+    places = (
+        (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (first, second)
+    )  # fmt: skip
+    return next(places) == next(places)
+
+
 def gather(hidden: Tensor, rows: Rows, weights: Tensor) -> Tensor:
     """Those rows of hidden states, (n, width). Rows of weight 0 are 0: they may hold NaN, and 0 * NaN would reach the
     head gradient through the products."""
@@ -67,12 +75,12 @@ def gather(hidden: Tensor, rows: Rows, weights: Tensor) -> Tensor:
 class Logits:
     """Views of the logits of n tokens. The rows of one model are adjacent, the student's own first among its."""
 
-    def __init__(self, teachers: Tensor, students: Tensor, n: int) -> None:
+    def __init__(self, teachers: Tensor, students: Tensor, n: int, masks_teacher: bool) -> None:
         self.teachers, self.students = teachers, students  # (n or 2 * n, vocab) each
         self.streams = Streams(
             students[:n],
             teachers[:n],
-            teachers[n:] if teachers.shape[0] > n else None,
+            teachers[-n:] if masks_teacher else None,  # those of the teacher itself, where they are the same
             students[n:] if students.shape[0] > n else None,
         )
 
@@ -105,10 +113,11 @@ class LogitBuffer:
         self._buffer = like.new_empty(rows * bytes_of_row(layouts, streams, 1), dtype=dtype)
         use_huge_pages(self._buffer)
 
-    def of(self, n: int) -> Logits:
+    def of(self, n: int, masks_teacher: bool) -> Logits:
         (student, teacher), (students, teachers) = self._layouts, self._streams
         split = n * teachers * teacher.stride
-        return Logits(teacher.matrix(self._buffer, n * teachers), student.matrix(self._buffer[split:], n * students), n)
+        of_teachers, of_students = teacher.matrix(self._buffer, n * teachers), self._buffer[split:]
+        return Logits(of_teachers, student.matrix(of_students, n * students), n, masks_teacher)
 
     def overwritten(self, n: int, objectives: int) -> Tensor:
         """(objectives * n, vocab): the memory of the student's logits, and for two objectives that of the teacher's

@@ -34,6 +34,7 @@ from .chunks import (
     can_overwrite,
     chunks,
     gather,
+    is_same,
     slices,
 )  # fmt: skip
 from .gpu_products import GpuProducts
@@ -98,7 +99,10 @@ def linear_kl(
     )
     wanted = Wanted(objectives, needs_hidden_grad, needs_weight_grad, needs_bias_grad, weight_grad, bias_grad)
     vocabs = student_weight.shape[0], teacher_weight.shape[0]
-    streams = 1 + (masked_student_hidden is not None), 1 + (masked_teacher_hidden is not None)
+    teachers = [teacher_hidden]  # what is projected: rows that are the same, as without an image, once
+    if masked_teacher_hidden is not None and not is_same(masked_teacher_hidden, teacher_hidden):
+        teachers.append(masked_teacher_hidden)
+    streams = 1 + (masked_student_hidden is not None), len(teachers)
     layouts = Layout.of(vocabs[0], logits_dtype, facts), Layout.of(vocabs[1], logits_dtype, facts)
     of_gradients = Layout.of(vocabs[0], products.gradient_dtype, facts)
     apart = wanted.any() and not can_overwrite(logits_dtype, products.gradient_dtype, vocabs, objectives)
@@ -122,12 +126,11 @@ def linear_kl(
     )
 
     def project(rows: Rows, weights: Tensor, hidden: Tensor) -> Logits:
-        chunk = logits.of(weights.shape[0])
+        chunk = logits.of(weights.shape[0], masked_teacher_hidden is not None)
         masked = [] if masked_student_hidden is None else [gather(masked_student_hidden, rows, weights)]
         products.project(torch.cat([hidden, *masked]), student_weight, student_bias, chunk.students)
-        given = [hidden for hidden in (teacher_hidden, masked_teacher_hidden) if hidden is not None]
-        teachers = torch.cat([gather(hidden, rows, weights) for hidden in given])
-        products.project(teachers, teacher_weight, teacher_bias, chunk.teachers)
+        of_teachers = torch.cat([gather(hidden, rows, weights) for hidden in teachers])
+        products.project(of_teachers, teacher_weight, teacher_bias, chunk.teachers)
         return chunk
 
     for chunk, n in walk:
