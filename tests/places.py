@@ -26,11 +26,7 @@ FLOAT32 = {"rtol": 1e-3, "atol": 1e-4}  # of sums of some hundred terms of size 
 class Place:
     device: str
     backend: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The widest that the backend computes in."""
-        return torch.float32 if self.backend == "triton" else torch.float64
+    dtype: torch.dtype = torch.float64  # the widest that the backend computes in
 
     def __str__(self) -> str:
         return self.backend if self.device == "cpu" else f"{self.device}-{self.backend}"
@@ -46,12 +42,17 @@ def here() -> Place:
 def places(op: str) -> list[Any]:
     """Parameters for pytest; those on a GPU have its mark."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    found = [Place(device, name) for device in devices for name in backend.BACKENDS if _runs(op, name, device)]
+    found = [
+        Place(device, name, torch.float64 if _runs(op, name, device, torch.float64) else torch.float32)
+        for device in devices
+        for name in backend.BACKENDS
+        if _runs(op, name, device)
+    ]
     return [pytest.param(place, id=str(place), marks=[pytest.mark.gpu] * (place.device != "cpu")) for place in found]
 
 
-def _runs(op: str, name: str, device: str) -> bool:
-    return backend._problem(op, name, device) is None
+def _runs(op: str, name: str, device: str, dtype: torch.dtype | None = None) -> bool:
+    return backend._problem(op, name, device, dtype=dtype) is None
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import importlib.util
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from vgs_kernels import UnitGradients, VisualGradientSteering, combine_gradients, gradient_gramian, steer_
 from vgs_kernels.torchjd_adapter import from_torchjd

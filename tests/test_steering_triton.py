@@ -33,6 +33,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHTS = torch.tensor([0.3, -0.7])
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" and torch.cuda.is_available() else []
 runs_kernels = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="no GPU here; test_in_the_interpreter runs it"
 )
