@@ -1,11 +1,14 @@
 """The compile gate: shipped Triton launches compiled for GPUs that are not here, and their machine code read.
 
-Reports are cached in pytest's cache under a hash of the sources and Triton's version. `python -m
-benchmarks.compile_report` compiles more (every variant on every architecture) and writes docs/compile_report.md.
+A tenth of the launches, chosen in `compile_gate.gated_variants`; `python -m benchmarks.compile_report` compiles all on
+every architecture and writes docs/compile_report.md, which a test here holds to the sources. Reports are cached in
+pytest's cache under a hash of the sources and Triton's version.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from tests.triton_support import compile_gate  # noqa: E402
+from tests.triton_support import compile_gate, machine_code  # noqa: E402
 from tests.triton_support.compile_gate import Report, Variant  # noqa: E402
 from vgs_kernels.stream_kl import triton as kernels  # noqa: E402
 from vgs_kernels.stream_kl import triton_tiles as tiles  # noqa: E402
@@ -28,12 +31,12 @@ from vgs_kernels.stream_kl.transform import LogitTransform  # noqa: E402
 
 
 def _report(variant: Variant, cache: pytest.Cache) -> Report:
-    key = f"vgs_compile/{compile_gate.source_hash()}/{variant}".replace(" ", "_").replace(">", "-")
+    key = f"vgs_compile/{compile_gate.cache_key(variant)}"
     stored = cache.get(key, None)
     if stored is None:
         stored = compile_gate.to_json(compile_gate.read_report(compile_gate.compile_variant(variant)))
         cache.set(key, stored)
-    return Report(**stored)
+    return compile_gate.from_json(stored)
 
 
 @pytest.mark.parametrize("variant", compile_gate.gated_variants(), ids=str)
@@ -65,6 +68,77 @@ def test_a_planted_misaligned_stride_is_found(architecture: str) -> None:
         report = compile_gate.read_report(compile_gate.compile_variant(unaligned))
         judged = Variant(architecture, kernel, "visual")
         assert any("128 bits wide" in problem for problem in compile_gate.problems(judged, report))
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "visual"])
+def test_rows_without_holes_take_the_shorter_of_two_loops(kind: str, pytestconfig: pytest.Config) -> None:
+    variant = Variant("sm_90", "divergences", kind, "fp32", weighted=True)
+    assert pytestconfig.cache is not None
+    trusting, careful = compile_gate.instructions(variant, _report(variant, pytestconfig.cache))
+    assert trusting < 0.75 * careful
+
+
+def test_planted_instructions_are_found(pytestconfig: pytest.Config) -> None:
+    """Twice the budget in every loop: over it where float32 logits are held to it."""
+    variant = Variant("sm_90", "divergences", "visual", "fp32", weighted=True)
+    assert pytestconfig.cache is not None
+    report = _report(variant, pytestconfig.cache)
+    assert compile_gate.problems(variant, report) == []
+    factor = 2 * compile_gate.budget(variant) / compile_gate.instructions(variant, report)[0]
+    loops = tuple(loop._replace(instructions=int(loop.instructions * factor)) for loop in report.loops)
+    planted = dataclasses.replace(report, loops=loops)
+    assert any("instructions a column, more than 153" in p for p in compile_gate.problems(variant, planted))
+    elsewhere = dataclasses.replace(variant, architecture="sm_100")
+    assert not any("instructions a column" in p for p in compile_gate.problems(elsewhere, planted))
+
+
+# Two streams of float32 logits, four columns a turn. The block after the exit belongs to the loop, the loop after it does
+# not load, and the load before it is in no loop.
+SASS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/              @!P1 FADD R4, R4, R8 ;
+        /*0040*/                   NOP ;
+        /*0050*/               @P2 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0060*/              @!P0 BRA `(.L_x_0) ;
+.L_x_3:
+        /*0070*/               @P3 BRA `(.L_x_3) ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   MUFU.EX2 R4, R4 ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+.L_x_4:
+        /*00b0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_what_is_counted() -> None:
+    assert machine_code.innermost(SASS) == (machine_code.Loop(instructions=7, loaded=32),)
+    report = Report(
+        registers=1, stack=0, local_accesses=0, spills=0, loads=2, wide_loads=2, stores=0, wide_stores=0, waits=0,
+        loops=machine_code.innermost(SASS),
+    )  # fmt: skip
+    assert compile_gate.instructions(Variant("sm_90", "divergences", "reverse_kl", "fp32"), report) == [7 / 4]
+
+
+def test_the_budget_is_of_bytes() -> None:
+    prior = {dtype: Variant("sm_90", "divergences", "prior", dtype) for dtype in ("fp32", "bf16")}
+    assert [round(compile_gate.budget(v)) for v in prior.values()] == [115, 57]
+    assert round(compile_gate.budget(Variant("sm_100", "divergences", "prior", "fp32"))) == 60
+    gradients = Variant("sm_90", "gradients", "prior", "fp32", out_dtype="bf16", second=True)
+    assert compile_gate.column_bytes(gradients) == 3 * 4 + 2 * 2
+
+
+def test_the_page_is_of_these_kernels() -> None:
+    page = Path(__file__).parent.parent / "docs" / "compile_report.md"
+    text = page.read_text(encoding="utf-8")
+    assert f"Sources: `{compile_gate.source_hash()}`" in text, (
+        "run: python -m benchmarks.compile_report --write " + str(page)
+    )
+    assert {f"| {architecture} |" in text for architecture in compile_gate.ARCHITECTURES} == {True}
 
 
 def test_row_offsets_are_formed_in_64_bits() -> None:

@@ -4,18 +4,17 @@ What the gate holds, per variant (`problems`):
 * no stack, no local memory: a spill would send accumulators through memory once per tile;
 * loads of logits inside the loops over tiles are 128 bits wide where the launcher promises aligned rows;
 * no barrier and no exchange between threads inside those loops: rows wait for memory only;
-* registers within REGISTER_LIMITS, where rows are aligned.
+* registers within REGISTER_LIMITS, where rows are aligned;
+* instructions a column within what the device can issue while memory brings the column, for float32 logits on the
+  architectures of HELD_TO_BUDGET. Elsewhere the report says by how much a launch is over.
 
-Used by `tests/test_triton_compile.py` and `benchmarks/compile_report.py`. Reads SASS with the nvdisasm and cuobjdump
-that come with triton, and the assembly that LLVM prints for AMD.
+`machine_code.py` reads and counts. A column's instructions are those of one turn of the loop over whole tiles, over the
+columns that a thread takes in it. `divergences` has that loop twice: the one without care for -inf is the shorter one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.triton_support import machine_code
+from tests.triton_support.machine_code import Loop, Report, read_report
 from vgs_kernels.stream_kl import triton as kernels
 from vgs_kernels.stream_kl import triton_config as config
+from vgs_kernels.stream_kl import triton_divergences, triton_gradients
 from vgs_kernels.stream_kl import triton_tiles as tiles
+
+__all__ = ["Report", "Variant", "read_report"]
 
 ARCHITECTURES: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
@@ -43,7 +49,32 @@ FORMS = {"plain": tiles.PLAIN_FORM, "scaled": tiles.SCALED_FORM, "softcap": tile
 # With four streams three do: 48 KiB of float32 loads are in flight then, more than bandwidth x latency asks for.
 REGISTER_LIMITS = {"reverse_kl": 128, "prior": 128, "visual": 168}
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+@dataclass(frozen=True)
+class Issue:
+    """What a device can issue and what its memory can bring. From data sheets: nobody has measured it here."""
+
+    device: str
+    lanes: int  # threads whose instructions issue in one cycle, of all processors
+    gigahertz: float  # as it runs under load
+    terabytes: float  # a second: nine tenths of the data sheet's
+
+    @property
+    def a_byte(self) -> float:
+        """Instructions of a thread that issue while memory brings a byte."""
+        return self.lanes * self.gigahertz / (self.terabytes * 1000)
+
+
+ISSUE = {
+    "sm_80": Issue("A100", 108 * 128, 1.41, 1.83),
+    "sm_89": Issue("RTX 4090", 128 * 128, 2.5, 0.91),
+    "sm_90": Issue("H100", 132 * 128, 1.7, 3.0),
+    "sm_100": Issue("B200", 148 * 128, 1.85, 7.0),
+    "sm_103": Issue("B300", 148 * 128, 1.85, 7.2),
+    "sm_120": Issue("RTX 5090", 170 * 128, 2.4, 1.61),
+    "gfx942": Issue("MI300X", 304 * 64, 2.1, 4.8),
+}
+HELD_TO_BUDGET = ("sm_80", "sm_90")
 
 
 @dataclass(frozen=True)
@@ -74,46 +105,25 @@ class Variant:
         ]
         notes += [self.form] * (self.form != "plain") + ["unaligned"] * (not self.aligned)
         notes += ["odd vocabulary"] * (not self.even) + ["split"] * self.split + ["guarded"] * self.guarded
+        notes += ["smoothed"] * self.smoothed
         notes += ["weighted"] * self.weighted + ["two objectives"] * self.second
         notes += [f"{self.warps} warps"] * (self.warps is not None)
         return " ".join(notes)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What the machine code of a variant shows."""
-
-    registers: int
-    stack: int  # bytes per thread
-    local_accesses: int  # LDL and STL, or scratch loads and stores
-    spills: int
-    loads: int  # of global memory, inside loops
-    wide_loads: int  # those of 128 bits or more
-    stores: int
-    wide_stores: int
-    waits: int  # barriers and exchanges between threads inside loops
-
-    @property
-    def wide_share(self) -> float:
-        return self.wide_loads / self.loads if self.loads else 1.0
-
-
 def shipped_variants(architecture: str) -> list[Variant]:
-    """Every combination of kernel, kind and dtype, what the linear calls start, and other options where registers are
-    tightest."""
+    """What production starts, and other options where registers are tightest."""
     variants = [
         Variant(architecture, kernel, kind, dtype)
         for kernel in ("divergences", "gradients")
         for kind in tiles.KINDS
         for dtype in DTYPES
     ]
-    for kind in tiles.KINDS:  # the linear calls: float32 logits, gradients in the dtype of the hidden states
-        variants.append(Variant(architecture, "divergences", kind, "fp32", weighted=True))
-        variants.append(Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16"))
-        if kind != "reverse_kl":
-            variants.append(Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16", second=True))
-    variants.append(Variant(architecture, "gradients", "visual", "fp32", out_dtype="fp16"))
-    variants.append(Variant(architecture, "gradients", "visual", "fp32", second=True))
+    variants += [variant for kind in tiles.KINDS for variant in linear_variants(architecture, kind)]
+    for kind in tiles.KINDS:
+        for kernel in ("divergences", "gradients"):
+            of_kind = Variant(architecture, kernel, kind, "fp32")
+            variants += [replace(of_kind, form="scaled"), replace(of_kind, smoothed=True)]
     for kernel in ("divergences", "gradients"):
         worst = Variant(architecture, kernel, "visual")
         variants += [replace(worst, dtype=dtype, form="softcap") for dtype in ("fp32", "bf16")]
@@ -123,21 +133,52 @@ def shipped_variants(architecture: str) -> list[Variant]:
             replace(worst, aligned=False, even=False),
             replace(worst, dtype="fp32", guarded=True),
             replace(worst, dtype="fp32", guarded=True, form="softcap"),
+            replace(worst, dtype="fp32", guarded=True, form="softcap", smoothed=True),
         ]
     variants.append(Variant(architecture, "divergences", "visual", "fp32", split=True))
     variants.append(Variant(architecture, "merge", "visual", "fp32"))
     return variants
 
 
+def linear_variants(architecture: str, kind: str) -> list[Variant]:
+    """What the linear calls start: float32 logits by default, gradients in the dtype of the hidden states, of one
+    objective or, where there is a third number, of two."""
+    variants = [Variant(architecture, "divergences", kind, dtype, weighted=True) for dtype in ("fp32", "bf16")]
+    for second in (False, True) if kind != "reverse_kl" else (False,):
+        variants += [
+            Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16", second=second),
+            Variant(architecture, "gradients", kind, "fp32", out_dtype="fp16", second=second),
+        ]
+        if second:
+            variants += [Variant(architecture, "gradients", kind, dtype, second=True) for dtype in ("fp32", "bf16")]
+    return variants
+
+
 def gated_variants() -> list[Variant]:
-    """What the test compiles cold: all of sm_90 and gfx942, of the others every kernel, kind and dtype."""
+    """What the test compiles: few enough for a machine whose cache is empty. On sm_90 and gfx942 what the linear calls
+    start by default and the worst of each kernel, elsewhere two and four streams. The report compiles all."""
     chosen = []
     for architecture in ARCHITECTURES:
-        everything = shipped_variants(architecture)
-        if architecture in ("sm_90", "gfx942"):
-            chosen += everything
-        else:
-            chosen += [v for v in everything if v == Variant(architecture, v.kernel, v.kind, v.dtype)]
+        whole = architecture in ("sm_90", "gfx942")
+        for kind in tiles.KINDS if whole else ("reverse_kl", "visual"):
+            chosen.append(Variant(architecture, "divergences", kind, "fp32", weighted=True))
+            second = whole and kind != "reverse_kl"
+            chosen.append(Variant(architecture, "gradients", kind, "fp32", out_dtype="bf16", second=second))
+        if whole:
+            worst = Variant(architecture, "divergences", "visual")
+            chosen += [
+                worst,
+                Variant(architecture, "gradients", "reverse_kl", "fp32", out_dtype="fp16"),
+                Variant(architecture, "gradients", "visual"),
+                Variant(architecture, "gradients", "visual", even=False),
+                Variant(architecture, "merge", "visual", "fp32"),
+                replace(worst, dtype="fp32", split=True),
+                replace(worst, aligned=False, even=False),
+            ]
+            for kernel in ("divergences", "gradients"):
+                chosen.append(
+                    Variant(architecture, kernel, "visual", "fp32", form="softcap", guarded=True, smoothed=True)
+                )
     return chosen
 
 
@@ -156,6 +197,7 @@ def launch(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[
         "KIND": tiles.KINDS[variant.kind],
         "GUARDED": int(variant.guarded),
         "SMOOTHED": int(variant.smoothed),
+        "PTX": int(device.heuristics is config.NVIDIA),
     }
     pointers = dict.fromkeys(("WEIGHTS", "STATISTICS", "WORKSPACE", "VALUES_", "COEFFICIENTS", "SECOND"), "*fp32")
     pointers |= dict.fromkeys(("P", "Q", "R", "N"), logits) | {"OUT_SECOND": out}
@@ -197,69 +239,26 @@ def compile_variant(variant: Variant, **options: Any) -> Any:
     return triton.compile(source, target=ARCHITECTURES[variant.architecture], options={**launch_options, **options})
 
 
-def read_report(compiled: Any) -> Report:
-    return _read_amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_nvidia(compiled.asm["cubin"])
+def instructions(variant: Variant, report: Report) -> list[float]:
+    """Instructions a column of every loop over tiles, the shortest first; empty where there is none."""
+    streams = tiles.KINDS[variant.kind] + 2
+    itemsize = DTYPES[variant.dtype].itemsize
+    if variant.kernel == "merge":
+        return []
+    return sorted(loop.instructions * streams * itemsize / loop.loaded for loop in report.loops)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+def column_bytes(variant: Variant) -> int:
+    """Bytes that a column of logits and gradients moves."""
+    moved = (tiles.KINDS[variant.kind] + 2) * DTYPES[variant.dtype].itemsize
+    if variant.kernel == "gradients":
+        moved += (1 + variant.second) * DTYPES[variant.out_dtype or variant.dtype].itemsize
+    return moved
 
 
-def _loop_lines(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> list[str]:
-    """The instructions between a label and a later branch back to it."""
-    labels = {match[1]: index for index, line in enumerate(lines) if (match := label.match(line))}
-    inside: set[int] = set()
-    for index, line in enumerate(lines):
-        match = branch.search(line)
-        if match and labels.get(match[1], index) < index:
-            inside.update(range(labels[match[1]], index))
-    return [lines[index] for index in sorted(inside)]
-
-
-def _read_nvidia(cubin: bytes) -> Report:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = _tool("nvdisasm", "-c", file.name)
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    lines = sass.splitlines()
-    loops = _loop_lines(lines, re.compile(r"^(\.L_x_\d+):"), re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)"))
-    body = "\n".join(loops)
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Report(
-        registers=registers,
-        stack=stack,
-        local_accesses=local,
-        spills=local,
-        loads=len(re.findall(r"\bLDG\b", body)),
-        wide_loads=len(re.findall(r"\bLDG\.\S*(?:128|256)\b", body)),
-        stores=len(re.findall(r"\bSTG\b", body)),
-        wide_stores=len(re.findall(r"\bSTG\.\S*(?:128|256)\b", body)),
-        waits=len(re.findall(r"\b(?:BAR|SHFL|LDS|STS)\b", body)),
-    )
-
-
-def _read_amd(assembly: str) -> Report:
-    def number(pattern: str) -> int:
-        return int(re.search(pattern, assembly)[1])  # type: ignore[index]
-
-    lines = assembly.splitlines()
-    loops = _loop_lines(lines, re.compile(r"^(\.LBB\d+_\d+):"), re.compile(r"\bs_c?branch\S*\s+(\.LBB\d+_\d+)"))
-    body = "\n".join(loops)
-    access = r"\b(?:global|buffer)_{}_\w+"
-    wide = r"\b(?:global|buffer)_{}_dwordx4"
-    return Report(
-        registers=number(r"\.vgpr_count:\s+(\d+)"),
-        stack=number(r"; ScratchSize: (\d+)"),
-        local_accesses=len(re.findall(r"\bscratch_(?:load|store)", assembly)),
-        spills=number(r"\.vgpr_spill_count:\s+(\d+)"),
-        loads=len(re.findall(access.format("load"), body)),
-        wide_loads=len(re.findall(wide.format("load"), body)),
-        stores=len(re.findall(access.format("store"), body)),
-        wide_stores=len(re.findall(wide.format("store"), body)),
-        waits=len(re.findall(r"\b(?:s_barrier|ds_\w+)", body)),
-    )
+def budget(variant: Variant) -> float:
+    """Instructions a column that the device issues while memory moves the column."""
+    return ISSUE[variant.architecture].a_byte * column_bytes(variant)
 
 
 def problems(variant: Variant, report: Report) -> list[str]:
@@ -281,16 +280,32 @@ def problems(variant: Variant, report: Report) -> list[str]:
             found.append(f"only {report.wide_loads} of {report.loads} loads are 128 bits wide")
         if not variant.even and not report.wide_loads:
             found.append("no load is 128 bits wide")
+        counts = instructions(variant, report)
+        held = variant.architecture in HELD_TO_BUDGET and variant.dtype == "fp32"
+        if held and counts and counts[0] > budget(variant):
+            found.append(f"{counts[0]:.0f} instructions a column, more than {budget(variant):.0f}")
     return found
 
 
 def source_hash() -> str:
-    """Changes when a cached report may no longer hold."""
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in (kernels.__file__, config.__file__, __file__):
-        digest.update(Path(path).read_bytes())
+    """Of the kernels: a report of others is out of date."""
+    digest = hashlib.sha256()
+    for module in (kernels, config, triton_divergences, triton_gradients, tiles):
+        digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def to_json(report: Report) -> dict[str, int]:
-    return asdict(report)
+def cache_key(variant: Variant) -> str:
+    """Changes when a cached report may no longer hold."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in (__file__, machine_code.__file__):
+        digest.update(Path(path).read_bytes())
+    return f"{source_hash()}-{digest.hexdigest()[:16]}/{variant}".replace(" ", "_").replace(">", "-")
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    return asdict(report) | {"loops": [tuple(loop) for loop in report.loops]}
+
+
+def from_json(stored: dict[str, Any]) -> Report:
+    return Report(**(stored | {"loops": tuple(Loop(*loop) for loop in stored["loops"])}))

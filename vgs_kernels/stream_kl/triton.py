@@ -57,7 +57,9 @@ def _kind(streams: Streams) -> int:
     return sum(stream is not None for stream in streams) - 2
 
 
-def _settings(streams: Streams, transform: LogitTransform) -> tuple[tuple[float, ...], dict[str, int]]:
+def _settings(
+    streams: Streams, transform: LogitTransform, device: config.Device
+) -> tuple[tuple[float, ...], dict[str, int]]:
     """The kernels' trailing scalars and the constants that depend on the transform."""
     student_form, *of_student = _form(transform.student_scale, transform.student_softcap, transform.temperature)
     teacher_form, *of_teacher = _form(transform.teacher_scale, transform.teacher_softcap, transform.temperature)
@@ -70,6 +72,7 @@ def _settings(streams: Streams, transform: LogitTransform) -> tuple[tuple[float,
         "STUDENT_FORM": student_form,
         "TEACHER_FORM": teacher_form,
         "SMOOTHED": int(transform.teacher_smoothing > 0),
+        "PTX": int(device.heuristics is config.NVIDIA),
     }
     return (*of_student, *of_teacher, bound, log_floor, share), constants
 
@@ -144,8 +147,8 @@ def divergences(
         token_weights = token_weights.contiguous()
     if transform.teacher_smoothing:
         statistics[:, NORMALIZER:] = teacher_normalizers(divergences, streams, transform, token_weights)
-    scalars, constants = _settings(streams, transform)
     device = config.describe_device(student.device)
+    scalars, constants = _settings(streams, transform, device)
     vector = config.LOAD_BYTES // student.element_size()
 
     def launch(warps: int | None, guarded: int = 0) -> None:
@@ -201,8 +204,8 @@ def logit_gradients(
     if second_coefficients is not None:
         second_coefficients = second_coefficients.contiguous()
     rows = (values.contiguous(), statistics.contiguous(), coefficients.contiguous(), second_coefficients)
-    scalars, constants = _settings(streams, transform)
     device = config.describe_device(student.device)
+    scalars, constants = _settings(streams, transform, device)
     vector = config.LOAD_BYTES // student.element_size()
     widths = tuple(0 if tensor is None else tensor.shape[1] for tensor in outputs)
 

@@ -37,14 +37,14 @@ def _coefficient(COEFFICIENTS, row, column: tl.constexpr, inverse_sum):
 @triton.jit
 def _look(
     X, columns, inside, needed, multiplier, cap, normalizer, share,
-    FORM: tl.constexpr, SMOOTHED: tl.constexpr, MASKED: tl.constexpr,
+    FORM: tl.constexpr, SMOOTHED: tl.constexpr, PTX: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of z, not read (and 0) unless `needed`; a mask that is the same everywhere keeps loads wide."""
     mask = needed
     if MASKED:
         mask = inside & needed
     z = _transform(tl.load(X + columns, mask=mask, other=0.0), multiplier, cap, FORM)
-    return _smooth(z, normalizer, share, SMOOTHED)
+    return _smooth(z, normalizer, share, SMOOTHED, PTX)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _row_gradient(
     P, Q, R, N, OUT, OUT_SECOND, columns, maximum, inverse_sum, anchors, means, needs, used, w, second, guard,
     normalizers, V, OUT_w, OUT_SECOND_w, student_multiplier, student_cap, teacher_multiplier, teacher_cap, share,
     KIND: tl.constexpr, GUARDED: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
-    SMOOTHED: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
+    SMOOTHED: tl.constexpr, PTX: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile: g = p * sum of w * (difference - its mean) * dz/dx.
 
@@ -87,9 +87,11 @@ def _row_gradient(
     inside = True
     if MASKED:
         inside = _inside(columns, V, TAIL)
-    zp = _look(P, columns, inside, needs_p, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, MASKED)
+    zp = _look(
+        P, columns, inside, needs_p, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED
+    )
     zq = _look(
-        Q, columns, inside, needs_q, teacher_multiplier, teacher_cap, of_q, share, TEACHER_FORM, SMOOTHED, MASKED
+        Q, columns, inside, needs_q, teacher_multiplier, teacher_cap, of_q, share, TEACHER_FORM, SMOOTHED, PTX, MASKED
     )  # fmt: skip
     ap = zp - maximum
     p = _exp(ap)
@@ -108,12 +110,14 @@ def _row_gradient(
         other = second[0] * (mean_entropy - ap) + second[1] * d_standard
     if KIND != REVERSE_KL:
         zr = _look(
-            R, columns, inside, needs_rest, teacher_multiplier, teacher_cap, of_r, share, TEACHER_FORM, SMOOTHED, MASKED
+            R, columns, inside, needs_rest, teacher_multiplier, teacher_cap, of_r, share, TEACHER_FORM, SMOOTHED, PTX,
+            MASKED,
         )  # fmt: skip
         ut = zr - c_r
         if KIND == VISUAL:
             zn = _look(
-                N, columns, inside, needs_rest, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, MASKED
+                N, columns, inside, needs_rest, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX,
+                MASKED,
             )  # fmt: skip
             un = zn - c_n
             ut = uq + _ratio(ut, un, zq, guard, GUARDED, True)
@@ -149,7 +153,8 @@ def gradients_kernel(
     V, width, tiles,
     student_multiplier, student_cap, teacher_multiplier, teacher_cap, bound, log_floor, share,
     KIND: tl.constexpr, GUARDED: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr,
-    SMOOTHED: tl.constexpr, TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    SMOOTHED: tl.constexpr, PTX: tl.constexpr,
+    TAIL: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -194,11 +199,13 @@ def gradients_kernel(
         _row_gradient(
             P, Q, R, N, OUT, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maximum, inverse_sum, anchors, means,
             needs, used, w, second, guard, normalizers, V, OUT_w, OUT_SECOND_w, student_multiplier, student_cap,
-            teacher_multiplier, teacher_cap, share, KIND, GUARDED, STUDENT_FORM, TEACHER_FORM, SMOOTHED, TAIL, False,
+            teacher_multiplier, teacher_cap, share, KIND, GUARDED, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, TAIL,
+            False,
         )  # fmt: skip
     for start in range(whole, stop, TILE):  # the tile that V cuts, and those that are padding only
         _row_gradient(
             P, Q, R, N, OUT, OUT_SECOND, _columns(start, LOADS, LANES, VECTOR), maximum, inverse_sum, anchors, means,
             needs, used, w, second, guard, normalizers, V, OUT_w, OUT_SECOND_w, student_multiplier, student_cap,
-            teacher_multiplier, teacher_cap, share, KIND, GUARDED, STUDENT_FORM, TEACHER_FORM, SMOOTHED, TAIL, True,
+            teacher_multiplier, teacher_cap, share, KIND, GUARDED, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, TAIL,
+            True,
         )  # fmt: skip
