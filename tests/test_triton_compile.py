@@ -92,8 +92,8 @@ def test_planted_instructions_are_found(pytestconfig: pytest.Config) -> None:
     assert not any("instructions a column" in p for p in compile_gate.problems(elsewhere, planted))
 
 
-# Two streams of float32 logits, four columns a turn. The block after the exit belongs to the loop, the loop after it does
-# not load, and the load before it is in no loop.
+# Two streams of float32 logits, four columns a turn. The block after the exit belongs to the loop, the loop after it
+# does not load, and the load before it is in no loop.
 SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
 .L_x_0:

@@ -288,10 +288,11 @@ def problems(variant: Variant, report: Report) -> list[str]:
 
 
 def source_hash() -> str:
-    """Of the kernels: a report of others is out of date."""
+    """Of the kernels, without lines of comment: a report of others is out of date."""
     digest = hashlib.sha256()
     for module in (kernels, config, triton_divergences, triton_gradients, tiles):
-        digest.update(Path(module.__file__).read_bytes())
+        lines = Path(module.__file__).read_text(encoding="utf-8").splitlines()
+        digest.update("\n".join(line for line in lines if not line.lstrip().startswith("#")).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,9 +1,10 @@
-"""Corrections and a bounds guard for Triton's interpreter (checked with Triton 3.8); call `install` before any launch.
+"""Corrections and a bounds guard for Triton's interpreter (checked with Triton 3.6 and 3.8); call `install` first.
 
 Why each is needed:
 * bf16: the interpreter keeps bf16 as uint16 and rounds float32 to it by dropping bits. Here it rounds to nearest even,
   as GPUs do, and arithmetic on bf16 values, which would add the bit patterns, raises instead of returning nonsense.
 * comparisons: their handles keep the operands' type, so a scalar comparison of floats is broadcast as floats.
+* bounds of loops: Triton 3.6 makes numbers of arrays with one entry by int(), which numpy 2.5 refuses.
 * speed: every call of a device function patches the whole language module anew, four fifths of the time. The launch has
   patched `triton.language` already; `triton.language.core`, which the standard library uses, stays patched once it is.
 * bounds: `guard` checks that every unmasked lane of every load and store lies inside a registered tensor. On a GPU such
@@ -100,6 +101,14 @@ def _store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any
     return _original_store(self, pointers, value, mask, *others)
 
 
+def _tensor(original: Any) -> Any:
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch_lang_tensor
+
+
 _core_patched = False
 
 
@@ -115,6 +124,7 @@ def install() -> None:
     """Apply the corrections; once per process."""
     if _builder.binary_op is not _original_binary:
         return
+    interpreter._patch_lang_tensor = _tensor(interpreter._patch_lang_tensor)
     _builder.cast_impl = _cast(_builder.cast_impl)
     _builder.create_fp_to_fp = _conversion(_builder.create_fp_to_fp)
     _builder.binary_op = _arithmetic(_binary)

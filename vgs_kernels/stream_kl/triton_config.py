@@ -54,7 +54,7 @@ class Heuristics:
 #   for the new maxima whatever it holds; 8 elements bring that under a quarter of the work. 16 would double the live
 #   registers and halve the threads that hide the latency of memory.
 # programs_per_processor=6: what about 80 registers per thread allow on a processor with 64 Ki registers; the compile
-#   report shows 47-70 for two and three streams, and 115-167 for four, which fits 3. At 32 bytes in flight per thread
+#   report shows 48-80 for two and three streams, and 106-163 for four, which fits 3. At 32 bytes in flight per thread
 #   and stream (float32 logits) that is 48 KiB per processor, above the 20-45 KiB that bandwidth x latency asks for on
 #   H100 and B200 (data sheets: 3.35 and 8 TB/s over 132 and 148 processors; 0.8 us assumed).
 # waves=4: programs differ little in length, so a last partial wave idles at most a fifth of the launch.
@@ -72,7 +72,8 @@ AMD = Heuristics(
 # The interpreter runs programs one after another: few large ones are fastest, and splitting is chosen by the tests.
 INTERPRETER = Heuristics(warps=4, elements_per_lane=8, programs_per_processor=1, waves=1, minimum_tiles=1)
 
-CANDIDATE_WARPS = (1, 2, 4)  # what autotuning tries; with 8 the compiler spills in `matched` on sm_100
+# What autotuning tries. With 8, a program of four streams takes half of a processor's registers: one fits, not three.
+CANDIDATE_WARPS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
