@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,39 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.triton_support import interpreter
 
     interpreter.install()
+
+# What a file may need besides torch, triton, numpy and pytest; `make test` installs all of it, `make test-floor` none.
+OF_EXTRAS = (
+    "vgs_distill",
+    "transformers",
+    "trl",
+    "datasets",
+    "PIL",
+    "yaml",
+    "rich",
+    "typer",
+    "safetensors",
+    "hypothesis",
+    "expecttest",
+)
+
+
+class Module(pytest.Module):
+    """A file of tests; skipped, and said why, where a library of an extra is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return list(super().collect())
+        except self.CollectError as error:
+            missing = error.__cause__
+            if isinstance(missing, ModuleNotFoundError) and str(missing.name).partition(".")[0] in OF_EXTRAS:
+                pytest.skip(f"{missing.name} is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return Module.from_parent(parent, path=module_path)
+
 
 NATIVE_PROBLEM = backend._native_problem()
 LEVELS = [0] if NATIVE_PROBLEM else range(torch.ops.vgs_kernels_native.highest_cpu_level() + 1)

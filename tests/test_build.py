@@ -240,12 +240,15 @@ def test_install_without_a_compiler_works(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("vgs-kernels 0.1.0+pure.no.compiler, torch ")
+    assert "Compiled kernels: none." in done.stdout
     assert "stream_kl" in done.stdout
     assert "faster: native: the compiled kernels are not in this install" in done.stdout
 
 
-def test_report_names_every_op() -> None:
+def test_report_names_every_op_and_what_was_built() -> None:
     text = backend_report()
+    for library, said in (("_C", "Compiled kernels: for CPUs"), ("_C_cuda", ", and for CUDA (sm_")):
+        assert (said in text) == (importlib.util.find_spec(f"vgs_kernels.{library}") is not None)
     for row in backend.status():
         assert row.op in text
         assert row.active in text

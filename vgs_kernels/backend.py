@@ -111,6 +111,19 @@ def _native_problem() -> str | None:
     return None
 
 
+def compiled() -> str:
+    """What the compiled kernels of this install are for, in words."""
+    if importlib.util.find_spec("vgs_kernels._C") is None:
+        return "none"
+    if importlib.util.find_spec("vgs_kernels._C_cuda") is None:
+        return "for CPUs"
+    try:
+        targets = importlib.import_module("vgs_kernels._C_cuda").architectures.replace(".", ", ")
+    except ImportError:
+        targets = f"another version than {torch.version.cuda or 'none'}"
+    return f"for CPUs, and for CUDA ({targets})"
+
+
 @cache
 def _cuda_problem(index: int | None) -> str | None:
     """Why the compiled library of CUDA kernels cannot run on a GPU; None when it can."""

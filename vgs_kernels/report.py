@@ -22,7 +22,8 @@ def backend_report() -> str:
         built = version("vgs-kernels")  # with what the build made: 0.1.0+cpu
     except PackageNotFoundError:
         built = f"{__version__} (not installed)"
-    lines = [f"vgs-kernels {built}, torch {torch.__version__}, Python {platform.python_version()}", ""]
+    lines = [f"vgs-kernels {built}, torch {torch.__version__}, Python {platform.python_version()}"]
+    lines += [f"Compiled kernels: {backend.compiled()}.", ""]
     rows = backend.status()
     name_width, device_width = (max(len(getattr(row, field)) for row in rows) for field in ("op", "device"))
     for row in rows:
