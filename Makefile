@@ -59,10 +59,11 @@ docs: $(VENV)/.dev
 wheel: $(VENV)/.torch
 	$(if $(CUDA),FORCE_CUDA=1,FORCE_ONLY_CPU=1) $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-# From the source tree, without an installation; what needs another package is skipped and says so.
+# From the source tree, without an installation; what needs another package is skipped and says so. The interpreter of
+# Triton 3.6 takes arrays of one entry for numbers, which later numpys do not.
 $(FLOOR)/.torch:
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet torch==2.11.0 numpy pytest setuptools wheel ninja
+	$(FLOOR)/bin/python -m pip install --quiet torch==2.11.0 'numpy<2.4' pytest setuptools wheel ninja
 	touch $@
 
 test-floor: $(FLOOR)/.torch

@@ -224,7 +224,7 @@ def libraries(decision: Plan, levels: list[str]) -> list[Extension]:
     if not decision.cuda:
         return [cpu]
     # What the library can run on, as nvcc is told: code=sm_90 -> sm_90. Python reads it (vgs_kernels/backend.py).
-    targets = ".".join(re.findall(r"code=(\w+)", " ".join(cuda_architectures())))
+    targets = ".".join(re.findall(r",code=(\w+)", " ".join(cuda_architectures())))
     flags = [*common, "-DUSE_CUDA", f"-DVGS_CUDA_ARCHITECTURES={targets}"]
     cuda = CUDAExtension(
         CUDA_LIBRARY,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ OF_EXTRAS = (
     "safetensors",
     "hypothesis",
     "expecttest",
+    "mkdocs",
 )
 
 
@@ -48,6 +50,28 @@ class Module(pytest.Module):
             if isinstance(missing, ModuleNotFoundError) and str(missing.name).partition(".")[0] in OF_EXTRAS:
                 pytest.skip(f"{missing.name} is not installed", allow_module_level=True)
             raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    with _skipped_without_extras():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    with _skipped_without_extras():
+        return (yield)
+
+
+@contextmanager
+def _skipped_without_extras() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in OF_EXTRAS:
+            pytest.skip(f"{error.name} is not installed")
+        raise
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
