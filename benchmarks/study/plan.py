@@ -161,9 +161,7 @@ class Regime:
 
 
 REGIMES: Mapping[str, Regime] = {
-    HALF_WARM: Regime(
-        "half-warm: mature language, vision at two thirds of the teacher's or more (the demo)", lambda r: r
-    ),
+    HALF_WARM: Regime("half-warm: mature language, vision at half of the teacher's or more (the demo)", lambda r: r),
     "blind": Regime(
         "mature language, blind eyes: 400 supervised steps, the picture left out of 85 % of them",
         lambda recipe: _longer(120)(_start(steps=400, image_dropout=0.85, captions=3_000)(recipe)),

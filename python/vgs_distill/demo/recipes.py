@@ -140,7 +140,7 @@ _DIGITS = DemoRecipe(
     teacher=SupervisedRecipe(
         steps=600, questions=10_000, captions=10_000, prior=0.5, image_dropout=0.15, data_seed=100
     ),
-    # Half-warm, as the paper's students are: they speak well, and see at three quarters of their teacher. Of seed 0:
+    # Half-warm, as the paper's students are: they speak well, and see at half of their teacher or more. Of seed 0:
     # accuracy 77.2 % (teacher 98.0), shapes 72.8 (99.2), easyvqa 79.8 (91.5); KL(p0 || r) 0.31, 0.42, 0.34 nats; η at
     # γ 2 0.36, 0.43, 0.57 (the paper's: 0.36 and 0.41).
     student_start=SupervisedRecipe(
