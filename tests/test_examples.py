@@ -47,6 +47,8 @@ def test_every_example_is_tested() -> None:
         "two_nodes.sh",
         "own_loop.py",
         "hf_trainer.py",
+        "swift_gkd.sh",  # in tests/integrations, as its plugin is
+        "swift_plugin.py",
     }
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
 

@@ -33,7 +33,8 @@ from .micro_batch_loss import MicroBatchLoss
 from .models.heads import backbone, compile_backbone, without_compile_wrapper
 from .models.modules import parameters_by_module
 from .models.sources import student_source, teacher_source
-from .models.teacher import place_teacher, shared_vocabulary
+from .models.teacher import place_teacher
+from .models.vocabulary import shared_vocabulary
 from .report.dependency_angles import dependency_angles, why_not_measured
 from .report.loss_meter import LossMeter
 from .report.model_card import ModelCards

@@ -13,27 +13,11 @@ from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..config import OFFLOAD, SHARD
 from ..errors import InputError
 from .heads import backbone, without_compile_wrapper
-
-
-def shared_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig, tokens: int) -> int:
-    """How many entries of the vocabulary both models have. They may be padded differently beyond the real `tokens`.
-
-    InputError where the vocabularies cannot be the same.
-    """
-    sizes = [config.get_text_config().vocab_size for config in (student, teacher)]
-    if sizes[0] == sizes[1]:
-        return sizes[0]
-    if min(sizes) < tokens:
-        raise InputError(
-            f"the student has {sizes[0]} entries in its vocabulary and the teacher {sizes[1]}, but the tokenizer has "
-            f"{tokens} tokens; the teacher judges token by token, so choose one of the student's family"
-        )
-    return min(sizes)
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, where: str | None, sharding: str) -> Any:
@@ -72,7 +56,7 @@ def _shard(teacher: PreTrainedModel, accelerator: Accelerator) -> Any:
     """Layer by layer, over the processes that the student is split between.
 
     What is outside of the layers is one group, the head in it, so that it may be tied. All of it is freed after a pass:
-    the loss gathers the head when it needs it (`heads.language_head`).
+    the loss gathers the head when it needs it (`vgs_kernels.language_head`).
     """
     teacher.requires_grad_(False).eval()
     mesh: Any = getattr(accelerator, "torch_device_mesh", None)

@@ -1,0 +1,1 @@
+"""Other engines, a file each. None is imported before it is asked for."""
