@@ -7,6 +7,7 @@
 #   make docs        build the documentation into site/; a warning is an error
 #   make wheel       one wheel of the CPU kernels for this architecture, in dist/; CUDA=1 adds the CUDA kernels
 #   make test-floor  the kernels' tests on the oldest torch that is supported, in .venv-floor; no other packages
+#   make test-integrations   ms-swift and verl, each installed for it in a temporary folder; minutes, about 2 GiB
 #   make gpu-check   on a machine with a GPU, under 30 minutes: is it right, and how near to its roofline
 #   make lint        what pre-commit runs
 #   make format      rewrite the sources in the house format
@@ -19,7 +20,7 @@ FLOOR := .venv-floor
 NATIVE_SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench study docs wheel test-floor gpu-check lint format clean
+.PHONY: help demo test bench study docs wheel test-floor test-integrations gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +70,9 @@ $(FLOOR)/.torch:
 test-floor: $(FLOOR)/.torch
 	$(FLOOR)/bin/python setup.py build_ext --inplace
 	PYTHONPATH=. $(FLOOR)/bin/python -m pytest tests/test_*.py $(ARGS)
+
+test-integrations: $(VENV)/.dev
+	VGS_TEST_INTEGRATIONS=1 $(BIN)/python -m pytest -rs tests/integrations -p no:xdist $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -34,9 +34,9 @@ from ..models.vocabulary import shared_vocabulary
 from ..settings import MethodSettings
 from ..steering.gradients import no_gradient
 from .method_step import MethodStep
-from .verl_plugin import VENDOR
 
 VERL = "0.9"
+VENDOR = "vgs"  # the value of VERL_ENGINE_VENDOR, in verl_plugin.py as well
 if not version("verl").startswith(f"{VERL}."):
     raise InputError(
         f"it is written for verl {VERL}, but {version('verl')} is installed; install it with: "

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 
-VENDOR = "vgs"
-
-if os.environ.get("VERL_ENGINE_VENDOR") == VENDOR:
+if os.environ.get("VERL_ENGINE_VENDOR") == "vgs":
     try:
         from . import verl  # noqa: F401 - registers the engine
     except Exception as error:
