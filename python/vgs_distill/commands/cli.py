@@ -42,6 +42,7 @@ def look_parser() -> Parser:
     parser = Parser(prog="vgs train", add_help=False)
     parser.add_argument("--dry-run", "--dry_run", action="store_true")
     parser.add_argument("--preview", type=int, nargs="?", const=1, default=0)
+    parser.add_argument("--plan", type=int, nargs="?", const=1024, default=0)
     return parser
 
 
@@ -49,7 +50,14 @@ def _train(arguments: Sequence[str]) -> int:
     asked, others = look_parser().parse_known_args(arguments)
     if asked.preview < 0:
         raise InputError(f"preview must be 1 or more rows, got {asked.preview}")
+    if asked.plan < 0:
+        raise InputError(f"plan must be 1 or more tokens of a prompt, got {asked.plan}")
     if fields.answer("train", others):
+        return 0
+    if asked.plan:
+        from .plan import plan
+
+        plan(others, asked.plan)
         return 0
     from .train import train
 

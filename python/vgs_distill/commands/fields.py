@@ -186,6 +186,7 @@ _OTHER_NAMES = {
 _LOOK = {
     "dry-run": ("", "Check and load everything, say what would be trained, and leave nothing behind."),
     "preview": ("[N]", "The same, and N rows as the models read them, with and without the image, and a completion."),
+    "plan": ("[TOKENS]", "Say what the run takes on 1, 8 and 16 GPUs, for prompts of so many tokens (1024), and stop."),
 }  # flags of `vgs train` that are no fields
 
 
