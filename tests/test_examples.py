@@ -154,8 +154,8 @@ def test_the_papers_run_trains_at_small_size(name: str, workspace: Workspace, tm
     assert result.exit_code == 0, result.output
     steps = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     first, *_ = (row for row in steps if "loss/standard" in row)
-    assert first["steering/eta"] == {"paper_2b.yaml": 0.41, "paper_4b.yaml": 0.36}[name]
-    assert first["steering/weight_ratio"] == 2.0
+    assert first["steering/eta"] == pytest.approx({"paper_2b.yaml": 0.41, "paper_4b.yaml": 0.36}[name])
+    assert first["steering/weight_ratio"] == pytest.approx(2.0)
     assert first["steering/language_preservation"] == 0.01
     assert first["learning_rate"] == 1e-6
     load(tmp_path / "run")

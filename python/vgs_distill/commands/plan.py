@@ -74,6 +74,7 @@ def _rows(prompt: int, config: VGSConfig, student: PretrainedConfig) -> Rows:
     image = round(_OF_IMAGES * prompt)
     vision: Any = getattr(student, "vision_config", None)
     merged = (getattr(vision, "spatial_merge_size", 1) or 1) ** 2
+    assert config.max_completion_length is not None
     return Rows(prompt, image, image * merged, config.max_completion_length)
 
 
@@ -133,8 +134,8 @@ def _print(
             table.add_row(f"sum, {trained}, {whole}", *map(_gib, column.values()))
     console.print(table)
     table = Table(title="operations of a step for every process, in TFLOP")
-    for column in ("pass", "TFLOP", "share"):
-        table.add_column(column, justify="left" if column == "pass" else "right")
+    for title in ("pass", "TFLOP", "share"):
+        table.add_column(title, justify="left" if title == "pass" else "right")
     whole_step = sum(passes.values())
     for name, number in passes.items():
         table.add_row(name, f"{number / 1e12:.4g}", f"{number / whole_step:.0%}")

@@ -128,7 +128,8 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             # A cast weight is kept once for all tokens: a few of them would be charged with it here.
-            inputs, weight, *bias = (part if part is None else part.to(self._dtype) for part in args)
+            parts: Any = (part if part is None else part.to(self._dtype) for part in args)
+            inputs, weight, *bias = parts
             return _Product.apply(inputs, weight.detach(), *bias)
         return func(*args, **(kwargs or {}))
 
