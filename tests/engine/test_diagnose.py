@@ -60,7 +60,9 @@ def test_the_numbers_are_consistent(written: tuple[Path, str]) -> None:
     assert quantiles[0] <= found.dependency <= quantiles[-1]
     assert sum(found.angles["tokens"]) <= found.tokens
     assert found.prices["vgs"].seconds > found.prices["opd"].seconds > 0
-    assert found.prices["vgs"].kept_bytes >= found.prices["opd"].kept_bytes > 0
+    # One view after the other is alive: the longer one alone sets what is kept, but for some numbers a token.
+    assert found.prices["vgs"].kept_bytes == pytest.approx(found.prices["opd"].kept_bytes, rel=0.1)
+    assert found.prices["opd"].kept_bytes > 0
     assert found.prices["opd"].peak_bytes is None
     ratio = found.norms["vis"] / found.norms["standard"]
     for gamma in GAMMAS:

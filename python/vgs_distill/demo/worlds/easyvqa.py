@@ -114,11 +114,11 @@ def _picture(folder: str, number: int) -> Image.Image:
     pixels = np.asarray(image, np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     rows, columns = np.nonzero(np.abs(pixels - background).sum(axis=2) > _FAINTEST)
-    corner = [
+    left, top = (
         min(max((int(at.min()) + int(at.max()) + 1 - IMAGE_SIZE) // 2, 0), length - IMAGE_SIZE)
         for at, length in ((columns, image.width), (rows, image.height))
-    ]
-    return image.crop((*corner, corner[0] + IMAGE_SIZE, corner[1] + IMAGE_SIZE))
+    )
+    return image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
 
 
 class EasyVqaWorld(World):
