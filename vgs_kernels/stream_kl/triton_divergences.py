@@ -345,32 +345,33 @@ def _load(
     SMOOTHED: tl.constexpr,
     PTX: tl.constexpr,
     MASKED: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """A tile of z; -inf outside, after the transform (tanh would make it finite)."""
+    """A tile of z, [LOADS, LANES, VECTOR]; -inf outside, after the transform (tanh would make it finite)."""
     if MASKED:
         z = _transform(tl.load(X + columns, mask=inside, other=0.0), multiplier, cap, FORM)
         z = tl.where(inside, _smooth(z, normalizer, share, SMOOTHED, PTX), -INF)
     else:
         z = _smooth(_transform(tl.load(X + columns), multiplier, cap, FORM), normalizer, share, SMOOTHED, PTX)
-    return z
+    return tl.reshape(z, [z.shape[0], z.shape[1] // VECTOR, VECTOR])
 
 
 @triton.jit
 def _read(
     P, Q, R, N, columns, inside, student_multiplier, student_cap, teacher_multiplier, teacher_cap, normalizers, share,
     KIND: tl.constexpr, STUDENT_FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, SMOOTHED: tl.constexpr,
-    PTX: tl.constexpr, MASKED: tl.constexpr,
+    PTX: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     of_q, of_r = normalizers
-    zp = _load(P, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED)
-    zq = _load(Q, columns, inside, teacher_multiplier, teacher_cap, of_q, share, TEACHER_FORM, SMOOTHED, PTX, MASKED)
+    zp = _load(P, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED, VECTOR)
+    zq = _load(Q, columns, inside, teacher_multiplier, teacher_cap, of_q, share, TEACHER_FORM, SMOOTHED, PTX, MASKED, VECTOR)
     zr, zn = zq, zp
     if KIND != REVERSE_KL:
         zr = _load(
-            R, columns, inside, teacher_multiplier, teacher_cap, of_r, share, TEACHER_FORM, SMOOTHED, PTX, MASKED
+            R, columns, inside, teacher_multiplier, teacher_cap, of_r, share, TEACHER_FORM, SMOOTHED, PTX, MASKED, VECTOR
         )
     if KIND == VISUAL:
-        zn = _load(N, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED)
+        zn = _load(N, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED, VECTOR)
     return zp, zq, zr, zn
 
 
@@ -440,7 +441,7 @@ def divergences_kernel(
     for start in range(begin, whole, TILE):
         zp, zq, zr, zn = _read(
             P, Q, R, N, _columns(start, LOADS, LANES, VECTOR), True, student_multiplier, student_cap,
-            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False,
+            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False, VECTOR,
         )  # fmt: skip
         state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED, False)
     done = (whole > begin) & _all_finite(state)
@@ -448,14 +449,14 @@ def divergences_kernel(
     for start in range(tl.where(done, whole, begin), whole, TILE):  # once more, with care
         zp, zq, zr, zn = _read(
             P, Q, R, N, _columns(start, LOADS, LANES, VECTOR), True, student_multiplier, student_cap,
-            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False,
+            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False, VECTOR,
         )  # fmt: skip
         state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED, True)
     if whole < stop:  # the last, partial tile is the only one that pays for a mask
         columns = _columns(whole, LOADS, LANES, VECTOR)
         zp, zq, zr, zn = _read(
             P, Q, R, N, columns, _inside(columns, stop, TAIL), student_multiplier, student_cap, teacher_multiplier,
-            teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, True,
+            teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, True, VECTOR,
         )  # fmt: skip
         state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED, True)
 

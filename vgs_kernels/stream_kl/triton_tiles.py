@@ -80,15 +80,16 @@ def _smooth(z, normalizer, share, SMOOTHED: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _columns(start, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    piece = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR)
-    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
-    return start + piece + lane + tl.arange(0, VECTOR)[None, None, :]
+    """Of a tile, [LOADS, LANES * VECTOR]: VECTOR adjacent columns a thread and load. In three dimensions Triton 3.6 would
+    spread the loads over the threads, and every reduction within a lane would cross them."""
+    piece = tl.arange(0, LOADS)[:, None] * (LANES * VECTOR)
+    return start + piece + tl.arange(0, LANES * VECTOR)[None, :]
 
 
 @triton.jit
 def _inside(columns, V, TAIL: tl.constexpr):
     """Which columns lie before V; groups of TAIL columns (a divisor of V) are in or out together."""
-    return tl.max_constancy(columns < V, [1, 1, TAIL])
+    return tl.max_constancy(columns < V, [1, TAIL])
 
 
 @triton.jit
