@@ -363,15 +363,32 @@ def _read(
     PTX: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     of_q, of_r = normalizers
-    zp = _load(P, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED, VECTOR)
-    zq = _load(Q, columns, inside, teacher_multiplier, teacher_cap, of_q, share, TEACHER_FORM, SMOOTHED, PTX, MASKED, VECTOR)
+    zp = _load(
+        P, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED, VECTOR
+    )
+    zq = _load(
+        Q, columns, inside, teacher_multiplier, teacher_cap, of_q, share, TEACHER_FORM, SMOOTHED, PTX, MASKED, VECTOR
+    )
     zr, zn = zq, zp
     if KIND != REVERSE_KL:
         zr = _load(
-            R, columns, inside, teacher_multiplier, teacher_cap, of_r, share, TEACHER_FORM, SMOOTHED, PTX, MASKED, VECTOR
+            R,
+            columns,
+            inside,
+            teacher_multiplier,
+            teacher_cap,
+            of_r,
+            share,
+            TEACHER_FORM,
+            SMOOTHED,
+            PTX,
+            MASKED,
+            VECTOR,
         )
     if KIND == VISUAL:
-        zn = _load(N, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED, VECTOR)
+        zn = _load(
+            N, columns, inside, student_multiplier, student_cap, 0.0, share, STUDENT_FORM, False, PTX, MASKED, VECTOR
+        )
     return zp, zq, zr, zn
 
 
@@ -441,7 +458,8 @@ def divergences_kernel(
     for start in range(begin, whole, TILE):
         zp, zq, zr, zn = _read(
             P, Q, R, N, _columns(start, LOADS, LANES, VECTOR), True, student_multiplier, student_cap,
-            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False, VECTOR,
+            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False,
+            VECTOR,
         )  # fmt: skip
         state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED, False)
     done = (whole > begin) & _all_finite(state)
@@ -449,7 +467,8 @@ def divergences_kernel(
     for start in range(tl.where(done, whole, begin), whole, TILE):  # once more, with care
         zp, zq, zr, zn = _read(
             P, Q, R, N, _columns(start, LOADS, LANES, VECTOR), True, student_multiplier, student_cap,
-            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False, VECTOR,
+            teacher_multiplier, teacher_cap, normalizers, share, KIND, STUDENT_FORM, TEACHER_FORM, SMOOTHED, PTX, False,
+            VECTOR,
         )  # fmt: skip
         state = _grow(state, zp, zq, zr, zn, fixed, guard, KIND, GUARDED, True)
     if whole < stop:  # the last, partial tile is the only one that pays for a mask

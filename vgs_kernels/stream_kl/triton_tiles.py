@@ -80,8 +80,8 @@ def _smooth(z, normalizer, share, SMOOTHED: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _columns(start, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Of a tile, [LOADS, LANES * VECTOR]: VECTOR adjacent columns a thread and load. In three dimensions Triton 3.6 would
-    spread the loads over the threads, and every reduction within a lane would cross them."""
+    """Of a tile, [LOADS, LANES * VECTOR]: VECTOR adjacent columns a thread and load. In three dimensions Triton 3.6
+    spreads the loads over the threads, and every reduction within a lane crosses them."""
     piece = tl.arange(0, LOADS)[:, None] * (LANES * VECTOR)
     return start + piece + tl.arange(0, LANES * VECTOR)[None, :]
 
