@@ -234,6 +234,19 @@ def test_the_cosines_are_those_of_the_demo() -> None:
     assert told <= cosines, told - cosines
 
 
+def test_the_accuracies_of_the_readme_are_those_of_the_demo() -> None:
+    records = [json.loads(path.read_text()) for path in (DOCS / "results").glob("*.json")]
+    measured = [part for record in records for part in (*record["summary"].values(), record["student_start"])]
+    recorded = {
+        f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['deviation']:.1f} "
+        f"({', '.join(f'{100 * value:.1f}' for value in accuracy['values'])})"
+        for accuracy in (part["accuracy"] for part in measured)
+    }
+    told = set(re.findall(r"\d\d\.\d ± \d+\.\d \(.*?\)", (ROOT / "README.md").read_text()))
+    assert told
+    assert told <= recorded, told - recorded
+
+
 def test_the_times_of_the_readme_are_those_of_the_records() -> None:
     medians = {
         f"{statistics.median(row['seconds']):.2f} s"
