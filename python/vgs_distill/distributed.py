@@ -81,6 +81,13 @@ def average_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Te
     return list(whole)
 
 
+def average_grad(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every parameter the mean over all processes of its `.grad`."""
+    found = average_gradients(parameters, [parameter.grad for parameter in parameters])
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+
+
 def process_count() -> int:
     """How many processes train together."""
     return torch.distributed.get_world_size() if _is_distributed() else 1

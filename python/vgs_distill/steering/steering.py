@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import average_gradients, is_replicated, several_backward_passes
+from ..distributed import average_grad, is_replicated, several_backward_passes
 from ..errors import InputError, TrainingStopped
 from .averages import GramianAverage
 from .gradients import NO_MODULES, CombinationRecord, PartGradients, Policy
@@ -122,9 +122,7 @@ class Steering:
         if weights is not None:
             assert self._average is not None
             if self._replicated:
-                found = average_gradients(self._parameters, [parameter.grad for parameter in self._parameters])
-                for parameter, gradient in zip(self._parameters, found, strict=True):
-                    parameter.grad = gradient
+                average_grad(self._parameters)
             self._average.skip()
             return CombinationRecord(self._average.gramian(), weights, NO_MODULES)
         if gradients is None:

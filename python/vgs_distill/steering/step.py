@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vgs_kernels import UnitGradients, VisualGradientSteering
 
-from ..distributed import average_gradients, is_replicated, several_backward_passes
+from ..distributed import average_grad, is_replicated, several_backward_passes
 from .averages import GramianAverage
 from .gamma import ADAPTIVE, AdaptiveGamma, ScheduledGamma
 from .gradients import NO_MODULES, CombinationRecord, PartGradients, direction_cosine, no_gradient
@@ -224,7 +224,7 @@ class SteeringStep:
         by_module = NO_MODULES
         if plan.weights is not None:
             if is_replicated(plan.model):
-                _average_over_processes(plan.gradients.parameters)
+                average_grad(plan.gradients.parameters)
             if self._average is not None and self.method.second is not None:
                 self._average.skip()
             weights = plan.weights[:2] / self._token_weights.expected_scales()
@@ -290,10 +290,3 @@ class SteeringStep:
             self._average.load_state_dict(state["average"])
         self._token_weights.load_state_dict(state["token_weights"])
         self.weight_ratio = self.weight_ratio.new_tensor(state["weight_ratio"])
-
-
-def _average_over_processes(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter, gradient in zip(
-        parameters, average_gradients(parameters, [parameter.grad for parameter in parameters]), strict=True
-    ):
-        parameter.grad = gradient
