@@ -54,18 +54,22 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def run_micro_batch(steering: Steering, way: str, model: Any, batch: Any) -> None:
+    with steering.micro_batch(model):
+        if way == "backward":
+            steering.backward(*losses(model, batch))
+        else:
+            steering.sequential(*(lambda p=part: losses(model, batch)[p] for part in (0, 1)))
+
+
 @pytest.mark.parametrize("policy", [VisualGradientSteering(2.0), UnitGradients(0.7)])
 @pytest.mark.parametrize("way", ["backward", "sequential"])
 def test_the_step_is_steered_by_its_own_gramian(policy: Any, way: str) -> None:
     model, (step,) = model_and_batches(1, 3)
     steering = Steering(model.parameters(), policy)
     for batch in step:
-        with steering.micro_batch(model):
-            if way == "backward":
-                steering.backward(*losses(model, batch))
-            else:
-                steering.sequential(*(lambda p=part, b=batch: losses(model, b)[p] for part in (0, 1)))
-            assert all(p.grad is None or way for p in model.parameters())
+        run_micro_batch(steering, way, model, batch)
+        assert all(p.grad is None for p in model.parameters()), "one gradient alone may not meet an optimizer"
     record = steering.finish()
     first, second = textbook(model, step)
     gramian = torch.stack([first, second]) @ torch.stack([first, second]).T
@@ -84,11 +88,7 @@ def test_between_measurements_the_average_steers(way: str) -> None:
     measured = GramianAverage(2, torch.device("cpu"))
     for number, step in enumerate(steps):
         for batch in step:
-            with steering.micro_batch(model):
-                if way == "backward":
-                    steering.backward(*losses(model, batch))
-                else:
-                    steering.sequential(*(lambda p=part, b=batch: losses(model, b)[p] for part in (0, 1)))
+            run_micro_batch(steering, way, model, batch)
         steering.finish()
         pair = torch.stack(textbook(model, step))
         if number != 1:
