@@ -1,4 +1,4 @@
-"""Hidden gradients beside heads whose rows share a direction, as those of trained models do.
+"""Hidden gradients beside heads whose rows share a direction.
 
 A logit gradient sums to 0 over the vocabulary. Rounded to 16 bits it no longer does, and what it sums to multiplies
 the direction that all rows of the head have in common.
