@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def flags(address: int) -> list[str] | None:
     not Path("/sys/kernel/mm/transparent_hugepage").exists() or not SMAPS.exists(), reason="Linux with huge pages only"
 )
 def test_huge_pages_live_as_long_as_the_tensor() -> None:
+    """In a new process: one with free memory of that size takes the tensor from there instead of mapping it."""
+    process = multiprocessing.get_context("spawn").Process(target=look_at_the_pages)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def look_at_the_pages() -> None:
     tensor = torch.empty(48 * 2**20, dtype=torch.uint8)
     middle = tensor.data_ptr() + tensor.nbytes // 2
     assert "hg" not in (flags(middle) or [])

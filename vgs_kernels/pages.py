@@ -15,8 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Allocators map a tensor of this size by itself, and what the system was told goes when the tensor does. Smaller ones
-# may share their pages with others.
+# Allocators map a tensor of this size by itself, unless they have as much free, and what the system was told goes when
+# the tensor does. Smaller ones may share their pages with others.
 _MAPPED_ALONE = 32 * 2**20
 
 
